@@ -1,0 +1,92 @@
+"""Reading images: class folders, and the field's usual centre crop."""
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from moe_dit.errors import InputError
+
+EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Scale the shorter side to ``size`` and cut the middle square out.
+
+    Halves with a box filter while it can, then resizes once with a bicubic one: sharper and less aliased than one
+    large bicubic step. Source: ADM (Dhariwal and Nichol, 2021), guided_diffusion/image_datasets.py, as DiT, SiT and
+    the FID reference batches use it; the roundings are theirs.
+
+    Args:
+        image: any PIL image with smooth modes (RGB, L, ...); smaller ones are enlarged.
+        size: side of the result in pixels.
+
+    Returns:
+        A ``size`` x ``size`` image of the same mode.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def load_image(path: str | Path, size: int) -> Image.Image:
+    """Read a file as RGB and centre-crop it to ``size`` x ``size``; InputError where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return center_crop(image.convert("RGB"), size)
+    # Decoders raise whatever they meet: OSError, SyntaxError, ValueError, struct.error, ...
+    except Exception as error:
+        raise InputError(f"cannot read the image {path}: {error or type(error).__name__}", local=True) from error
+
+
+def list_images(folder: str | Path) -> tuple[list[str], list[int], list[str]]:
+    """List a folder of class folders, e.g. ImageNet's ``train/n01440764/*.JPEG``.
+
+    A class folder may hold further folders. Names that start with a dot are passed over.
+
+    Args:
+        folder: holds one folder a class.
+
+    Returns:
+        (paths, labels, classes): files in order of class and path, the class index of each, and the sorted names of
+        the class folders (index = label).
+
+    Raises:
+        InputError: the folder is missing, has no class folders, or one of them has no images.
+    """
+    folder = os.fspath(folder)
+    if not os.path.isdir(folder):
+        raise InputError(f"no such folder of images: {folder}")
+    try:
+        with os.scandir(folder) as entries:
+            classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        paths: list[str] = []
+        labels: list[int] = []
+        for label, name in enumerate(classes):
+            found = _images_below(os.path.join(folder, name))
+            if not found:
+                raise InputError(f"{folder}: the class folder {name} holds no images ({' '.join(EXTENSIONS)})")
+            paths += found
+            labels += [label] * len(found)
+    except OSError as error:
+        raise InputError(f"cannot list {error.filename or folder}: {error.strerror}") from error
+    if not classes:
+        raise InputError(
+            f"{folder} has no class folders; expected one folder of images a class, e.g. {folder}/cat/*.png"
+        )
+    return paths, labels, classes
+
+
+def _images_below(folder: str) -> list[str]:
+    def fail(error: OSError):
+        raise error
+
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = (name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+        found += [os.path.join(parent, name) for name in images]
+    return sorted(found)

@@ -1,0 +1,348 @@
+"""Writing a folder of WebDataset shards with its manifest, by any number of ranks, continuing after any stop.
+
+What is in a shard depends on the images and the shard size alone, never on how many ranks shared the work or on how
+often it was stopped: images are put in one fixed shuffled order, shard k holds the k-th run of ``shard_size`` of them
+and belongs to rank k % size, and batches do not cross shards. A shard appears under its name only when complete; the
+manifest appears last, so its presence means that the folder is complete.
+"""
+
+import argparse
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import webdataset
+
+from data_prep.images import list_images
+from moe_dit import distributed, randomness
+from moe_dit.distributed import world
+from moe_dit.errors import InputError
+from moe_dit.progress import say, task
+
+FORMAT = "moe-dit-shards-1"
+MANIFEST = "manifest.json"
+SETTINGS = ".settings.json"
+MEMBERS = {"latents": {"cls", "latent.npy", "latent_flip.npy"}, "pixels": {"cls", "png"}}
+
+# How a person calls what is in the settings file.
+_SETTING_NAMES = {
+    "kind": "the command (latents or pixels)",
+    "size": "--size",
+    "shard_size": "--shard-size",
+    "images": "--images (other files in it)",
+    "vae": "--vae (other weights)",
+}
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text}")
+    return int(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that encode_latents and pack_pixels share."""
+    parser.add_argument("--images", required=True, metavar="DIR", help="holds one folder of images a class")
+    parser.add_argument("--out", required=True, type=Path, metavar="SHARDS", help="folder to write")
+    parser.add_argument("--size", type=positive, default=256, help="side of the centre crop in pixels (256)")
+    parser.add_argument("--shard-size", type=positive, default=1024, help="samples a shard (1024)")
+    parser.add_argument("--workers", type=int, help="processes that read images, a rank (chosen by data and cores)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading and checking
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete shards folder; InputError where there is none or it is not one."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        what = "no such folder" if not path.parent.is_dir() else f"no {MANIFEST} in it (not complete, or not shards)"
+        raise InputError(f"{folder}: {what}; expected a folder that encode_latents or pack_pixels finished")
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT or manifest["kind"] not in MEMBERS:
+            raise InputError(f"{path}: format {manifest['format']!r}, kind {manifest['kind']!r} is not known here")
+        total = sum(shard["samples"] for shard in manifest["shards"])
+        if total != manifest["samples"]:
+            raise InputError(f"{path}: says {manifest['samples']} samples, but its shards have {total}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a manifest of shards: {type(error).__name__} {error}") from error
+    return manifest
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_keys(path: Path, kind: str) -> list[str]:
+    """The samples' keys in a shard, in order; ValueError where a sample lacks a member or the tar file is broken."""
+    members: dict[str, set[str]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                members.setdefault(key, set()).add(extension)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"not a whole tar file ({error})") from error
+    for key, extensions in members.items():
+        if extensions != MEMBERS[kind]:
+            raise ValueError(f"sample {key} has {sorted(extensions)} instead of {sorted(MEMBERS[kind])}")
+    return list(members)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def from_rank_0(function: Callable[[], Any]) -> Any:
+    """Call ``function`` on rank 0 alone, and give its result, or its InputError, to every rank."""
+    outcome: list[Any] = [None]
+    if world().rank == 0:
+        try:
+            outcome = [function()]
+        except InputError as error:
+            outcome = [error]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def write_shards(
+    args: argparse.Namespace,
+    read: Callable[[str], Any],
+    encode: Callable[[Any], list[dict[str, bytes]]],
+    *,
+    kind: str,
+    sample_shape: list[int],
+    batch: int,
+    vae: str | None = None,
+    vae_hash: str | None = None,
+    scale: float | None = None,
+) -> None:
+    """Write every image below ``args.images`` to shards in ``args.out``; each rank calls it.
+
+    Args:
+        args: what :func:`add_arguments` reads.
+        read: from a file's path to a tensor or bytes; runs in the reading processes.
+        encode: from a batch of what ``read`` gives (tensors stacked, bytes listed) to each sample's members but
+            ``cls``, as extension -> content.
+        kind, sample_shape, vae, scale: for the manifest.
+        batch: images handed to ``encode`` at once.
+        vae_hash: hash of the VAE's weights; another one may not continue the folder.
+
+    Raises:
+        InputError: the images cannot be listed or read, or the folder is in use, holds something else or was begun
+            with other settings.
+    """
+    # Ranks that finish early wait for the slowest.
+    distributed.start(timeout=timedelta(days=2))
+    paths, labels, classes = from_rank_0(lambda: list_images(args.images))
+    listing = "\n".join(os.path.relpath(path, args.images) for path in paths)
+    settings = {
+        "kind": kind,
+        "size": args.size,
+        "shard_size": args.shard_size,
+        "images": hashlib.sha256(os.fsencode(listing)).hexdigest(),
+        "vae": vae_hash,
+    }
+    with _lock(args.out):
+        if from_rank_0(lambda: _prepare(args.out, settings)):
+            say(f"{args.out} is complete already: {len(paths)} samples; nothing to do")
+            distributed.stop()
+            return
+        records = _write_my_shards(args, kind, paths, labels, read, encode, batch)
+        if world().size > 1:
+            gathered: list[Any] = [None] * world().size
+            torch.distributed.all_gather_object(gathered, records)
+            records = sorted((record for part in gathered for record in part), key=lambda record: record["name"])
+        manifest = {
+            "format": FORMAT,
+            "kind": kind,
+            "size": args.size,
+            "samples": len(paths),
+            "classes": classes,
+            "source": args.images,
+            "vae": vae,
+            "scale": scale,
+            "sample_shape": sample_shape,
+            "shards": records,
+        }
+        from_rank_0(lambda: _write_json(args.out / MANIFEST, manifest))
+    say(f"{args.out}: {len(records)} shards, {len(paths)} samples, {len(classes)} classes")
+    distributed.stop()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the folder on rank 0; every rank gets an InputError where another command holds it.
+
+    A POSIX record lock: it ends with the process however that ends, is not inherited by the reading processes, and
+    works on NFS.
+    """
+
+    def take():
+        nonlocal file
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / ".lock", "a")  # noqa: SIM115
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            if file is None:
+                raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+            raise InputError(f"another command is writing to {folder}; wait for it, or give another --out") from error
+        except OSError as error:
+            if file is None:
+                raise InputError(f"cannot use {folder} as the folder of shards: {error.strerror}") from error
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
+                raise
+            # This file system has no locks: atomic renames still keep shards whole.
+
+    file = None
+    from_rank_0(take)
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _prepare(folder: Path, settings: dict[str, Any]) -> bool:
+    """Make the folder ready to be begun or continued; True where it is complete already."""
+    path = folder / SETTINGS
+    if path.exists():
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path} cannot be read: {error}; give another --out") from error
+        differing = [name for key, name in _SETTING_NAMES.items() if found.get(key) != settings[key]]
+        if differing:
+            raise InputError(
+                f"{folder} was begun with other settings: {', '.join(differing)}; give the same again, or another --out"
+            )
+    else:
+        if any(folder.glob("*.tar")) or (folder / MANIFEST).exists():
+            raise InputError(f"{folder} holds shards that this command did not begin; give another --out")
+        _write_json(path, settings)
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    return (folder / MANIFEST).exists()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with _replacing(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
+    """A binary file under a temporary name that gets its own when whole and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}", local=True) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Files(torch.utils.data.Dataset):
+    def __init__(self, paths: list[str], read: Callable[[str], Any]):
+        self.paths, self.read = paths, read
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.read(self.paths[index])
+        except InputError as error:
+            # Handed over as a value: raised, it would reach the main process wrapped in the worker's traceback.
+            return error
+
+
+def _collate(samples: list[Any]) -> Any:
+    problem = next((sample for sample in samples if isinstance(sample, InputError)), None)
+    return problem or (torch.stack(samples) if isinstance(samples[0], torch.Tensor) else samples)
+
+
+def _write_my_shards(args, kind, paths, labels, read, encode, batch) -> list[dict[str, Any]]:
+    """Write this rank's missing shards; gives the manifest's records of all of this rank's shards."""
+    order = randomness.permutation(0, 0, len(paths)).tolist()
+    mine = {
+        f"shard-{k:06d}.tar": order[k * args.shard_size : (k + 1) * args.shard_size]
+        for k in world().share(-(-len(order) // args.shard_size))
+    }
+    records = {name: _record(args.out / name, kind, indices) for name, indices in mine.items()}
+    todo = {name: indices for name, indices in mine.items() if records[name] is None}
+    batches = [indices[i : i + batch] for indices in todo.values() for i in range(0, len(indices), batch)]
+    loader = torch.utils.data.DataLoader(
+        _Files(paths, read),
+        batch_sampler=batches,
+        collate_fn=_collate,
+        num_workers=_workers(len(paths)) if args.workers is None else max(args.workers, 0),
+        pin_memory=torch.cuda.is_available() and kind == "latents",
+    )
+    # One iterator for all shards, so that reading goes on while a shard is closed.
+    loaded = iter(loader)
+    total = sum(map(len, mine.values()))
+    where = f" (rank 0 of {world().size})" if world().size > 1 else ""
+    with task(f"writing samples{where}", total, done=total - sum(map(len, todo.values()))) as progress:
+        for name, indices in todo.items():
+            with _replacing(args.out / name) as file, _tar(file) as tar:
+                for i in range(0, len(indices), batch):
+                    samples = next(loaded)
+                    if isinstance(samples, InputError):
+                        raise samples
+                    for index, members in zip(indices[i : i + batch], encode(samples), strict=True):
+                        tar.write({"__key__": _key(index), "cls": str(labels[index]).encode(), **members})
+                    progress.advance(len(indices[i : i + batch]))
+            records[name] = _record(args.out / name, kind, indices)
+            if records[name] is None:
+                raise InputError(
+                    f"{args.out / name} does not read back as it was written; is the disk sound?", local=True
+                )
+    return [record for record in records.values() if record is not None]
+
+
+def _tar(file: Any) -> webdataset.TarWriter:
+    # Nothing that differs from run to run goes in, so that equal samples are equal bytes.
+    return webdataset.TarWriter(file, user="", group="", mtime=0, encoder=False)
+
+
+def _key(index: int) -> str:
+    """A sample's key: its place in the sorted list of images."""
+    return f"{index:08d}"
+
+
+def _record(path: Path, kind: str, indices: Iterable[int]) -> dict[str, Any] | None:
+    """The manifest's record of a shard, or None where it is not there whole."""
+    try:
+        keys = read_keys(path, kind)
+    except ValueError:
+        return None
+    if keys != [_key(index) for index in indices]:
+        return None
+    return {"name": path.name, "samples": len(keys), "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _workers(samples: int) -> int:
+    """Reading processes a rank: none where starting them takes longer than the work, else a share of the cores."""
+    if samples < 4096:
+        return 0
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(cores, 8)

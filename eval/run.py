@@ -1,0 +1,56 @@
+"""Sample a model and score the samples in one go, on any number of ranks, without writing the images."""
+
+import shutil
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+from data_prep.shards import from_rank_0
+from eval.sample import add_sampling_arguments, sample
+from eval.score import check_out, load_statistics, present, score
+from moe_dit import distributed
+from moe_dit.command import Parser, run
+from moe_dit.errors import InputError
+
+EXAMPLES = """\
+  python -m eval.run --model MODEL --reference imagenet/train --inception FILE.pth --out scores.json
+  torchrun --nproc_per_node 8 -m eval.run --model MODEL --reference FILE.npz --inception download --cfg-scale 1.5
+  python -m eval.run --model MODEL --reference data/digits_images --num 2000 --samples SAMPLES
+"""
+
+
+def main() -> None:
+    parser = Parser(__doc__, EXAMPLES)
+    add_sampling_arguments(parser, default_num=50_000)
+    add = parser.add_argument
+    add("--reference", type=Path, required=True, metavar="FILE.npz/SHARDS/DIR", help="real images, or statistics")
+    add("--samples", type=Path, metavar="SAMPLES", help="keep the features here, so that a stopped run continues")
+    add("--out", type=Path, metavar="FILE.json", help="default SAMPLES/metrics.json, or nowhere without --samples")
+    args = parser.parse_args()
+    here = distributed.start(timedelta(hours=12))
+
+    def prepare() -> Path:
+        check_out(args.out)
+        if args.reference.suffix == ".npz":
+            load_statistics(args.reference)
+            if args.inception is None:
+                raise InputError(f"{args.reference} holds statistics of Inception features; give --inception FILE.pth")
+        # Beside the result, where all nodes can reach it: /tmp is each node's own.
+        beside = args.out.absolute().parent if args.out else Path.cwd()
+        return args.samples or Path(tempfile.mkdtemp(prefix=".samples-", dir=beside))
+
+    samples = from_rank_0(prepare)
+    try:
+        sample(args, samples, "features")
+        # The reference takes rank 0 long: nobody should wait for it.
+        distributed.stop()
+        if here.rank == 0:
+            result = score(samples, args.reference, args.inception)
+            present(result, args.out or (args.samples / "metrics.json" if args.samples else None))
+    finally:
+        if here.rank == 0 and args.samples is None:
+            shutil.rmtree(samples, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,40 @@
+"""Train a recipe: deepspeed [--num_gpus N] jobs/train.py --ds FILE [--recipe NAME] [--data SHARDS] [--out RUN]."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from moe_dit.command import Parser, run
+from moe_dit.errors import InputError
+from moe_dit.recipe import DEFAULT_RECIPE, load_recipe
+from moe_dit.train import train
+
+EXAMPLES = """\
+  deepspeed jobs/train.py --ds ds_configs/zero2_ep8.json
+  deepspeed --num_gpus 2 jobs/train.py --ds ds_configs/zero2_ep2.json --recipe digits --data data/digits --out runs/digits
+  torchrun --nproc_per_node 8 jobs/train.py --ds ds_configs/zero2_ep8.json --recipe dsmoe_b_e16 --set optimizer.lr=2e-4
+The same command continues a run that was stopped."""
+
+
+def main() -> None:
+    parser = Parser("Train a recipe with DeepSpeed, on GPUs or CPU ranks.", EXAMPLES)
+    parser.add_argument("--ds", required=True, metavar="FILE", help="DeepSpeed JSON: how the work is spread")
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE, help="name or .yaml file (default: %(default)s)")
+    parser.add_argument("--data", metavar="SHARDS", help="folder of shards (default: the recipe's own)")
+    parser.add_argument("--out", metavar="RUN", help="folder for the results (default: runs/RECIPE)")
+    parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint to start from (default: auto)")
+    parser.add_argument("--steps", type=int, metavar="N", help="train until step N (default: the recipe's)")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a recipe key")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
+    args = parser.parse_args()
+    recipe = load_recipe(args.recipe, args.set)
+    if args.steps is not None:
+        if args.steps < 1:
+            raise InputError(f"--steps {args.steps}: it should be at least 1")
+        recipe = replace(recipe, steps=args.steps)
+    if args.data is not None:
+        recipe = replace(recipe, data=replace(recipe.data, path=args.data))
+    train(recipe, args.ds, Path(args.out or f"runs/{recipe.name}"), args.resume)
+
+
+if __name__ == "__main__":
+    run(main)

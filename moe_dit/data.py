@@ -1,0 +1,308 @@
+"""Reading shards: which sample stands at which position of a run, and the batches of a rank.
+
+The order is a pure function: position p of a run is sample permutation(seed, p // n)[p % n] of n. Whoever needs a
+position looks its sample up and reads just those bytes of a tar file, so any number of ranks and workers share an
+epoch without a sample lost or doubled, and a run goes on in the middle of one at once.
+"""
+
+import io
+import json
+import os
+import tarfile
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from moe_dit.distributed import World
+from moe_dit.errors import InputError
+from moe_dit.randomness import Stream, normal, permutation, uniform
+from moe_dit.recipe import Recipe
+
+FORMAT = "moe-dit-shards-1"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds (manifest.json)."""
+
+    folder: Path
+    kind: str  # "latents" or "pixels"
+    samples: int
+    classes: list[str]
+    sample_shape: list[int]  # latents: moments, twice the channels
+    scale: float | None  # the VAE's scaling factor
+    shards: list[dict]  # name, samples, bytes, sha256
+
+
+def read_manifest(folder: str | Path, verify_sizes: bool = True) -> Manifest:
+    """Read a folder's manifest and hold each shard's size against it.
+
+    Raises:
+        InputError: no folder, no manifest, or a shard missing, truncated or overlong.
+    """
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    make = "python -m data_prep.encode_latents (or pack_pixels) makes one"
+    if not folder.is_dir():
+        raise InputError(f"no folder of shards {folder}; {make}")
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no manifest.json, so its shards are unfinished or not ours; {make}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if values.get("format") != FORMAT:
+        raise InputError(f"{path}: format is {values.get('format')!r}; it should be {FORMAT!r}")
+    try:
+        keys = ("kind", "samples", "classes", "sample_shape", "scale", "shards")
+        manifest = Manifest(folder, *(values[key] for key in keys))
+    except KeyError as error:
+        raise InputError(f"{path} lacks {error}; make the shards again") from None
+    if not manifest.samples:
+        raise InputError(f"{path} lists no samples")
+    for shard in manifest.shards if verify_sizes else ():
+        file = folder / shard["name"]
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
+            raise InputError(
+                f"shard {file} {found}; python -m data_prep.verify {folder} checks them all, and encoding again into "
+                f"an empty folder makes them anew"
+            )
+    return manifest
+
+
+def check_manifest(manifest: Manifest, recipe: Recipe) -> None:
+    """Refuse shards that are not what the recipe's network takes (InputError)."""
+    model, data = recipe.model, recipe.data
+    if manifest.kind != data.kind:
+        raise InputError(f"{manifest.folder} holds {manifest.kind}, but recipe {recipe.name} trains on {data.kind}")
+    channels = model.in_channels * (2 if manifest.kind == "latents" else 1)
+    want = [channels, model.input_size, model.input_size]
+    if list(manifest.sample_shape) != want:
+        raise InputError(
+            f"{manifest.folder} holds samples of shape {manifest.sample_shape}, but recipe {recipe.name} "
+            f"takes {want}; encode images of the size that fits"
+        )
+    if len(manifest.classes) > model.num_classes:
+        raise InputError(
+            f"{manifest.folder} has {len(manifest.classes)} classes, but model.num_classes of recipe {recipe.name} "
+            f"is {model.num_classes}"
+        )
+    if data.latent_scale and manifest.scale and not np.isclose(data.latent_scale, manifest.scale):
+        raise InputError(
+            f"{manifest.folder} was encoded by a VAE of scale {manifest.scale}, but data.latent_scale of recipe "
+            f"{recipe.name} is {data.latent_scale}"
+        )
+
+
+class ShardReader:
+    """Random access to the samples of a folder of shards, by index in [0, samples)."""
+
+    MAX_OPEN = 256  # well under the usual limit of 1024 open files
+
+    def __init__(self, manifest: Manifest):
+        self.manifest = manifest
+        self._ends = list(accumulate(shard["samples"] for shard in manifest.shards))
+        self._indices: dict[int, dict[str, np.ndarray]] = {}
+        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def members(self, index: int) -> "Members":
+        """The files of sample ``index``."""
+        number = bisect_right(self._ends, index)
+        shard = self.manifest.shards[number]
+        path = self.manifest.folder / shard["name"]
+        if number not in self._indices:
+            self._indices[number] = self._index(path, shard["samples"])
+        row = index - (self._ends[number] - shard["samples"])
+        places = {extension: places[row] for extension, places in self._indices[number].items()}
+        return Members(path, self._file(number, path), places)
+
+    def _file(self, number: int, path: Path) -> BinaryIO:
+        if number not in self._files:
+            try:
+                self._files[number] = open(path, "rb", buffering=0)
+            except OSError as error:
+                raise InputError(f"shard {path} cannot be read: {error}", local=True) from None
+            if len(self._files) > self.MAX_OPEN:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(number)
+        return self._files[number]
+
+    def _index(self, path: Path, samples: int) -> dict[str, np.ndarray]:
+        """Where each sample's files lie in a tar: extension -> int64 [samples, 2] of offset and size."""
+        # Arrays rather than objects: ImageNet's index must fit into every loader process.
+        index: dict[str, np.ndarray] = {}
+        rows: dict[str, int] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    key, _, extension = member.name.partition(".")
+                    row = rows.setdefault(key, len(rows))
+                    if row < samples:
+                        places = index.setdefault(extension, np.zeros((samples, 2), np.int64))
+                        places[row] = member.offset_data, member.size
+        except (OSError, tarfile.TarError) as error:
+            raise InputError(f"shard {path} cannot be read: {error}", local=True) from None
+        if len(rows) != samples:
+            raise InputError(f"shard {path} holds {len(rows)} samples, its manifest says {samples}", local=True)
+        return index
+
+    def __getstate__(self):  # open files stay with their process
+        return {**self.__dict__, "_files": OrderedDict()}
+
+
+@dataclass(frozen=True)
+class Members:
+    """The files of one sample inside a shard."""
+
+    path: Path
+    file: BinaryIO
+    places: dict[str, np.ndarray]  # extension -> offset, size
+
+    def read(self, extension: str) -> bytes:
+        offset, size = self.places.get(extension, (0, 0))
+        if not size:
+            raise InputError(f"shard {self.path}: a sample has no .{extension}", local=True)
+        data = os.pread(self.file.fileno(), size, offset)
+        if len(data) != size:
+            raise InputError(f"shard {self.path} ends inside a sample", local=True)
+        return data
+
+    def label(self) -> int:
+        return int(self.read("cls"))
+
+    def array(self, extension: str) -> np.ndarray:
+        """A .npy, or an image as uint8 [C, H, W]."""
+        data = io.BytesIO(self.read(extension))
+        try:
+            if extension.endswith("npy"):
+                return np.load(data)
+            return np.asarray(Image.open(data).convert("RGB")).transpose(2, 0, 1)
+        except (ValueError, OSError, EOFError) as error:
+            raise InputError(f"shard {self.path}: .{extension} is damaged: {error}", local=True) from None
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return permutation(seed, epoch, n)
+
+
+class TrainingSamples(Dataset):
+    """The run's samples by position. A batch is a dict of "x" (moments float16 or pixels uint8), "y" and "position".
+
+    Errors come back as values, since a DataLoader would bury an exception's one line in a worker's traceback.
+    """
+
+    def __init__(self, reader: ShardReader, seed: int, horizontal_flip: float):
+        self.reader, self.seed, self.horizontal_flip = reader, seed, horizontal_flip
+
+    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor] | InputError:
+        try:
+            return self._batch(positions)
+        except InputError as error:
+            return error
+
+    def _batch(self, positions: list[int]) -> dict[str, torch.Tensor]:
+        n = len(self.reader)
+        where = torch.tensor(positions)
+        flips = (uniform(self.seed, Stream.FLIP, where) < self.horizontal_flip).tolist()
+        arrays, labels = [], []
+        for position, flip in zip(positions, flips, strict=True):
+            members = self.reader.members(int(_order(self.seed, position // n, n)[position % n]))
+            if self.reader.manifest.kind == "latents":
+                arrays.append(members.array("latent_flip.npy" if flip else "latent.npy"))
+            else:
+                image = members.array("png")
+                arrays.append(image[:, :, ::-1] if flip else image)
+            labels.append(members.label())
+        return {"x": torch.from_numpy(np.stack(arrays)), "y": torch.tensor(labels), "position": where}
+
+
+class Positions:
+    """The positions of each micro-batch of one rank, from a step on.
+
+    Step s is positions [s * B, (s + 1) * B); its micro-batch m on rank r is the (m * ranks + r)-th equal part.
+    """
+
+    def __init__(self, first_step: int, steps: int, global_batch_size: int, micro_batch_size: int, world: World):
+        self.first, self.steps, self.batch, self.micro, self.world = (
+            first_step,
+            steps,
+            global_batch_size,
+            micro_batch_size,
+            world,
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(
+            self.first * self.batch + self.world.rank * self.micro,
+            self.steps * self.batch,
+            self.world.size * self.micro,
+        ):
+            yield list(range(start, start + self.micro))
+
+
+def _as_is(batch):
+    return batch
+
+
+def batches(recipe: Recipe, manifest: Manifest, micro_batch_size: int, first_step: int, world: World) -> Iterator[dict]:
+    """This rank's micro-batches from ``first_step`` to the recipe's last, read ahead by worker processes."""
+    samples = TrainingSamples(ShardReader(manifest), recipe.seed, recipe.data.horizontal_flip)
+    positions = Positions(first_step, recipe.steps, recipe.global_batch_size, micro_batch_size, world)
+    loader = DataLoader(
+        samples,
+        batch_sampler=positions,
+        collate_fn=_as_is,
+        num_workers=recipe.data.workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if recipe.data.workers else None,
+        # Workers must not inherit a CUDA context or gloo's threads.
+        multiprocessing_context="forkserver" if recipe.data.workers else None,
+    )
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def training_inputs(recipe: Recipe, batch: dict[str, torch.Tensor], latent_scale: float) -> dict[str, torch.Tensor]:
+    """A batch as the network's training inputs, everything random drawn from each sample's position.
+
+    Args:
+        batch: from :func:`batches`, on the device that computes.
+        latent_scale: factor on latents.
+
+    Returns:
+        x float32 [N, C, side, side] (latents: a draw from the posterior, scaled; pixels: in [-1, 1]), y int64 [N] with
+        dropped labels replaced by the null class, noise as x, and u float32 [N] uniform in [0, 1) for the time.
+    """
+    seed, position = recipe.seed, batch["position"]
+    if recipe.data.kind == "latents":
+        mean, log_variance = batch["x"].float().chunk(2, dim=1)
+        draw = normal(seed, Stream.LATENT, position, tuple(mean.shape[1:]))
+        # The clamp is diffusers' own (DiagonalGaussianDistribution).
+        x = (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * draw) * latent_scale
+    else:
+        x = batch["x"].float() / 127.5 - 1
+    dropped = uniform(seed, Stream.LABEL_DROP, position) < recipe.flow.label_dropout
+    return {
+        "x": x,
+        "y": torch.where(dropped, recipe.model.num_classes, batch["y"]),
+        "noise": normal(seed, Stream.NOISE, position, tuple(x.shape[1:])),
+        "u": uniform(seed, Stream.TIME, position),
+    }

@@ -1,0 +1,79 @@
+"""Which rank this process is, under deepspeed, torchrun, srun or alone."""
+
+import os
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its fellows: 0 <= rank < size; local_rank counts on this node."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    def share(self, count: int) -> range:
+        """The indices in [0, count) that fall to this rank: every size-th one."""
+        return range(self.rank, count, self.size)
+
+
+def world() -> World:
+    """Read the launcher's environment: deepspeed and torchrun set RANK, srun sets SLURM_PROCID, otherwise one rank."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return World(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"]))
+    # A plain command inside an sbatch script also sees SLURM_NTASKS; only srun's own tasks have a step id.
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        return World(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_STEP_NUM_TASKS"]))
+    return World()
+
+
+def device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world().local_rank % torch.cuda.device_count())
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def set_rendezvous() -> None:
+    """Give torch.distributed the environment it reads, where the launcher (srun, or none) did not set it."""
+    here = world()
+    env = os.environ
+    if "MASTER_ADDR" not in env:
+        if "SLURM_STEP_NODELIST" in env and here.size > 1:
+            nodes = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+            env["MASTER_ADDR"] = subprocess.run(nodes, check=True, capture_output=True, text=True).stdout.split()[0]
+            # One port a job, so that two jobs on a node do not meet.
+            env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
+        else:
+            env["MASTER_ADDR"] = "127.0.0.1"
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = "0" if here.size == 1 else "29500"
+    env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"] = str(here.rank), str(here.local_rank), str(here.size)
+
+
+def start(timeout: timedelta = timedelta(minutes=30)) -> World:
+    """Join the process group (NCCL for GPU tensors and gloo for CPU ones) where there is more than one rank."""
+    here = world()
+    if here.size > 1 and not torch.distributed.is_initialized():
+        set_rendezvous()
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    return here
+
+
+def barrier() -> None:
+    """Wait for every rank; nothing where there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

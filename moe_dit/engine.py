@@ -1,0 +1,241 @@
+"""The engine: a recipe's network under DeepSpeed, in the recipe's precision, with its training state laid open.
+
+Everything that knows of ZeRO stands here. State leaves and enters as pieces: contiguous slices of flattened logical
+tensors, whatever the topology (see :class:`Piece`).
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from moe_dit import distributed
+
+if not torch.cuda.is_available():
+    # DeepSpeed would guess from installed packages; a machine without a GPU trains on CPU ranks over gloo.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)
+
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # noqa: E402
+
+from moe_dit.build import build_model  # noqa: E402
+from moe_dit.deepspeed_config import Parallelism, for_deepspeed  # noqa: E402
+from moe_dit.flow import build_flow  # noqa: E402
+from moe_dit.initialization import initialize  # noqa: E402
+from moe_dit.optimizer import AdamWithEMA  # noqa: E402
+from moe_dit.parallel import apply_expert_parallelism, moe_layers  # noqa: E402
+from moe_dit.recipe import Recipe  # noqa: E402
+
+
+# Every run would start with a page of DeepSpeed's notes on our choosing our own optimizer and parallelism; and 0.19.8
+# calls collectives by names that torch 2.14 deprecates.
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", category=FutureWarning)
+
+
+def start_ranks() -> None:
+    """Join the ranks through DeepSpeed (NCCL on GPUs, gloo on CPUs); every process group hangs off this."""
+    # DeepSpeed 0.19.8 compiles a shared-memory op for CPU inference whenever it starts on CPUs: 20 s of a compiler
+    # that a machine may lack, for a collective that training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    distributed.set_rendezvous()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous slice of one weight's training state that this rank holds.
+
+    Attributes:
+        name: the weight's logical name, as in the plain model.
+        numel: elements of the whole logical weight.
+        start: where the slice begins in it, flattened.
+        tensors: float32 views [n] by kind: "weight" (the master copy), "exp_avg", "exp_avg_sq", "ema".
+    """
+
+    name: str
+    numel: int
+    start: int
+    tensors: dict[str, torch.Tensor]
+
+
+class Engine:
+    """A network in training.
+
+    Args:
+        recipe: what to train.
+        parallelism: how; its world size is the number of ranks that have joined.
+        device: where this rank computes.
+    """
+
+    def __init__(self, recipe: Recipe, parallelism: Parallelism, device: torch.device):
+        self.recipe, self.parallelism, self.device = recipe, parallelism, device
+        self.flow = build_flow(recipe)
+        self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
+        model = build_model(recipe, device="meta")
+        apply_expert_parallelism(model, parallelism.ep_size)
+        initialize(model, recipe.seed, device)
+        buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+        optimizer = recipe.optimizer
+
+        def make_optimizer(parameters):
+            parameters = list(parameters)
+            groups = split_params_into_different_moe_groups_for_optimizer({"params": parameters, "name": "weights"})
+            return AdamWithEMA(
+                [group for group in groups if group["params"]],
+                ema_decays={"ema": recipe.ema.decay},
+                lr=optimizer.lr,
+                betas=tuple(optimizer.betas),
+                weight_decay=optimizer.weight_decay,
+                fused=device.type == "cuda",
+            )
+
+        config = for_deepspeed(parallelism, recipe, self.bf16)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer, config=config)
+        # DeepSpeed casts buffers with the weights, but rotary tables and balance biases are float32 quantities.
+        for name, buffer in buffers.items():
+            module, _, key = name.rpartition(".")
+            self.model.get_submodule(module)._buffers[key] = buffer.to(device)
+        self.layers = moe_layers(self.model)
+        self._zero = self.deepspeed.optimizer
+        self._adam: AdamWithEMA = getattr(self._zero, "optimizer", self._zero)
+        self._adam.prepare(self._flat_weights())
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.deepspeed.module
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of step ``step`` (counted from 0): linear warm-up, then constant."""
+        warmup = self.recipe.optimizer.warmup_steps
+        return self.recipe.optimizer.lr * min(1.0, (step + 1) / warmup if warmup else 1.0)
+
+    def train_step(self, step: int, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """One optimizer step over this rank's share of a global batch.
+
+        Args:
+            step: counted from 0.
+            micro_batches: ``parallelism.accumulation`` batches of x, y, noise and u (data.training_inputs).
+
+        Returns:
+            On the device: "loss", the mean over the global batch, and "load" [layers, experts], tokens by expert.
+        """
+        for group in self._zero.param_groups:
+            group["lr"] = self.learning_rate(step)
+        loss_sum = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            loss = self.flow.loss(
+                self.deepspeed, batch["x"], batch["y"], noise=batch["noise"], t=self.flow.times(batch["u"])
+            )["loss"]
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+            loss_sum += loss.detach()
+        loads = [layer.tokens_per_expert for layer in self.layers]
+        report = torch.cat([loss_sum.view(1), *loads])
+        deepspeed.comm.all_reduce(report)
+        for load in loads:
+            load.zero_()
+        load = report[1:].view(len(loads), -1)
+        if self.recipe.balance.rate:
+            self._balance(load)
+        return {"loss": report[0] / (len(micro_batches) * self.parallelism.world_size), "load": load}
+
+    def _balance(self, load: torch.Tensor) -> None:
+        """DeepSeek-V3's bias update (arXiv:2412.19437, eq. 16): towards experts that got fewer tokens than the mean."""
+        for layer, tokens in zip(self.layers, load, strict=True):
+            bias = layer.router.e_score_correction_bias
+            bias += self.recipe.balance.rate * torch.sign(tokens.mean() - tokens)
+
+    def gradient_norm(self) -> float:
+        """Norm of the last step's gradient over all weights."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def set_step(self, step: int) -> None:
+        """Say how many steps the loaded state has seen, and renew what is derived from the master weights."""
+        self._adam.set_step(step)
+        self._copy_master_to_model()
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Persistent buffers (balance biases), alike on all ranks, by logical name."""
+        weights = {name for name, _ in self.model.named_parameters()}
+        return {name: value for name, value in self.model.state_dict().items() if name not in weights}
+
+    def pieces(self, owned_only: bool = False) -> Iterator[Piece]:
+        """This rank's pieces of the training state.
+
+        Args:
+            owned_only: leave out what another rank holds too (only without ZeRO), so that all ranks' pieces together
+                are the whole, once.
+        """
+        for name, weight in self.model.named_parameters():
+            expert_start = getattr(weight, "first_expert", None)
+            shape = getattr(weight, "ds_shape", weight.shape)
+            local = shape.numel()
+            if expert_start is None:
+                numel, offset = local, 0
+            else:
+                numel, offset = local * self.parallelism.ep_size, expert_start * (local // shape[0])
+            for start, tensors in self._local_slices(weight, owned_only):
+                yield Piece(name, numel, offset + start, tensors)
+
+    def _flat_weights(self) -> list[torch.Tensor]:
+        """The float32 tensors that the optimizer steps: flat slices under ZeRO, else the weights themselves."""
+        for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # ZeRO 1 and 2; 3
+            if hasattr(self._zero, attribute):
+                return list(getattr(self._zero, attribute))
+        if hasattr(self._zero, "fp32_groups_flat_partition"):  # DeepSpeed's bf16 optimizer: no ZeRO, bf16 weights
+            return list(self._zero.fp32_groups_flat_partition)
+        return [weight for group in self._adam.param_groups for weight in group["params"]]
+
+    def _local_slices(self, weight: torch.Tensor, owned_only: bool) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        keys = self._adam.state_keys
+        if hasattr(weight, "ds_tensor"):  # ZeRO 3: equal parts of the weight, the last one padded
+            part = weight.ds_tensor.numel()
+            start = part * torch.distributed.get_rank(weight.ds_process_group)
+            n = min(part, weight.ds_numel - start)
+            if n > 0:
+                views = {"weight": self._zero3_slice(weight, None), **{k: self._zero3_slice(weight, k) for k in keys}}
+                yield start, {kind: view[:n] for kind, view in views.items()}
+        elif hasattr(weight, "_hp_mapping"):  # ZeRO 1 and 2: parts of a flat tensor of many weights
+            mapping = weight._hp_mapping
+            if mapping is not None:
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                flat = self._flat_weights()[mapping.param_group_index]
+                # optimizer.state rather than DeepSpeed's linked fragments: 0.19.8 links them after the first group's
+                # step only, and finds nothing for the other groups.
+                state = {"weight": flat.detach(), **{key: self._adam.state[flat][key] for key in keys}}
+                yield there.start, {kind: tensor.narrow(0, here.start, here.numel) for kind, tensor in state.items()}
+        else:  # no ZeRO: every rank of the weight's group holds it all
+            group = self._replicas(weight)
+            rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+            n = weight.numel()
+            first, last = (n * rank // size, n * (rank + 1) // size) if owned_only else (0, n)
+            if last > first:
+                state = {"weight": weight.detach(), **{key: self._adam.state[weight][key] for key in keys}}
+                yield first, {kind: tensor.view(-1)[first:last] for kind, tensor in state.items()}
+
+    def _zero3_slice(self, weight: torch.Tensor, key: str | None) -> torch.Tensor:
+        return self._zero._get_fp32_opt_state_partition(weight, release_swap_buffers=False, optim_state_key=key)[0]
+
+    def _replicas(self, weight: torch.Tensor):
+        if hasattr(weight, "first_expert"):
+            return deepspeed.utils.groups._get_expert_data_parallel_group(f"ep_size_{self.parallelism.ep_size}")
+        return None
+
+    @torch.no_grad()
+    def _copy_master_to_model(self) -> None:
+        """After the master weights were set from outside, bring the weights that compute in line with them."""
+        zero = self._zero
+        if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO 3
+            zero.checkpoint_event_prologue()  # releases the small weights that stay whole on every rank ...
+            for low, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
+                low.copy_(master)
+            zero.checkpoint_event_epilogue()  # ... and gathers them anew
+        elif hasattr(zero, "update_lp_params"):  # ZeRO 1 and 2, and DeepSpeed's bf16 optimizer
+            zero.update_lp_params()

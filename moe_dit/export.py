@@ -1,0 +1,64 @@
+"""Exports: one folder with config.json, safetensors and recipe.yaml, loadable without DeepSpeed."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from moe_dit.build import build_model, load_model
+from moe_dit.errors import InputError
+from moe_dit.recipe import Recipe, load_recipe, parse_recipe
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def save_export(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+    """Write a model folder; it appears under its name only when complete.
+
+    Raises:
+        InputError: the folder exists and is not a model that may be replaced.
+    """
+    if folder.exists() and not (folder / RECIPE_FILE).is_file():
+        raise InputError(f"{folder} exists and is not an exported model; give another --out")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    (temporary / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def load_export(folder: str | Path) -> tuple[nn.Module, Recipe]:
+    """A model folder's network (eval mode, CPU) and recipe; InputError where it is not one."""
+    model = load_model(folder)
+    if not (Path(folder) / RECIPE_FILE).is_file():
+        raise InputError(f"{folder} has no {RECIPE_FILE}; jobs/export.py writes one")
+    return model, load_recipe(str(Path(folder) / RECIPE_FILE))
+
+
+def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> None:
+    """Turn a checkpoint (or a run's newest) into a model folder.
+
+    Args:
+        run_or_checkpoint: a run's folder, or one of its checkpoints.
+        weights: "ema" or "model" (the float32 master weights).
+        folder: where to write.
+    """
+    from moe_dit.checkpoint import find_checkpoint, read_facts, read_state
+
+    checkpoint = find_checkpoint(run_or_checkpoint)
+    if checkpoint is None:
+        raise InputError(f"{run_or_checkpoint} has no checkpoint; give a run folder or one of its checkpoints")
+    recipe = parse_recipe(read_facts(checkpoint)["recipe"], str(checkpoint))
+    model = build_model(recipe, device="meta").to_empty(device="cpu")
+    kind = {"model": "weight", "ema": "ema"}[weights]
+    targets = {f"{kind}/{name}": weight.detach().view(-1) for name, weight in model.named_parameters()}
+    names = dict(model.named_parameters()).keys()
+    targets |= {f"buffer/{name}": value for name, value in model.state_dict().items() if name not in names}
+    with torch.no_grad():
+        read_state(targets, checkpoint)
+    save_export(model, recipe, folder)

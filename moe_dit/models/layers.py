@@ -1,0 +1,93 @@
+"""Parts that the network families share: embedders, position encodings, modulation, the block and the final layer.
+
+Shapes: N samples, T tokens, D width.
+"""
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from timm.layers import AttentionRope, Mlp
+from torch import nn
+
+
+def modulate(x_NTD: torch.Tensor, shift_ND: torch.Tensor, scale_ND: torch.Tensor) -> torch.Tensor:
+    """adaLN's shift and scale of every token of a sample (Peebles & Xie, arXiv:2212.09748)."""
+    return x_NTD * (1 + scale_ND[:, None]) + shift_ND[:, None]
+
+
+def rope_1d(head_dim: int, positions: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
+    """Rotary table [T, head_dim] of angles, each repeated for its pair of channels (RoFormer, arXiv:2104.09864)."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim)
+    return torch.outer(positions.float(), frequencies).repeat_interleave(2, dim=-1)
+
+
+def rope_2d(head_dim: int, side: int) -> torch.Tensor:
+    """Rotary table [side * side, head_dim]: half of the channels turn with the row, half with the column."""
+    line = rope_1d(head_dim // 2, torch.arange(side, device="cpu"))
+    rows, columns = line[:, None].expand(side, side, -1), line[None].expand(side, side, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+def sin_cos_table(angles: torch.Tensor) -> torch.Tensor:
+    """Angles [T, head_dim] as timm's attention takes them: [T, 2 head_dim], sines then cosines."""
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class ConditionEmbedder(nn.Module):
+    """Time and label to one conditioning vector: c = MLP(sinusoid(t)) + table[y].
+
+    The table's last row is the null class that stands for "no label".
+    """
+
+    def __init__(self, hidden_size: int, num_classes: int, frequency_size: int = 256):
+        super().__init__()
+        self.frequencies = Timesteps(frequency_size, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(frequency_size, hidden_size)
+        self.label = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, t_N: torch.Tensor, y_N: torch.Tensor) -> torch.Tensor:
+        """t_N float in [0, 1], y_N int64 in [0, num_classes] -> [N, D]."""
+        return self.time(self.frequencies(t_N).to(self.label.weight.dtype)) + self.label(y_N)
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero: attention, then ``mlp`` (dense or MoE)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp: nn.Module):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = AttentionRope(hidden_size, num_heads, num_prefix_tokens=0)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = mlp
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x_NTD: torch.Tensor, c_ND: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_ND).chunk(6, dim=1)
+        x_NTD = x_NTD + gate1[:, None] * self.attn(modulate(self.norm1(x_NTD), shift1, scale1), rope=rope)
+        return x_NTD + gate2[:, None] * self.mlp(modulate(self.norm2(x_NTD), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear map from tokens to patches."""
+
+    def __init__(self, hidden_size: int, patch_values: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x_NTD: torch.Tensor, c_ND: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(c_ND).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x_NTD), shift, scale))
+
+
+def dense_mlp(hidden_size: int, mlp_ratio: float) -> nn.Module:
+    """timm's two-layer MLP with SiLU."""
+    return Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=nn.SiLU)
+
+
+def unpatchify(x_NTP: torch.Tensor, channels: int) -> torch.Tensor:
+    """Patches [N, T, patch * patch * channels] (channel last, row major) back to a square [N, channels, side, side]."""
+    tokens, values = x_NTP.shape[1:]
+    side, patch = round(tokens**0.5), round((values / channels) ** 0.5)
+    x = x_NTP.view(-1, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(-1, channels, side * patch, side * patch)

@@ -1,0 +1,68 @@
+"""The one progress display: a rich bar on a terminal, a line now and then in a log, silence on ranks other than 0."""
+
+import time
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from moe_dit.distributed import world
+
+LOG_EVERY_SECONDS = 10.0
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print one line from rank 0."""
+    if world().rank == 0:
+        console.print(text, markup=False, soft_wrap=True)
+
+
+class Task:
+    """One piece of long work. ``advance(n, note)`` after n more units; the note stands behind the bar."""
+
+    def __init__(self, description: str, total: int, done: int, progress: Progress | None, log: bool):
+        self.description, self.total, self.done = description, total, done
+        self._progress, self._log = progress, log
+        self._bar = progress.add_task(description, total=total, completed=done, note="") if progress else None
+        self._start, self._start_done = time.monotonic(), done
+        self._last_line = self._start
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        if self._progress is not None:
+            self._progress.update(self._bar, advance=n, note=note)
+        elif self._log:
+            now = time.monotonic()
+            if now - self._last_line >= LOG_EVERY_SECONDS or self.done == self.total:
+                self._last_line = now
+                speed = (self.done - self._start_done) / max(now - self._start, 1e-9)
+                left = (self.total - self.done) / speed if speed else float("inf")
+                console.print(
+                    f"{self.description} {self.done}/{self.total} {note} {left:.0f} s left".replace("  ", " "),
+                    markup=False,
+                    soft_wrap=True,
+                )
+
+
+@contextmanager
+def task(description: str, total: int, done: int = 0):
+    """Show progress over ``total`` units of work, of which ``done`` were done before; gives a :class:`Task`."""
+    if world().rank != 0:
+        yield Task(description, total, done, None, log=False)
+    elif console.is_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, *times, console=console) as progress:
+            yield Task(description, total, done, progress, log=False)
+    else:
+        yield Task(description, total, done, None, log=True)

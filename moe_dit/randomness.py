@@ -1,0 +1,107 @@
+"""The one way to derive randomness: Philox4x32-10, a pure function of (seed, stream, position, element).
+
+A draw belongs to a sample's position in the run, or to an element of a named weight, never to a rank, a worker or a
+moment, so results do not depend on how many processes share the work. The integers are bit-identical on CPU and GPU.
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. torch's own stateless generator
+(torch.func._random) is private and experimental, and a run must not change with torch's version.
+"""
+
+import zlib
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+_MASK = 0xFFFFFFFF
+_CHUNK = 1 << 20  # counters handled at once when filling a large weight: bounds the temporary memory
+
+
+class Stream(IntEnum):
+    """What a draw is for. Numbers are part of a run's identity: add to the end, never renumber."""
+
+    ORDER = 1
+    FLIP = 2
+    LATENT = 3
+    NOISE = 4
+    TIME = 5
+    LABEL_DROP = 6
+    WEIGHT = 7
+    SAMPLE_NOISE = 8
+    SAMPLE_LABEL = 9
+
+
+def philox(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
+    """Philox4x32-10 of four int64 tensors that hold 32-bit counters, and a key of two 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The product of two 32-bit words may wrap int64's sign; shift and mask still give its high word.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return [c0, c1, c2, c3]
+
+
+def _words(seed: int, stream: Stream, positions: torch.Tensor, block0: int, blocks: int, sub: int = 0) -> torch.Tensor:
+    """32-bit words as int64 [N, blocks, 4]: one counter for each position and block of four elements."""
+    positions = positions.to(torch.int64)
+    block = torch.arange(block0, block0 + blocks, device=positions.device)
+    c0 = (block & _MASK).expand(len(positions), blocks)
+    # Blocks beyond 2^32 (no tensor has them) would need the word that `sub` uses.
+    c1 = torch.full_like(c0, sub)
+    c2 = (positions & _MASK)[:, None].expand_as(c0)
+    c3 = (positions >> 32)[:, None].expand_as(c0)
+    return torch.stack(philox([c0, c1, c2, c3], (seed & _MASK, ((seed >> 32) & _MASK) ^ int(stream))), dim=-1)
+
+
+def _to_uniform(words: torch.Tensor) -> torch.Tensor:
+    return (words >> 8).to(torch.float32) * 2.0**-24
+
+
+def _to_normal(words: torch.Tensor) -> torch.Tensor:
+    """Box-Muller on the word pairs (0, 1) and (2, 3); |value| < 6.8."""
+    radius = ((words[..., 0::2].to(torch.float32) + 0.5) * 2.0**-32).log().mul(-2).clamp_min(0).sqrt()
+    angle = words[..., 1::2].to(torch.float32) * (2.0**-32 * 2 * torch.pi)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(-2)
+
+
+def _draw(to_value, seed, stream, positions, shape):
+    numel = int(np.prod(shape, dtype=np.int64))
+    values = to_value(_words(seed, stream, positions, 0, -(-numel // 4)))
+    return values.flatten(1)[:, :numel].reshape(len(positions), *shape)
+
+
+def uniform(seed: int, stream: Stream, positions: torch.Tensor, shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """Uniform draws in [0, 1): float32 [N, *shape], row n belonging to positions[n] (int64 [N], its device)."""
+    return _draw(_to_uniform, seed, stream, positions, shape)
+
+
+def normal(seed: int, stream: Stream, positions: torch.Tensor, shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """Unit normal draws: float32 [N, *shape], row n belonging to positions[n] (int64 [N], its device)."""
+    return _draw(_to_normal, seed, stream, positions, shape)
+
+
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of an epoch: int64 [n], a pure function of (seed, epoch)."""
+    return np.random.Generator(np.random.Philox(key=[seed, (int(Stream.ORDER) << 32) + epoch])).permutation(n)
+
+
+def fill_weight(out: torch.Tensor, seed: int, name: str, start: int, kind: str, scale: float) -> None:
+    """Fill ``out`` with elements [start, start + out.numel()) of the logical weight ``name``.
+
+    Args:
+        out: any contiguous float tensor; the draw is made on its device.
+        start: offset of out in the flattened logical tensor, so that a rank that holds a slice gets its slice.
+        kind: "normal" (standard deviation ``scale``) or "uniform" (in [-scale, scale)).
+    """
+    position = torch.zeros(1, dtype=torch.int64, device=out.device)
+    flat = out.detach().view(-1)
+    done = 0
+    while done < flat.numel():
+        block0, lane = divmod(start + done, 4)
+        blocks = min(_CHUNK, -(-(lane + flat.numel() - done) // 4))
+        words = _words(seed, Stream.WEIGHT, position, block0, blocks, sub=zlib.crc32(name.encode()))
+        values = _to_normal(words) if kind == "normal" else _to_uniform(words) * 2 - 1
+        values = values.flatten()[lane : lane + flat.numel() - done]
+        flat[done : done + len(values)] = values * scale
+        done += len(values)

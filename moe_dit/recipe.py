@@ -1,0 +1,306 @@
+"""Recipes: one YAML file says everything that makes an experiment, read into frozen dataclasses.
+
+A recipe says what is computed; the DeepSpeed JSON beside it says how the work is spread, and changes nothing else.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from moe_dit.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "dsmoe_s_e16"
+
+_strict = ConfigDict(extra="forbid")
+Count = Annotated[int, Field(strict=True, gt=0)]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+@dataclass(frozen=True, config=_strict)
+class MoE:
+    """A token-choice mixture-of-experts layer (FACTS of it: paper section 3; DeepSeek-V3's router)."""
+
+    num_experts: Count
+    top_k: Count  # experts a token is sent to
+    expert_width: Count  # hidden width of an expert's SwiGLU, and of the shared expert's
+    routed_scale: Positive  # factor on the normalised routing weights
+    num_groups: Count = 1  # group-limited routing: experts form this many groups ...
+    num_groups_kept: Count = 1  # ... and a token sees only the best of them
+    shared_expert: bool = True
+
+
+@dataclass(frozen=True, config=_strict)
+class Model:
+    """The network. Sizes are in tokens of ``patch_size`` x ``patch_size`` values of a square input."""
+
+    family: Literal["dsmoe"]
+    input_size: Count  # side of the latent, or of the image in pixel space
+    in_channels: Count
+    patch_size: Count
+    depth: Count
+    hidden_size: Count
+    num_heads: Count
+    mlp_ratio: Positive  # width of the dense blocks' MLP over hidden_size
+    num_classes: Count
+    moe: MoE
+    learn_sigma: bool = True  # twice the output channels; the second half is not used (as published)
+
+
+@dataclass(frozen=True, config=_strict)
+class Flow:
+    """The objective: how noise and data are mixed, and what is regressed."""
+
+    label_dropout: Fraction  # share of labels replaced by the null class, for classifier-free guidance
+
+
+@dataclass(frozen=True, config=_strict)
+class Sampling:
+    """Defaults of eval.sample."""
+
+    method: Literal["euler", "heun"]
+    steps: Count
+    cfg_scale: Annotated[float, Field(strict=True, ge=0)] = 1.0
+    cfg_interval: Interval = field(default_factory=lambda: [0.0, 1.0])  # guidance acts on t inside it
+    labels: Literal["balanced", "random"] = "random"
+
+
+@dataclass(frozen=True, config=_strict)
+class Data:
+    """Where the shards are and how a sample becomes a network input."""
+
+    path: str  # folder of shards; --data replaces it
+    kind: Literal["latents", "pixels"]
+    horizontal_flip: Fraction  # probability
+    latent_scale: Positive | None = None  # factor on latents; None: the VAE's own, from the shards' manifest
+    vae: str | None = None  # hub name or folder of the VAE that decodes samples
+    workers: Annotated[int, Field(strict=True, ge=0)] = 4  # loader processes a rank
+
+
+@dataclass(frozen=True, config=_strict)
+class Optimizer:
+    """AdamW."""
+
+    lr: Positive
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    weight_decay: Annotated[float, Field(strict=True, ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(strict=True, ge=0)] = 0  # linear from 0, then constant
+    clip_grad_norm: Annotated[float, Field(strict=True, ge=0)] = 0.0  # largest gradient norm; 0: no clipping (as published)
+
+
+@dataclass(frozen=True, config=_strict)
+class EMA:
+    """Exponential moving average of the weights."""
+
+    decay: Fraction
+
+
+@dataclass(frozen=True, config=_strict)
+class Balance:
+    """DeepSeek-V3's loss-free load balancing: each step the router's correction bias moves by rate * sign(error)."""
+
+    rate: Annotated[float, Field(strict=True, ge=0)] = 0.0  # 0: biases stay as they are (as published)
+
+
+@dataclass(frozen=True, config=_strict)
+class Checkpoint:
+    """When to save, and how many to keep."""
+
+    every: Count  # steps
+    keep: Count = 3
+
+
+@dataclass(frozen=True, config=_strict)
+class Recipe:
+    """One experiment."""
+
+    name: str
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+    steps: Count
+    global_batch_size: Count
+    max_micro_batch_size: Count  # largest batch a rank computes at once; beyond it gradients are accumulated
+    model: Model
+    flow: Flow
+    sampling: Sampling
+    data: Data
+    optimizer: Optimizer
+    ema: EMA
+    checkpoint: Checkpoint
+    balance: Balance = field(default_factory=Balance)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, as in the YAML file."""
+        return dataclasses.asdict(self)
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_file: str, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe by name, or from a YAML file.
+
+    Args:
+        name_or_file: a name of :func:`names`, or a path that ends in .yaml or .yml.
+        overrides: "section.key=value" strings, the value in YAML (--set).
+
+    Raises:
+        InputError: no such recipe, or a key or value that is wrong; names the key, the file and the valid choice.
+    """
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_file}.yaml"
+        if not path.exists():
+            near = difflib.get_close_matches(name_or_file, names(), 1)
+            hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names())}, or give a .yaml file"
+            raise InputError(f"no recipe named {name_or_file!r}; {hint}")
+    return parse_recipe(_read_yaml(path), str(name_or_file), overrides)
+
+
+def parse_recipe(values: dict[str, Any], source: str, overrides: list[str] = ()) -> Recipe:
+    """Check plain values against the schema; ``source`` names them in errors (see :func:`load_recipe`)."""
+    sources: dict[str, str] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"--set {override}: expected section.key=value, for example --set optimizer.lr=1e-4")
+        _set(values, key.strip().split("."), _parse_value(text, override), override)
+        sources[key.strip()] = f"--set {override}"
+    values = _floats(values)
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        raise InputError(_explain(error, values, source, sources)) from None
+    _check(recipe, source)
+    return recipe
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"no recipe file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read recipe {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {path} should be a mapping of keys to values, see {RECIPES / DEFAULT_RECIPE}.yaml")
+    return values
+
+
+def _parse_value(text: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not YAML") from None
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set {override}: {key} is a value, not a section")
+    values[keys[-1]] = value
+
+
+def _floats(value: Any) -> Any:
+    """YAML 1.1 (PyYAML) reads 1e-4 as text, for want of a dot: read it as the number it is."""
+    if isinstance(value, dict):
+        return {key: _floats(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_floats(item) for item in value]
+    if isinstance(value, str) and value[:1] in "0123456789.+-" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _schema(loc: tuple) -> type | None:
+    """The dataclass at a location, for the names of its keys."""
+    schema: Any = Recipe
+    for key in loc:
+        fields = {f.name: f.type for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else {}
+        schema = fields.get(key)
+        schema = next((arg for arg in get_args(schema) if dataclasses.is_dataclass(arg)), schema)
+    return schema if dataclasses.is_dataclass(schema) else None
+
+
+def _explain(error: ValidationError, values: dict, source: str, sources: dict[str, str]) -> str:
+    """One line for the first problem pydantic found."""
+    # An unknown key explains a missing one (a typo makes both), so it comes first.
+    problem = sorted(error.errors(), key=lambda p: p["type"] != "unexpected_keyword_argument")[0]
+    loc = tuple(key for key in problem["loc"])
+    key = ".".join(str(part) for part in loc)
+    where = next((text for name, text in sources.items() if f"{name}.".startswith(f"{key}.")), f"recipe {source}")
+    if problem["type"] == "unexpected_keyword_argument":
+        schema = _schema(loc[:-1])
+        valid = [f.name for f in dataclasses.fields(schema)] if schema else []
+        near = difflib.get_close_matches(str(loc[-1]), valid, 1)
+        hint = f"did you mean {near[0]}?" if near else f"valid keys here: {', '.join(valid)}"
+        return f"{where}: unknown key {key}; {hint}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{where}: key {key} is missing"
+    if problem["type"] == "literal_error":
+        choices = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        near = difflib.get_close_matches(str(problem["input"]), choices, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"
+        return f"{where}: {key} is {problem['input']!r}; {hint}"
+    message = problem["msg"].replace("Input should be", "it should be")
+    return f"{where}: {key} is {problem['input']!r}; {message}"
+
+
+def _check(recipe: Recipe, source: str) -> None:
+    """What one key's type cannot say."""
+    model = recipe.model
+    moe = model.moe
+
+    def need(good: bool, key: str, message: str) -> None:
+        if not good:
+            raise InputError(f"recipe {source}: {key} {message}")
+
+    def divisors(n: int) -> str:
+        return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+    need(
+        model.input_size % model.patch_size == 0,
+        "model.patch_size",
+        f"is {model.patch_size}, which does not divide model.input_size {model.input_size}",
+    )
+    need(
+        model.hidden_size % model.num_heads == 0 and model.hidden_size // model.num_heads % 4 == 0,
+        "model.num_heads",
+        f"is {model.num_heads}; hidden_size / num_heads must be a multiple of 4 (2-D RoPE), "
+        f"and hidden_size is {model.hidden_size}",
+    )
+    need(
+        moe.num_experts % moe.num_groups == 0,
+        "model.moe.num_groups",
+        f"is {moe.num_groups}; it must divide num_experts {moe.num_experts}: {divisors(moe.num_experts)}",
+    )
+    need(
+        moe.num_groups_kept <= moe.num_groups,
+        "model.moe.num_groups_kept",
+        f"is {moe.num_groups_kept}, more than num_groups {moe.num_groups}",
+    )
+    need(
+        moe.num_groups == 1 or moe.num_experts // moe.num_groups >= 2,
+        "model.moe.num_groups",
+        f"is {moe.num_groups}; a group is scored by its two best experts and needs at least two",
+    )
+    reachable = moe.num_experts // moe.num_groups * moe.num_groups_kept
+    need(
+        moe.top_k <= reachable, "model.moe.top_k", f"is {moe.top_k}; at most the {reachable} experts of the kept groups"
+    )
+    low, high = recipe.sampling.cfg_interval
+    need(0 <= low <= high <= 1, "sampling.cfg_interval", f"is [{low}, {high}]; it should be 0 <= low <= high <= 1")

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Sets up everything and checks everything; the first part that fails ends it. Arguments go to pytest, and then only
+# pytest runs:
+#   bash tests/run.sh
+#   bash tests/run.sh tests/test_recipe.py -k digits
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source jobs/setup.sh dev
+
+# Tests never reach the network.
+export HF_HUB_OFFLINE=1
+
+if [ $# -eq 0 ]; then
+    echo "== ruff check" && ruff check .
+    echo "== ruff format" && ruff format --check .
+    echo "== mypy" && mypy moe_dit data_prep eval jobs
+    echo "== bash -n"
+    for script in jobs/*.sh jobs/slurm/*.sbatch tests/run.sh .ci/run; do bash -n "$script"; done
+    echo "== pytest"
+fi
+python -m pytest "$@"
