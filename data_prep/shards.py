@@ -24,7 +24,7 @@ import webdataset
 
 from data_prep.images import list_images
 from moe_dit import distributed, randomness
-from moe_dit.distributed import world
+from moe_dit.distributed import from_rank_0, world
 from moe_dit.errors import InputError
 from moe_dit.progress import say, task
 
@@ -106,21 +106,6 @@ def read_keys(path: Path, kind: str) -> list[str]:
 # Writing
 
 
-def from_rank_0(function: Callable[[], Any]) -> Any:
-    """Call ``function`` on rank 0 alone, and give its result, or its InputError, to every rank."""
-    outcome: list[Any] = [None]
-    if world().rank == 0:
-        try:
-            outcome = [function()]
-        except InputError as error:
-            outcome = [error]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], InputError):
-        raise outcome[0]
-    return outcome[0]
-
-
 def write_shards(
     args: argparse.Namespace,
     read: Callable[[str], Any],
@@ -198,7 +183,7 @@ def _lock(folder: Path) -> Iterator[None]:
         nonlocal file
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(folder / ".lock", "a")  # noqa: SIM115
+            file = open(folder / ".lock", "a")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             if file is None:

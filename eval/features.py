@@ -160,7 +160,8 @@ class Features:
 
 def extract(extractor: Extractor, images: list[ImageFile], size: int, description: str) -> Features:
     """Run the extractor over image files, read at size x size."""
-    features, logits = [], []
+    features: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
     with task(description, len(images)) as progress:
         for batch in read_batches(images, size):
             for parts, part in zip((features, logits), extractor(batch), strict=True):
@@ -192,8 +193,8 @@ def load_features(folder: Path, num: int) -> Features:
 
 def labels_of(images: list[ImageFile]) -> torch.Tensor | None:
     """Labels, int64 [N], or None where an image has none."""
-    labels = [image.label for image in images]
-    return None if None in labels else torch.tensor(labels)
+    labels = [image.label for image in images if image.label is not None]
+    return torch.tensor(labels) if len(labels) == len(images) else None
 
 
 def inception(weights: str, device: torch.device) -> Extractor:
@@ -252,7 +253,10 @@ class FittedCNN(FeatureExtractorBase):
         for width_in, width in ((3, 32), (32, 64), (64, 64)):
             convolution = nn.Conv2d(width_in, width, 3, stride=2, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.ReLU())
+        # Features of unit variance on the real images, so that no few of them decide the distances.
+        self.body = nn.Sequential(
+            *layers, nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * 4 * 4, 64), nn.BatchNorm1d(64, affine=False)
+        )
         self.head = nn.Linear(64, num_classes)
 
     @staticmethod
@@ -266,7 +270,7 @@ class FittedCNN(FeatureExtractorBase):
     def forward(self, images):
         """(features [N, 64], logits [N, num_classes]) of uint8 images [N, 3, H, W]."""
         features = self.body(F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 32))
-        return features, self.head(features)
+        return features, self.head(features.relu())
 
 
 def fit(images: list[ImageFile], size: int, device: torch.device) -> Extractor:
@@ -277,13 +281,14 @@ def fit(images: list[ImageFile], size: int, device: torch.device) -> Extractor:
     Raises:
         InputError: no labels, fewer than two classes, or too few images.
     """
-    if labels_of(images) is None:
+    images = images[:: max(1, len(images) // FIT_IMAGES)]
+    y = labels_of(images)
+    if y is None:
         raise InputError(
             f"the reference images in {images[0].file.parent} have no labels, so no classifier can be fitted to them; "
             "put them in class folders, or give --inception FILE.pth"
         )
-    images = images[:: max(1, len(images) // FIT_IMAGES)]
-    x, y = torch.cat(list(read_batches(images, size))), labels_of(images)
+    x = torch.cat(list(read_batches(images, size)))
     position_in_class = torch.zeros_like(y)
     for label in y.unique():
         position_in_class[y == label] = torch.arange(int((y == label).sum()))
@@ -317,18 +322,19 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _fit(x: torch.Tensor, y: torch.Tensor, epochs: int = 15, batch: int = 64) -> FittedCNN:
-    order = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
+def _fit(x: torch.Tensor, y: torch.Tensor, batch: int = 64) -> FittedCNN:
+    batches = -(-len(x) // batch)
+    epochs = min(40, max(5, 350 // batches))  # seconds of work, whatever the number of images
+    with torch.random.fork_rng(devices=[]), task("fitting the classifier", epochs * batches) as progress:
         torch.manual_seed(0)
         network = FittedCNN(int(y.max()) + 1)
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-    steps = epochs * -(-len(x) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-    with task("fitting the classifier", steps) as progress:
+        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=epochs * batches)
         for _ in range(epochs):
-            for chosen in torch.randperm(len(x), generator=order).split(batch):
-                loss = F.cross_entropy(network(x[chosen])[1], y[chosen])
+            for chosen in torch.randperm(len(x)).tensor_split(batches):
+                # Shifted by up to a pixel: features of fitted images would otherwise differ from those of unseen ones.
+                shifted = torch.roll(x[chosen], torch.randint(-1, 2, (2,)).tolist(), dims=(2, 3))
+                loss = F.cross_entropy(network(shifted)[1], y[chosen])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

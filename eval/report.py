@@ -18,7 +18,7 @@ EXAMPLES = """\
   python -m eval.report --run RUN --samples SAMPLES --scores SAMPLES/metrics.json --out report.html
 """
 POINTS = 1500  # of a curve: more than a screen can show
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 860, 300, 64, 44, 12, 16
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 860, 300, 64, 44, 12, 28
 LARGEST_IMAGE = 1280  # pixels; a bigger grid of samples is scaled down
 
 STYLE = """
@@ -74,9 +74,13 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 def curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of a key, where it is a finite number."""
-    pairs = [(record["step"], record.get(key)) for record in records]
-    pairs = [(step, value) for step, value in pairs if isinstance(value, int | float) and math.isfinite(value)]
-    return [step for step, _ in pairs], [float(value) for _, value in pairs]
+    steps, values = [], []
+    for record in records:
+        value = record.get(key)
+        if isinstance(value, int | float) and math.isfinite(value):
+            steps.append(record["step"])
+            values.append(float(value))
+    return steps, values
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -175,15 +179,15 @@ def line_chart(steps: list[int], values: list[float], label: str) -> str:
 def heat_map(load: list[list[float]]) -> str:
     """An SVG of the share of tokens of each layer's experts, against an even share; stronger is further from it."""
     columns = max(len(layer) for layer in load)
-    side = min(34.0, (WIDTH - LEFT - RIGHT) / columns)
+    side = min(34.0, (WIDTH - LEFT - RIGHT - 30) / columns)
     top = 26
-    height = top + side * len(load) + 56
+    height = top + side * len(load) + 40
     parts = [f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="expert load by layer and expert">']
 
-    def cell(x: float, y: float, ratio: float, tip: str, width: float = side) -> str:
+    def cell(x: float, y: float, ratio: float, tip: str, side: float = side) -> str:
         kind = "over" if ratio >= 1 else "under"
         opacity = min(1.0, abs(math.log2(max(ratio, 1e-6))) / 2)
-        box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{side:.1f}"'
+        box = f'x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}"'
         return f'<rect class="cell {kind}" fill-opacity="{opacity:.2f}" {box}><title>{tip}</title></rect>'
 
     for column in range(0, columns, max(1, math.ceil(26 / side))):
@@ -205,9 +209,10 @@ def heat_map(load: list[list[float]]) -> str:
         (4.0, "4x"),
     ):
         parts.append(cell(x, y, ratio, name, 18))
-        parts.append(f'<text x="{x + 24:.1f}" y="{y + side / 2:.1f}" dominant-baseline="middle">{name}</text>')
+        parts.append(f'<text x="{x + 24:.1f}" y="{y + 9:.1f}" dominant-baseline="middle">{name}</text>')
         x += 24 + 7 * len(name) + 18
-    parts.append(f'<text x="14" y="{top - 8}">layer</text></svg>')
+    parts.append(f'<text x="14" y="{top - 8}">layer</text>')
+    parts.append(f'<text x="{LEFT + columns * side + 8:.1f}" y="{top - 8}">expert</text></svg>')
     return "".join(parts)
 
 

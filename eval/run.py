@@ -5,17 +5,18 @@ import tempfile
 from datetime import timedelta
 from pathlib import Path
 
-from data_prep.shards import from_rank_0
 from eval.sample import add_sampling_arguments, sample
-from eval.score import check_out, load_statistics, present, score
+from eval.score import check_out, check_reference, load_statistics, present, score
 from moe_dit import distributed
 from moe_dit.command import Parser, run
-from moe_dit.errors import InputError
+from moe_dit.distributed import from_rank_0
 
 EXAMPLES = """\
   python -m eval.run --model MODEL --reference imagenet/train --inception FILE.pth --out scores.json
   torchrun --nproc_per_node 8 -m eval.run --model MODEL --reference FILE.npz --inception download --cfg-scale 1.5
   python -m eval.run --model MODEL --reference data/digits_images --num 2000 --samples SAMPLES
+
+Under torchrun and deepspeed write -n, not --num: they would take it for a flag of their own.
 """
 
 
@@ -31,10 +32,9 @@ def main() -> None:
 
     def prepare() -> Path:
         check_out(args.out)
+        check_reference(args.reference, args.inception)
         if args.reference.suffix == ".npz":
-            load_statistics(args.reference)
-            if args.inception is None:
-                raise InputError(f"{args.reference} holds statistics of Inception features; give --inception FILE.pth")
+            load_statistics(args.reference)  # to complain before the work rather than after it
         # Beside the result, where all nodes can reach it: /tmp is each node's own.
         beside = args.out.absolute().parent if args.out else Path.cwd()
         return args.samples or Path(tempfile.mkdtemp(prefix=".samples-", dir=beside))

@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   python -m eval.sample --model MODEL --num 50000 --out SAMPLES
-  torchrun --nproc_per_node 8 -m eval.sample --model MODEL --num 50000 --out SAMPLES --cfg-scale 1.5
-  deepspeed --module eval.sample --model MODEL --num 50000 --out SAMPLES
+  torchrun --nproc_per_node 8 -m eval.sample --model MODEL -n 50000 --out SAMPLES --cfg-scale 1.5
+  deepspeed --module eval.sample --model MODEL -n 50000 --out SAMPLES
   srun python -m eval.sample --model MODEL --num 50000 --out SAMPLES --labels balanced
   python -m eval.sample --model MODEL --num 50000 --out SAMPLES --save features --inception FILE.pth
+
+Under torchrun and deepspeed write -n, not --num: they would take it for a flag of their own.
 """
 GRID = 100  # images shown in samples.png
 DECODE_BATCH = 16  # a VAE decoder at 256 x 256 needs far more memory per image than the network
@@ -48,7 +50,8 @@ def add_sampling_arguments(parser: Parser, default_num: int | None = None) -> No
     add = parser.add_argument
     add("--model", required=True, type=Path, metavar="MODEL", help="an exported model (jobs/export.py)")
     num_help = "number of samples" + (f" (default {default_num})" if default_num else "")
-    add("--num", type=int, required=default_num is None, default=default_num, metavar="N", help=num_help)
+    # The short form is for torchrun and deepspeed, which take --num for a shortening of flags of their own.
+    add("-n", "--num", type=int, required=default_num is None, default=default_num, metavar="N", help=num_help)
     add("--cfg-scale", type=float, metavar="S", help="classifier-free guidance; 1 is none")
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guidance acts on times t inside it")
     add("--steps", type=int, metavar="N", help="integration steps")
@@ -82,12 +85,13 @@ def resolve(args, recipe: "Recipe") -> Sampling:
         return default if flag is None else flag
 
     defaults, latents = recipe.sampling, recipe.data.kind == "latents"
+    interval = choose(args.cfg_interval, defaults.cfg_interval)
     sampling = Sampling(
         seed=args.seed,
         method=choose(args.method, defaults.method),
         steps=choose(args.steps, defaults.steps),
         cfg_scale=float(choose(args.cfg_scale, defaults.cfg_scale)),
-        cfg_interval=tuple(float(end) for end in choose(args.cfg_interval, defaults.cfg_interval)),
+        cfg_interval=(float(interval[0]), float(interval[1])),
         labels=choose(args.labels, defaults.labels),
         vae=choose(args.vae, recipe.data.vae) if latents else None,
         latent_scale=recipe.data.latent_scale if latents else None,
@@ -101,6 +105,7 @@ def resolve(args, recipe: "Recipe") -> Sampling:
         (0 <= sampling.cfg_scale < float("inf"), f"--cfg-scale is {sampling.cfg_scale}; it should be at least 0"),
         (0 <= low <= high <= 1, f"--cfg-interval is {low} {high}; it should be 0 <= LO <= HI <= 1"),
         (latents or args.vae is None, "--vae has no use: the model makes pixels; leave it out"),
+        (not latents or sampling.latent_scale is not None, "the model's recipe.yaml has no data.latent_scale; add it"),
         (not latents or sampling.vae is not None, "the recipe names no VAE to decode its latents; give --vae"),
     ):
         if not good:
@@ -251,7 +256,7 @@ def generate(
             cfg_scale=sampling.cfg_scale,
             cfg_interval=sampling.cfg_interval,
         )
-    if vae is not None:
+    if vae is not None and sampling.latent_scale is not None:
         parts = (x / sampling.latent_scale).split(DECODE_BATCH)
         x = torch.cat([vae.decode(part).sample for part in parts])
     if not torch.isfinite(x).all():
@@ -267,10 +272,9 @@ def sample(args, out: Path, save: str) -> None:
         out: the folder.
         save: "images" or "features".
     """
-    from moe_dit.export import load_export
-
     from data_prep.encode_latents import hash_weights
-    from data_prep.shards import from_rank_0
+    from moe_dit.distributed import from_rank_0
+    from moe_dit.export import load_export
 
     device = distributed.device()
     model, recipe = load_export(args.model)
@@ -350,7 +354,7 @@ def _write_features(out: Path, extractor: "Extractor", images: torch.Tensor, bat
     from eval.features import write_atomically
 
     features, logits = extractor(images)
-    arrays = {"features": features.numpy(), "logits": logits.numpy(), "indices": batch.numpy()}
+    arrays: dict[str, Any] = {"features": features.numpy(), "logits": logits.numpy(), "indices": batch.numpy()}
     arrays["labels"] = np.array([labels[i] for i in batch.tolist()])
     name = f"batch_{int(batch[0]):06d}.npz"  # the first index of the batch
     write_atomically(out / "features" / name, lambda file: np.savez(file, **arrays))
@@ -379,8 +383,8 @@ def _source(args, extractor: "Extractor | None") -> str:
 
 def _fitted_extractor(out: Path, reference: Path, size: int, device: torch.device) -> "Extractor":
     """The classifier that rank 0 fits and keeps, so that all ranks and the reference meet the very same one."""
-    from data_prep.shards import from_rank_0
     from eval.features import fit, load_fitted, reference_images, save_fitted
+    from moe_dit.distributed import from_rank_0
 
     kept = out / "features" / "extractor.pt"
     if not saved_indices(out):  # nothing was made with the kept one

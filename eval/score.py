@@ -104,6 +104,12 @@ def load_statistics(file: Path) -> Statistics:
     return Statistics(mu, sigma)
 
 
+def check_reference(reference: Path, inception: str | None) -> None:
+    """Raise InputError where the reference is statistics of Inception features and Inception is not given."""
+    if reference.suffix == ".npz" and inception is None:
+        raise InputError(f"{reference} holds statistics of Inception features; give --inception FILE.pth or download")
+
+
 def load_settings(folder: Path) -> dict[str, Any]:
     """The settings.json of a samples folder; empty where there is none (images that another program made)."""
     if not folder.is_dir():
@@ -137,11 +143,10 @@ def score(folder: Path, reference: Path, inception: str | None) -> dict[str, Any
 
     device = distributed.device()
     settings = load_settings(folder)
+    check_reference(reference, inception)
     published = load_statistics(reference) if reference.suffix == ".npz" else None
-    if published is not None and inception is None:
-        raise InputError(f"{reference} holds statistics of Inception features; give --inception FILE.pth or download")
-    real = None if published is not None else features.reference_images(reference)
-    if real is not None and len(real) < FEWEST:
+    real = [] if published is not None else features.reference_images(reference)
+    if published is None and len(real) < FEWEST:
         raise InputError(f"the reference {reference} holds {len(real)} images; at least {FEWEST} are needed")
 
     if settings.get("save") == "features":

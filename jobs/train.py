@@ -10,7 +10,7 @@ from moe_dit.train import train
 
 EXAMPLES = """\
   deepspeed jobs/train.py --ds ds_configs/zero2_ep8.json
-  deepspeed --num_gpus 2 jobs/train.py --ds ds_configs/zero2_ep2.json --recipe digits --data data/digits --out runs/digits
+  deepspeed --num_gpus 2 jobs/train.py --ds ds_configs/zero2_ep2.json --recipe digits --data data/digits_latents
   torchrun --nproc_per_node 8 jobs/train.py --ds ds_configs/zero2_ep8.json --recipe dsmoe_b_e16 --set optimizer.lr=2e-4
 The same command continues a run that was stopped."""
 

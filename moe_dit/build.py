@@ -38,13 +38,15 @@ def load_model(folder: str | Path) -> nn.Module:
     try:
         name = json.loads(config.read_text())["_class_name"]
     except FileNotFoundError:
-        raise InputError(f"{folder} is not an exported model: it has no config.json; jobs/export.py makes one") from None
+        raise InputError(
+            f"{folder} is not an exported model: it has no config.json; jobs/export.py makes one"
+        ) from None
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{config} cannot be read as a model's configuration: {error}") from None
     families = {family.__name__: family for family in FAMILIES.values()}
     if name not in families:
         raise InputError(f"{config}: _class_name is {name!r}; it should be one of {', '.join(families)}")
     try:
-        return families[name].from_pretrained(folder).eval()
+        return families[name].from_pretrained(folder, low_cpu_mem_usage=False).eval()
     except Exception as error:  # diffusers raises many kinds for a wrong folder
         raise InputError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None

@@ -9,12 +9,13 @@ renamed when complete; RUN/checkpoints/latest names the newest complete one and 
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
@@ -182,13 +183,12 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
 
 def read_state(targets: dict[str, torch.Tensor], checkpoint: Path, group: Any = None) -> None:
     """Fill targets (whole flattened tensors or FlatSlices, on the CPU) by their names in a checkpoint."""
-    no_dist = group is None
     try:
-        dcp.load(targets, storage_reader=FileSystemReader(checkpoint), process_group=group, no_dist=no_dist)
-    except Exception as error:  # dcp wraps whatever went wrong on any rank
-        cause = str(error).strip().splitlines()
-        raise InputError(
-            f"checkpoint {checkpoint} cannot be read: {cause[-1] if cause else type(error).__name__}"
-        ) from None
-
-
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant where group is None
+            dcp.load(targets, storage_reader=FileSystemReader(checkpoint), process_group=group, no_dist=group is None)
+    except (Exception, CheckpointException) as error:
+        # dcp gathers what went wrong on each rank into one exception, not derived from Exception.
+        failures = getattr(error, "failures", {})
+        cause = next((exception for exception, _ in failures.values()), error)
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {type(cause).__name__} {cause}") from None

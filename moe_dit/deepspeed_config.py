@@ -46,7 +46,9 @@ def load_parallelism(file: str, recipe: Recipe, world_size: int) -> Parallelism:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         known = sorted(str(p) for p in path.parent.glob("*.json"))
-        raise InputError(f"no DeepSpeed configuration {file}; {'there are ' + ', '.join(known) if known else ''}") from None
+        raise InputError(
+            f"no DeepSpeed configuration {file}; {'there are ' + ', '.join(known) if known else ''}"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
@@ -84,7 +86,9 @@ def _divide(file: str, config: dict, stage: int, ep_size: int, recipe: Recipe, w
         )
     batch = recipe.global_batch_size
     if batch % world_size:
-        raise InputError(f"global_batch_size {batch} of recipe {recipe.name} is not a multiple of the {world_size} ranks")
+        raise InputError(
+            f"global_batch_size {batch} of recipe {recipe.name} is not a multiple of the {world_size} ranks"
+        )
     share = batch // world_size
     accumulation = next(a for a in range(1, share + 1) if share % a == 0 and share // a <= recipe.max_micro_batch_size)
     return Parallelism(file, stage, ep_size, world_size, share // accumulation, accumulation, config)

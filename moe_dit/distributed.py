@@ -2,10 +2,14 @@
 
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
+
+from moe_dit.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,16 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(world().local_rank % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that each take every core slow each other down several times over.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_node()))
     return torch.device("cpu")
+
+
+def _ranks_on_this_node() -> int:
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_TASKS_PER_NODE")  # torchrun, deepspeed, srun ("4(x2)")
+    given = next((os.environ[name] for name in names if name in os.environ), str(world().size))
+    return int(given.split("(")[0].split(",")[0])
 
 
 def set_rendezvous() -> None:
@@ -65,6 +78,21 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=timeout)
     return here
+
+
+def from_rank_0(function: Callable[[], Any]) -> Any:
+    """Call ``function`` on rank 0 alone, and give its result, or its InputError, to every rank."""
+    outcome: list[Any] = [None]
+    if world().rank == 0:
+        try:
+            outcome = [function()]
+        except InputError as error:
+            outcome = [error]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def barrier() -> None:

@@ -18,18 +18,16 @@ if not torch.cuda.is_available():
     # DeepSpeed would guess from installed packages; a machine without a GPU trains on CPU ranks over gloo.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402  (reads DS_ACCELERATOR when imported)
+import deepspeed
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # noqa: E402
-
-from moe_dit.build import build_model  # noqa: E402
-from moe_dit.deepspeed_config import Parallelism, for_deepspeed  # noqa: E402
-from moe_dit.flow import build_flow  # noqa: E402
-from moe_dit.initialization import initialize  # noqa: E402
-from moe_dit.optimizer import AdamWithEMA  # noqa: E402
-from moe_dit.parallel import apply_expert_parallelism, moe_layers  # noqa: E402
-from moe_dit.recipe import Recipe  # noqa: E402
-
+from moe_dit.build import build_model
+from moe_dit.deepspeed_config import Parallelism, for_deepspeed
+from moe_dit.flow import build_flow
+from moe_dit.initialization import initialize
+from moe_dit.optimizer import AdamWithEMA
+from moe_dit.parallel import apply_expert_parallelism, moe_layers
+from moe_dit.recipe import Recipe
 
 # Every run would start with a page of DeepSpeed's notes on our choosing our own optimizer and parallelism; and 0.19.8
 # calls collectives by names that torch 2.14 deprecates.
@@ -221,7 +219,9 @@ class Engine:
                 yield first, {kind: tensor.view(-1)[first:last] for kind, tensor in state.items()}
 
     def _zero3_slice(self, weight: torch.Tensor, key: str | None) -> torch.Tensor:
-        return self._zero._get_fp32_opt_state_partition(weight, release_swap_buffers=False, optim_state_key=key)[0]
+        return self._zero._get_fp32_opt_state_partition(weight, release_swap_buffers=False, optim_state_key=key)[
+            0
+        ].detach()
 
     def _replicas(self, weight: torch.Tensor):
         if hasattr(weight, "first_expert"):

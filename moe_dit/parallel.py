@@ -55,7 +55,11 @@ class ExpertParallelMoE(AutoEPMoELayer):
         config.disable_triton_grouped_mm = True
         with torch.device("meta"):
             super().__init__(spec, moe, ep_size, ep_rank, config)
-        marks = {key: value for key, value in self.experts.w1.__dict__.items() if key.startswith(("allreduce", "group_", "ds_zero"))}
+        marks = {
+            key: value
+            for key, value in self.experts.w1.__dict__.items()
+            if key.startswith(("allreduce", "group_", "ds_zero"))
+        }
         router_marks = dict(self.router.gate.weight.__dict__)
         self.router, self.experts = router, _take_experts(experts, ep_rank, ep_size)
         for parameter in self.router.parameters():

@@ -93,7 +93,9 @@ class Optimizer:
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     weight_decay: Annotated[float, Field(strict=True, ge=0)] = 0.0
     warmup_steps: Annotated[int, Field(strict=True, ge=0)] = 0  # linear from 0, then constant
-    clip_grad_norm: Annotated[float, Field(strict=True, ge=0)] = 0.0  # largest gradient norm; 0: no clipping (as published)
+    clip_grad_norm: Annotated[float, Field(strict=True, ge=0)] = (
+        0.0  # largest gradient norm; 0: no clipping (as published)
+    )
 
 
 @dataclass(frozen=True, config=_strict)

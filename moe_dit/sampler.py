@@ -1,6 +1,7 @@
 """The one sampler: integrates dz/dt = velocity(z, t) from noise at t = 0 to data at t = 1."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -25,7 +26,7 @@ def integrate(
         end_with_euler: make the last step Euler's, so that the velocity is never asked for at t = 1.
     """
     times = [i / steps for i in range(steps + 1)]
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(z, t)
         z_next = z + (t_next - t) * v
         if method == "heun" and not (end_with_euler and i == steps - 1):

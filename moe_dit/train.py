@@ -92,7 +92,9 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
 def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
     """Put what the shards decide into the recipe, so that a run's config.yaml says everything."""
     path = str(manifest.folder.resolve())
-    return replace(recipe, data=replace(recipe.data, path=path, latent_scale=recipe.data.latent_scale or manifest.scale))
+    return replace(
+        recipe, data=replace(recipe.data, path=path, latent_scale=recipe.data.latent_scale or manifest.scale)
+    )
 
 
 def _checkpoint_to_resume(run: Path, resume: str, find_checkpoint) -> Path | None:

@@ -1,0 +1,153 @@
+"""The network: the MoE layer against one token at a time, position encodings against their definition, saving."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe_dit import build_model, load_model, load_recipe
+from moe_dit.errors import InputError
+from moe_dit.initialization import initialize
+from moe_dit.models.layers import rope_2d, sin_cos_table, unpatchify
+from moe_dit.models.moe import Experts, MoE
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    moe = MoE(16, num_experts=8, top_k=3, expert_width=12, routed_scale=2.5, num_groups=4, num_groups_kept=2)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    moe.router.e_score_correction_bias.normal_(std=0.3)
+    return moe
+
+
+def one_token(moe: MoE, x: torch.Tensor) -> torch.Tensor:
+    """DeepSeek-V3's layer for one token, as its paper words it."""
+    router = moe.router
+    scores = [torch.sigmoid(router.weight[e] @ x) for e in range(8)]
+    choice = [(scores[e] + router.e_score_correction_bias[e]).item() for e in range(8)]
+    groups = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    best_groups = sorted(groups, key=lambda g: -sum(sorted((choice[e] for e in g), reverse=True)[:2]))[:2]
+    chosen = sorted((e for g in best_groups for e in g), key=lambda e: -choice[e])[:3]
+    total = sum(scores[e] for e in chosen)
+    routed = 0
+    for e in chosen:
+        hidden = F.silu(moe.experts.gate_proj[e] @ x) * (moe.experts.up_proj[e] @ x)
+        routed = routed + 2.5 * scores[e] / total * (moe.experts.down_proj[e] @ hidden)
+    shared = moe.shared_experts
+    hidden = F.silu(shared.gate_proj.weight @ x) * (shared.up_proj.weight @ x)
+    return routed + shared.down_proj.weight @ hidden
+
+
+def test_moe_is_each_token_through_its_experts(layer):
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    got = layer(x)
+    want = torch.stack([one_token(layer, token) for token in x.flatten(0, 1)]).view_as(x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    inputs = [x, *layer.parameters()]
+    weight = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), inputs),
+        torch.autograd.grad((want * weight).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert layer.tokens_per_expert.sum() == 3 * 5 * 3
+
+
+def test_without_a_shared_expert_the_input_is_added():
+    moe = MoE(16, num_experts=4, top_k=1, expert_width=8, routed_scale=1.0, shared_expert=False)
+    for parameter in moe.parameters():
+        torch.nn.init.zeros_(parameter)
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(moe(x), x)
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 7, 4], [16, 0, 0, 0], [0, 0, 0, 3]])
+def test_grouped_products_equal_a_product_per_expert(counts):
+    torch.manual_seed(0)
+    experts = Experts(4, 16, 32)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(sum(counts), 16, requires_grad=True)
+    results = []
+    for experts.implementation in ("grouped", "loop"):
+        out = experts(x, torch.tensor(counts, dtype=torch.int32))
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *experts.parameters()])))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_rows_get_no_say():
+    """AutoEP can hand over rows beyond the last expert's; what is in them must not reach a result or a gradient."""
+    experts = Experts(2, 8, 8, implementation="loop")
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(6, 8)
+    x[4:] = float("nan")
+    out = experts(x, torch.tensor([1, 3], dtype=torch.int32))
+    out[:4].sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in experts.parameters())
+
+
+def test_rope_makes_attention_depend_on_row_and_column_differences():
+    """<R(p) q, R(p') k> depends on p - p' alone, which is what rotary encodings are for."""
+    side, width = 4, 16
+    sin, cos = sin_cos_table(rope_2d(width, side)).double().chunk(2, -1)
+    q, k = torch.randn(2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def turn(x):
+        return x * cos + torch.stack([-x[1::2], x[::2]], -1).flatten() * sin  # [T, width]
+
+    products = (turn(q) @ turn(k).T).view(side, side, side, side)
+    assert products[0, 0, 1, 2] == pytest.approx(products[2, 1, 3, 3].item(), abs=1e-6)
+    assert products[3, 2, 1, 1] == pytest.approx(products[2, 3, 0, 2].item(), abs=1e-6)
+    assert abs(products[0, 0, 1, 2] - products[0, 0, 2, 1]) > 1e-3  # rows are not columns
+
+
+def test_unpatchify_inverts_cutting_into_patches():
+    image = torch.randn(2, 3, 8, 8)
+    patches = F.unfold(image, 2, stride=2).view(2, 3, 4, 16).permute(0, 3, 2, 1).flatten(2)  # N, T, (patch, channel)
+    assert torch.equal(unpatchify(patches, 3), image)
+
+
+def test_a_fresh_network_predicts_zero_and_its_weights_have_the_right_spread():
+    model = build_model("digits")
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.9]), torch.tensor([3, 10])
+    assert torch.equal(model(x, t, y), torch.zeros(2, 8, 8, 8))
+    weights = dict(model.named_parameters())
+    gate = weights["blocks.1.mlp.experts.gate_proj"]  # Xavier uniform: variance 2 / (fan in + fan out), each expert
+    assert gate.var().item() == pytest.approx(2 / (128 + 128), rel=0.02)
+    assert weights["blocks.1.mlp.router.weight"].std().item() == pytest.approx(math.sqrt(2 / 128), rel=0.1)
+    assert weights["c_embedder.label.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_initial_weights_follow_the_seed_alone():
+    recipe = load_recipe("digits")
+    a, b = build_model(recipe), initialize(build_model(recipe, device="meta"), recipe.seed)
+    for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y)
+    other = build_model(load_recipe("digits", ["seed=1"]))
+    assert not torch.equal(a.x_embedder.proj.weight, other.x_embedder.proj.weight)
+
+
+def test_saving_and_loading_keeps_the_function(tmp_path):
+    model = build_model("digits").eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    loaded = load_model(tmp_path)
+    assert not loaded.training
+    inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 10])
+    assert torch.equal(loaded(*inputs), model(*inputs))
+
+
+def test_loading_what_is_no_model_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="has no config"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet"}')
+    with pytest.raises(InputError, match="should be one of DSMoE"):
+        load_model(tmp_path)
