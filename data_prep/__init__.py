@@ -8,5 +8,5 @@ Commands (each has --help):
 - ``python -m data_prep.digits``: a small real data set and a small real VAE, for trying everything on a CPU.
 
 From Python: :func:`data_prep.images.center_crop`, :func:`data_prep.images.list_images` and
-:func:`data_prep.shards.read_manifest`.
+:func:`moe_dit.manifest.read_manifest`.
 """

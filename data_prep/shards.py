@@ -26,10 +26,9 @@ from data_prep.images import list_images
 from moe_dit import distributed, randomness
 from moe_dit.distributed import from_rank_0, world
 from moe_dit.errors import InputError
+from moe_dit.manifest import FORMAT, MANIFEST
 from moe_dit.progress import say, task
 
-FORMAT = "moe-dit-shards-1"
-MANIFEST = "manifest.json"
 SETTINGS = ".settings.json"
 MEMBERS = {"latents": {"cls", "latent.npy", "latent_flip.npy"}, "pixels": {"cls", "png"}}
 
@@ -61,24 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading and checking
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete shards folder; InputError where there is none or it is not one."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        what = "no such folder" if not path.parent.is_dir() else f"no {MANIFEST} in it (not complete, or not shards)"
-        raise InputError(f"{folder}: {what}; expected a folder that encode_latents or pack_pixels finished")
-    try:
-        manifest = json.loads(path.read_text())
-        if manifest["format"] != FORMAT or manifest["kind"] not in MEMBERS:
-            raise InputError(f"{path}: format {manifest['format']!r}, kind {manifest['kind']!r} is not known here")
-        total = sum(shard["samples"] for shard in manifest["shards"])
-        if total != manifest["samples"]:
-            raise InputError(f"{path}: says {manifest['samples']} samples, but its shards have {total}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a manifest of shards: {type(error).__name__} {error}") from error
-    return manifest
 
 
 def sha256(path: Path) -> str:

@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards import read_keys, read_manifest, sha256
+from data_prep.shards import read_keys, sha256
 from moe_dit.command import Parser, run
 from moe_dit.errors import InputError
+from moe_dit.manifest import read_manifest
 from moe_dit.progress import task
 
 EXAMPLES = """\
@@ -40,19 +41,19 @@ def check_shard(folder: Path, record: dict[str, Any], kind: str) -> str | None:
 
 def verify(folder: Path) -> tuple[int, int]:
     """Check a shards folder; gives (shards, samples), or raises an InputError that names what is off."""
-    manifest = read_manifest(folder)
-    records = manifest["shards"]
+    manifest = read_manifest(folder, check_sizes=False)
+    records = manifest.shards
     extra = {path.name for path in folder.glob("*.tar")} - {record["name"] for record in records}
     problems = [f"{name} is not in the manifest" for name in sorted(extra)]
     # Hashing leaves Python's lock, so threads do overlap.
     with ThreadPoolExecutor(4) as pool, task("checking shards", len(records)) as progress:
-        for problem in pool.map(lambda record: check_shard(folder, record, manifest["kind"]), records):
+        for problem in pool.map(lambda record: check_shard(folder, record, manifest.kind), records):
             problems += [problem] if problem else []
             progress.advance()
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise InputError(f"{folder}: {'; '.join(problems[:SHOWN])}{more}; delete the folder and make it again")
-    return len(records), manifest["samples"]
+    return len(records), manifest.samples
 
 
 def main() -> None:

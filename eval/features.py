@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +24,9 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from data_prep.images import EXTENSIONS, center_crop, list_images
-from data_prep.shards import read_manifest
+from moe_dit.data import ShardReader
 from moe_dit.errors import InputError
+from moe_dit.manifest import read_manifest
 from moe_dit.progress import say, task
 
 PUBLISHED_INCEPTION = "6726825d"  # start of the SHA-256 of torch-fidelity's weights, the TensorFlow ones of 2015-12-05
@@ -70,21 +70,17 @@ def _folder_images(folder: Path) -> list[ImageFile]:
 
 def _shard_images(folder: Path) -> list[ImageFile]:
     manifest = read_manifest(folder)
-    if manifest["kind"] != "pixels":
+    if manifest.kind != "pixels":
         raise InputError(
-            f"the reference {folder} holds {manifest['kind']}; scores need images: give the folder of images itself, "
+            f"the reference {folder} holds {manifest.kind}; scores need images: give the folder of images itself, "
             "or pack it with data_prep.pack_pixels"
         )
+    reader = ShardReader(manifest)
     images = []
-    for name in (shard["name"] for shard in manifest["shards"]):
-        try:
-            with tarfile.open(folder / name) as shard:
-                members = {member.name: member for member in shard}
-                for key in sorted(name[:-4] for name in members if name.endswith(".png")):
-                    png, label = members[f"{key}.png"], shard.extractfile(members[f"{key}.cls"])
-                    images.append(ImageFile(folder / name, int(label.read()), png.offset_data, png.size))
-        except (OSError, tarfile.TarError, KeyError, ValueError) as error:
-            raise InputError(f"shard {folder / name} cannot be read ({error}); see data_prep.verify") from None
+    for index in range(len(reader)):
+        members = reader.members(index)
+        offset, length = members.place("png")
+        images.append(ImageFile(members.path, members.label(), offset, length))
     return images
 
 

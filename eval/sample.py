@@ -236,7 +236,7 @@ def generate(
     model: "nn.Module",
     recipe: "Recipe",
     sampling: Sampling,
-    vae: "nn.Module | None",
+    vae: Any,
     indices: torch.Tensor,
 ) -> torch.Tensor:
     """The samples of these indices (int64 [N] on the model's device): images uint8 [N, 3, H, W]."""

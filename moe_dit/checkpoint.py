@@ -34,7 +34,7 @@ class FlatSlice(torch.Tensor):
     """
 
     @staticmethod
-    def __new__(cls, data: torch.Tensor, start: int, numel: int):
+    def __new__(cls, data: torch.Tensor, start: int, numel: int) -> Any:
         return torch.Tensor._make_wrapper_subclass(cls, torch.Size([numel]), dtype=data.dtype, device=data.device)
 
     def __init__(self, data: torch.Tensor, start: int, numel: int):
@@ -124,7 +124,7 @@ class Checkpointer:
         }
         buffers = engine.buffers()
         plain = {f"buffer/{name}": torch.empty_like(value, device="cpu") for name, value in buffers.items()}
-        read_state(targets | plain, checkpoint, self.group)
+        read_state({**targets, **plain}, checkpoint, self.group)
         for piece in pieces:
             for kind, tensor in piece.tensors.items():
                 tensor.copy_(targets[f"{kind}/{piece.name}"].data_1d)

@@ -6,7 +6,6 @@ epoch without a sample lost or doubled, and a run goes on in the middle of one a
 """
 
 import io
-import json
 import os
 import tarfile
 from bisect import bisect_right
@@ -25,61 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from moe_dit.distributed import World
 from moe_dit.errors import InputError
+from moe_dit.manifest import Manifest
 from moe_dit.randomness import Stream, normal, permutation, uniform
 from moe_dit.recipe import Recipe
-
-FORMAT = "moe-dit-shards-1"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a folder of shards holds (manifest.json)."""
-
-    folder: Path
-    kind: str  # "latents" or "pixels"
-    samples: int
-    classes: list[str]
-    sample_shape: list[int]  # latents: moments, twice the channels
-    scale: float | None  # the VAE's scaling factor
-    shards: list[dict]  # name, samples, bytes, sha256
-
-
-def read_manifest(folder: str | Path, verify_sizes: bool = True) -> Manifest:
-    """Read a folder's manifest and hold each shard's size against it.
-
-    Raises:
-        InputError: no folder, no manifest, or a shard missing, truncated or overlong.
-    """
-    folder = Path(folder)
-    path = folder / "manifest.json"
-    make = "python -m data_prep.encode_latents (or pack_pixels) makes one"
-    if not folder.is_dir():
-        raise InputError(f"no folder of shards {folder}; {make}")
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no manifest.json, so its shards are unfinished or not ours; {make}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if values.get("format") != FORMAT:
-        raise InputError(f"{path}: format is {values.get('format')!r}; it should be {FORMAT!r}")
-    try:
-        keys = ("kind", "samples", "classes", "sample_shape", "scale", "shards")
-        manifest = Manifest(folder, *(values[key] for key in keys))
-    except KeyError as error:
-        raise InputError(f"{path} lacks {error}; make the shards again") from None
-    if not manifest.samples:
-        raise InputError(f"{path} lists no samples")
-    for shard in manifest.shards if verify_sizes else ():
-        file = folder / shard["name"]
-        size = file.stat().st_size if file.is_file() else None
-        if size != shard["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-            raise InputError(
-                f"shard {file} {found}; python -m data_prep.verify {folder} checks them all, and encoding again into "
-                f"an empty folder makes them anew"
-            )
-    return manifest
 
 
 def check_manifest(manifest: Manifest, recipe: Recipe) -> None:
@@ -173,16 +120,23 @@ class Members:
     file: BinaryIO
     places: dict[str, np.ndarray]  # extension -> offset, size
 
-    def read(self, extension: str) -> bytes:
-        offset, size = self.places.get(extension, (0, 0))
+    def place(self, extension: str) -> tuple[int, int]:
+        """Offset and size of one file in the shard."""
+        offset, size = (int(n) for n in self.places.get(extension, (0, 0)))
         if not size:
             raise InputError(f"shard {self.path}: a sample has no .{extension}", local=True)
+        return offset, size
+
+    def read(self, extension: str) -> bytes:
+        """The bytes of one file."""
+        offset, size = self.place(extension)
         data = os.pread(self.file.fileno(), size, offset)
         if len(data) != size:
             raise InputError(f"shard {self.path} ends inside a sample", local=True)
         return data
 
     def label(self) -> int:
+        """The class index."""
         return int(self.read("cls"))
 
     def array(self, extension: str) -> np.ndarray:

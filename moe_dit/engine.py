@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -106,6 +107,7 @@ class Engine:
 
     @property
     def model(self) -> torch.nn.Module:
+        """The network inside DeepSpeed's engine."""
         return self.deepspeed.module
 
     def learning_rate(self, step: int) -> float:
@@ -191,7 +193,7 @@ class Engine:
             return list(self._zero.fp32_groups_flat_partition)
         return [weight for group in self._adam.param_groups for weight in group["params"]]
 
-    def _local_slices(self, weight: torch.Tensor, owned_only: bool) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    def _local_slices(self, weight: Any, owned_only: bool) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
         keys = self._adam.state_keys
         if hasattr(weight, "ds_tensor"):  # ZeRO 3: equal parts of the weight, the last one padded
             part = weight.ds_tensor.numel()
@@ -218,12 +220,11 @@ class Engine:
                 state = {"weight": weight.detach(), **{key: self._adam.state[weight][key] for key in keys}}
                 yield first, {kind: tensor.view(-1)[first:last] for kind, tensor in state.items()}
 
-    def _zero3_slice(self, weight: torch.Tensor, key: str | None) -> torch.Tensor:
-        return self._zero._get_fp32_opt_state_partition(weight, release_swap_buffers=False, optim_state_key=key)[
-            0
-        ].detach()
+    def _zero3_slice(self, weight: Any, key: str | None) -> torch.Tensor:
+        part = self._zero._get_fp32_opt_state_partition(weight, release_swap_buffers=False, optim_state_key=key)[0]
+        return part.detach()
 
-    def _replicas(self, weight: torch.Tensor):
+    def _replicas(self, weight: Any) -> Any:
         if hasattr(weight, "first_expert"):
             return deepspeed.utils.groups._get_expert_data_parallel_group(f"ep_size_{self.parallelism.ep_size}")
         return None

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -15,7 +16,7 @@ from moe_dit.recipe import Recipe, load_recipe, parse_recipe
 RECIPE_FILE = "recipe.yaml"
 
 
-def save_export(model: nn.Module, recipe: Recipe, folder: Path) -> None:
+def save_export(model: Any, recipe: Recipe, folder: Path) -> None:
     """Write a model folder; it appears under its name only when complete.
 
     Raises:

@@ -3,8 +3,9 @@
 z_t = t x + (1 - t) noise; the network regresses the velocity x - noise (arXiv:2209.03003).
 """
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from moe_dit import sampler
 from moe_dit.recipe import Recipe
@@ -13,17 +14,17 @@ from moe_dit.recipe import Recipe
 class Flow:
     """Rectified flow: the loss of a network, and sampling from it."""
 
-    def velocity(self, model: nn.Module, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def velocity(self, model: Any, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The network's velocity, float32, shaped as z (a learned sigma's channels are left out)."""
         return model(z, t, y)[:, : z.shape[1]].float()
 
     def loss(
-        self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+        self, model: Any, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Mean squared error of the velocity over a batch.
 
         Args:
-            model: called with (z, t, y).
+            model: the network (or DeepSpeed's engine around it), called with (z, t, y).
             x: data, float32 [N, C, side, side].
             y: labels after dropout, int64 [N].
             noise: unit normal, as x.
@@ -42,7 +43,7 @@ class Flow:
 
     def sample(
         self,
-        model: nn.Module,
+        model: Any,
         z: torch.Tensor,
         y: torch.Tensor,
         *,

@@ -39,7 +39,7 @@ def initialize(model: nn.Module, seed: int, device: torch.device | str = "cpu") 
                 continue
             name = f"{prefix}.{key}" if prefix else key
             if parameter.is_meta:
-                parameter = _replace(module, key, torch.empty(parameter.shape, device=device))
+                parameter = _replace(module, key, parameter, torch.empty(parameter.shape, device=device))
             _fill(parameter, seed, name)
         for key, buffer in module._buffers.items():
             if buffer is not None:
@@ -47,9 +47,8 @@ def initialize(model: nn.Module, seed: int, device: torch.device | str = "cpu") 
     return model.to(device)
 
 
-def _replace(module: nn.Module, key: str, values: torch.Tensor) -> nn.Parameter:
+def _replace(module: nn.Module, key: str, old: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
     """Swap in a parameter with memory, keeping the marks (of expert parallelism) that the old one carries."""
-    old = module._parameters[key]
     new = nn.Parameter(values, requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
     module._parameters[key] = new

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -39,7 +40,7 @@ class Metrics:
 
     def add(self, step: int, loss: torch.Tensor, load: torch.Tensor, lr: float, grad_norm: float) -> str | None:
         """Record step ``step`` (counted from 1); returns a note for the progress bar when records were written."""
-        record = {"step": step, "loss": None, "lr": lr, "grad_norm": grad_norm}
+        record: dict[str, Any] = {"step": step, "loss": None, "lr": lr, "grad_norm": grad_norm}
         numbers = torch.stack([loss, imbalance(load)])
         self._load = load if self._load is None else self._load + load
         if step % LOAD_EVERY == 0:

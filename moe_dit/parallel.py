@@ -6,6 +6,8 @@ model's precision, where they must be float32). And each rank gets its experts w
 device, so that no rank ever holds the whole of a large model.
 """
 
+from typing import Any
+
 import deepspeed
 import torch
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
@@ -21,6 +23,10 @@ class ExpertParallelMoE(AutoEPMoELayer):
 
     Only ``experts`` differs: it holds experts [ep_rank * E / ep_size, (ep_rank + 1) * E / ep_size).
     """
+
+    router: nn.Module
+    experts: nn.Module
+    tokens_per_expert: torch.Tensor
 
     def __init__(self, name: str, moe: MoE, ep_size: int, ep_rank: int):
         router, experts = moe.router, moe.experts
@@ -60,13 +66,12 @@ class ExpertParallelMoE(AutoEPMoELayer):
             for key, value in self.experts.w1.__dict__.items()
             if key.startswith(("allreduce", "group_", "ds_zero"))
         }
-        router_marks = dict(self.router.gate.weight.__dict__)
+        router_marks = dict(self.router.get_submodule("gate").weight.__dict__)
         self.router, self.experts = router, _take_experts(experts, ep_rank, ep_size)
         for parameter in self.router.parameters():
             parameter.__dict__.update(router_marks)
         for parameter in self.experts.parameters():
-            parameter.__dict__.update(marks)
-            parameter.first_expert = ep_rank * self.num_local_experts
+            parameter.__dict__.update(marks, first_expert=ep_rank * self.num_local_experts)
         self.tokens_per_expert = torch.zeros(num_experts, device="cpu")
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -101,6 +106,6 @@ def apply_expert_parallelism(model: nn.Module, ep_size: int) -> int:
     return len(layers)
 
 
-def moe_layers(model: nn.Module) -> list[nn.Module]:
+def moe_layers(model: nn.Module) -> list[Any]:
     """The model's MoE layers, plain or expert-parallel, in order; each has ``router`` and ``tokens_per_expert``."""
     return [module for module in model.modules() if isinstance(module, MoE | ExpertParallelMoE)]

@@ -39,7 +39,7 @@ class Task:
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
-        if self._progress is not None:
+        if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, advance=n, note=note)
         elif self._log:
             now = time.monotonic()

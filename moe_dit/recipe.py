@@ -5,6 +5,7 @@ A recipe says what is computed; the DeepSpeed JSON beside it says how the work i
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -149,7 +150,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name_or_file: str, overrides: list[str] = ()) -> Recipe:
+def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by name, or from a YAML file.
 
     Args:
@@ -169,7 +170,7 @@ def load_recipe(name_or_file: str, overrides: list[str] = ()) -> Recipe:
     return parse_recipe(_read_yaml(path), str(name_or_file), overrides)
 
 
-def parse_recipe(values: dict[str, Any], source: str, overrides: list[str] = ()) -> Recipe:
+def parse_recipe(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Check plain values against the schema; ``source`` names them in errors (see :func:`load_recipe`)."""
     sources: dict[str, str] = {}
     for override in overrides:
@@ -228,7 +229,7 @@ def _floats(value: Any) -> Any:
     return value
 
 
-def _schema(loc: tuple) -> type | None:
+def _schema(loc: tuple) -> Any:
     """The dataclass at a location, for the names of its keys."""
     schema: Any = Recipe
     for key in loc:

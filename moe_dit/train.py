@@ -8,9 +8,10 @@ from pathlib import Path
 import yaml
 
 from moe_dit import distributed
-from moe_dit.data import Manifest, batches, check_manifest, read_manifest, training_inputs
+from moe_dit.data import batches, check_manifest, training_inputs
 from moe_dit.deepspeed_config import load_parallelism
 from moe_dit.errors import InputError
+from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.progress import say, task
 from moe_dit.recipe import Recipe
 

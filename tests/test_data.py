@@ -9,9 +9,10 @@ import pytest
 import torch
 import webdataset
 
-from moe_dit.data import ShardReader, batches, check_manifest, read_manifest, training_inputs
+from moe_dit.data import ShardReader, batches, check_manifest, training_inputs
 from moe_dit.distributed import World
 from moe_dit.errors import InputError
+from moe_dit.manifest import read_manifest
 from moe_dit.recipe import load_recipe
 
 DIGITS = load_recipe("digits")
@@ -110,7 +111,7 @@ def test_a_truncated_shard_is_named_before_anything_starts(copy):
     [
         (lambda f: shutil.rmtree(f), "no folder of shards"),
         (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
-        (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("{"), "cannot be read as a manifest"),
         (lambda f: (f / "manifest.json").write_text("{}"), "format is None"),
         (lambda f: (f / "shard-000000.tar").unlink(), "is missing"),
     ],

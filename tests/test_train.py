@@ -13,9 +13,10 @@ import torch
 from conftest import ENV, ROOT, finish, free_port, kill, start_training
 
 from moe_dit import build_model, load_model, load_recipe
-from moe_dit.data import batches, read_manifest, training_inputs
+from moe_dit.data import batches, training_inputs
 from moe_dit.distributed import World
 from moe_dit.flow import Flow
+from moe_dit.manifest import read_manifest
 
 STEPS = 12
 

@@ -15,7 +15,7 @@ from moe_dit.models.layers import Block, ConditionEmbedder, FinalLayer, dense_ml
 from moe_dit.models.moe import MoE
 
 
-class DSMoE(ModelMixin, ConfigMixin):
+class DSMoE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own pair
     """The network; arguments are a recipe's ``model`` section.
 
     Weights are uninitialised until :func:`moe_dit.initialization.initialize` or a load.

@@ -17,6 +17,8 @@ class Router(nn.Module):
     ``e_score_correction_bias`` moves the choice, never the weights, and gets no gradient.
     """
 
+    e_score_correction_bias: torch.Tensor
+
     def __init__(
         self,
         hidden_size: int,
@@ -118,6 +120,8 @@ class SwiGLU(nn.Module):
 
 class MoE(nn.Module):
     """Routed experts plus one shared expert of the same width (or, without it, plus the layer's input)."""
+
+    tokens_per_expert: torch.Tensor
 
     def __init__(
         self,
