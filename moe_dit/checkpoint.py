@@ -117,7 +117,7 @@ class Checkpointer:
         """
         facts = read_facts(checkpoint)
         pieces = list(engine.pieces())
-        targets = {
+        targets: dict[str, Any] = {
             f"{kind}/{piece.name}": FlatSlice(torch.empty(tensor.shape), piece.start, piece.numel)
             for piece in pieces
             for kind, tensor in piece.tensors.items()

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from moe_dit import distributed
 from moe_dit.data import batches, check_manifest, training_inputs
 from moe_dit.deepspeed_config import load_parallelism
 from moe_dit.errors import InputError
+from moe_dit.launcher import end_with_launcher
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.progress import say, task
 from moe_dit.recipe import Recipe
@@ -45,6 +47,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     checkpoint = _checkpoint_to_resume(run, resume, find_checkpoint)
     if checkpoint is not None:
         _check_same(recipe, read_facts(checkpoint), checkpoint)
+    end_with_launcher()
     lock = _lock(run) if world.rank == 0 else None
     device = distributed.device()
     start_ranks()
@@ -138,11 +141,14 @@ def _lock(run: Path):
         lock = open(run / ".lock", "w")
     except OSError as error:
         raise InputError(f"cannot write into {run}: {error}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another training run is writing into {run}; give another --out") from None
-    return lock
+    # The ranks of a run that was just killed may take a moment to end.
+    for _ in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            time.sleep(0.5)
+    raise InputError(f"another training run is writing into {run}; give another --out")
 
 
 def _write_config(run: Path, recipe: Recipe, ds_config: dict) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from conftest import ENV, ROOT, finish, free_port, kill, start_training
@@ -144,6 +145,20 @@ def wait_for_step(run, step, process, timeout=120):
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached in {timeout} s")
+
+
+def test_ranks_end_with_a_launcher_that_was_killed(latents, tmp_path):
+    run = tmp_path / "run"
+    launcher = start_training(2, "zero2_ep2", latents, run, "--steps", "2000")
+    try:
+        wait_for_step(run, 1, launcher)
+        ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "jobs/train.py" in p.cmdline()]
+        assert len(ranks) >= 2
+        launcher.kill()  # not its process group
+        _, left = psutil.wait_procs(ranks, timeout=20)
+        assert not left
+    finally:
+        kill(launcher)
 
 
 def test_two_runs_into_one_folder_are_refused(latents, tmp_path):
