@@ -79,7 +79,7 @@ class Checkpointer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         barrier()
-        state = {}
+        state: dict[str, Any] = {}
         for piece in engine.pieces(owned_only=True):
             for kind, tensor in piece.tensors.items():
                 state[f"{kind}/{piece.name}"] = FlatSlice(tensor.to("cpu", copy=True), piece.start, piece.numel)
