@@ -8,20 +8,28 @@ renamed when complete; RUN/checkpoints/latest names the newest complete one and 
 
 import json
 import os
+import pickle
 import shutil
+import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from moe_dit.distributed import barrier, world
+from moe_dit.distributed import world
 from moe_dit.engine import Engine
-from moe_dit.errors import InputError
+from moe_dit.errors import InputError, Stop
 from moe_dit.progress import say
 
 FORMAT = 1
@@ -62,36 +70,31 @@ class FlatSlice(torch.Tensor):
 class Checkpointer:
     """Saves and loads the state of an engine in RUN/checkpoints.
 
+    A save copies this rank's pieces to the CPU and returns; a thread writes them, over a gloo group of its own, while
+    training goes on.
+
     Args:
         run: the run's folder.
-        keep: complete checkpoints to keep; older ones are removed after a save.
+        keep: newest checkpoints to keep.
+        milestone_every: steps between checkpoints that are kept for good; 0 for none.
     """
 
-    def __init__(self, run: Path, keep: int):
-        self.folder, self.keep = run / "checkpoints", keep
-        # Collectives of its own on CPU tensors, apart from the ranks' training traffic.
-        self.group = torch.distributed.new_group(backend="gloo")
+    def __init__(self, run: Path, keep: int, milestone_every: int = 0):
+        self.folder, self.keep, self.milestone_every = run / "checkpoints", keep, milestone_every
+        # Collectives of its own, apart from the ranks' training traffic.
+        self.group: Any = torch.distributed.new_group(backend="gloo")
+        self._writer: threading.Thread | None = None
+        self._error: Stop | None = None
 
-    def save(self, engine: Engine, step: int) -> Path:
-        """Write the state after ``step`` steps; returns the checkpoint's folder once it is complete."""
-        final, temporary = self.folder / name_of(step), self.folder / f".{name_of(step)}.tmp"
-        if world().rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        barrier()
+    def save(self, engine: Engine, step: int) -> None:
+        """Start saving the state after ``step`` steps; waits for the save before it."""
+        self.wait()
         state: dict[str, Any] = {}
         for piece in engine.pieces(owned_only=True):
             for kind, tensor in piece.tensors.items():
                 state[f"{kind}/{piece.name}"] = FlatSlice(tensor.to("cpu", copy=True), piece.start, piece.numel)
         if world().rank == 0:
             state |= {f"buffer/{name}": value.to("cpu", copy=True) for name, value in engine.buffers().items()}
-        dcp.save(state, storage_writer=FileSystemWriter(temporary), process_group=self.group)
-        if world().rank == 0:
-            self._publish(engine, step, temporary, final)
-        barrier()
-        return final
-
-    def _publish(self, engine: Engine, step: int, temporary: Path, final: Path) -> None:
         facts = {
             "format": FORMAT,
             "step": step,
@@ -101,19 +104,76 @@ class Checkpointer:
             "zero_stage": engine.parallelism.zero_stage,
             "recipe": engine.recipe.to_dict(),
         }
-        (temporary / "state.json").write_text(json.dumps(facts, indent=1))
+        self._writer = threading.Thread(target=self._write, args=(state, facts), name="checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Wait until the last save is complete.
+
+        Raises:
+            Stop: it failed, on every rank alike; names the cause and the newest complete checkpoint.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._error is not None:
+            raise self._error
+
+    def failed(self) -> bool:
+        """Whether a save has failed on this rank, without waiting for one that is under way."""
+        return self._error is not None
+
+    def _write(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
+        final = self.folder / name_of(facts["step"])
+        temporary = self.folder / f".{final.name}.tmp"
+        try:
+            self._on_rank_0(lambda: _make_empty(temporary))
+            dcp.save(state, storage_writer=FileSystemWriter(temporary), process_group=self.group)
+            self._on_rank_0(lambda: self._publish(facts, temporary, final))
+        except (Exception, CheckpointException) as error:
+            if world().rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            last = newest(complete_checkpoints(self.folder))
+            self._error = Stop(
+                f"checkpoint {final} could not be written: {_cause(error)}; the newest complete one is "
+                f"{last or 'none'}, and the same command continues from it"
+            )
+
+    def _on_rank_0(self, function: Callable[[], None]) -> None:
+        """Call a function on rank 0, and let every rank know how it ended."""
+        outcome: list[str | None] = [None]
+        if world().rank == 0:
+            try:
+                function()
+            except (OSError, ValueError) as error:
+                outcome = [_cause(error)]
+        torch.distributed.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[0] is not None:
+            raise OSError(outcome[0])
+
+    def _publish(self, facts: dict[str, Any], temporary: Path, final: Path) -> None:
+        """Check what was written, give it its name, let ``latest`` say so, and prune."""
+        with open(temporary / "state.json", "w") as file:
+            json.dump(facts, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        check_complete(temporary)
         if final.exists():  # a run that was taken back to an earlier step
             shutil.rmtree(final)
         os.replace(temporary, final)
         set_latest(self.folder, final.name)
         for old in complete_checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old)
+            if not self.milestone_every or step_of(old) % self.milestone_every:
+                # Renamed first: a kill in the middle must not leave half a checkpoint under a checkpoint's name.
+                rubbish = old.with_name(f".{old.name}.tmp")
+                os.replace(old, rubbish)
+                shutil.rmtree(rubbish)
 
     def load(self, engine: Engine, checkpoint: Path) -> int:
         """Fill the engine's state from a checkpoint, whatever topology wrote it; returns its step.
 
         Raises:
-            InputError: the checkpoint is unreadable or of another network.
+            InputError: the checkpoint is unreadable or of another network; the engine is as it was.
         """
         facts = read_facts(checkpoint)
         pieces = list(engine.pieces())
@@ -125,17 +185,51 @@ class Checkpointer:
         buffers = engine.buffers()
         plain = {f"buffer/{name}": torch.empty_like(value, device="cpu") for name, value in buffers.items()}
         read_state({**targets, **plain}, checkpoint, self.group)
-        for piece in pieces:
-            for kind, tensor in piece.tensors.items():
-                tensor.copy_(targets[f"{kind}/{piece.name}"].data_1d)
-        for name, value in buffers.items():
-            value.copy_(plain[f"buffer/{name}"])
+        with torch.no_grad():
+            for piece in pieces:
+                for kind, tensor in piece.tensors.items():
+                    tensor.copy_(targets[f"{kind}/{piece.name}"].data_1d)
+            for name, value in buffers.items():
+                value.copy_(plain[f"buffer/{name}"])
         engine.set_step(facts["step"])
         return facts["step"]
 
 
 def name_of(step: int) -> str:
+    """A checkpoint's folder name."""
     return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder name says."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, without torch's wrapping: dcp gathers each rank's error into one exception."""
+    failures = getattr(error, "failures", {})
+    cause = next((exception for exception, _ in failures.values()), error)
+    text = f"{type(cause).__name__}: {cause}" if not isinstance(cause, OSError) else str(cause)
+    return " ".join(text.split())[:300]
+
+
+def check_complete(checkpoint: Path) -> None:
+    """Hold a checkpoint's files against its index: every element of every tensor is there; ValueError otherwise."""
+    metadata = FileSystemReader(checkpoint).read_metadata()
+    for name, tensor in metadata.state_dict_metadata.items():
+        if isinstance(tensor, TensorStorageMetadata):
+            stored = sum(chunk.sizes.numel() for chunk in tensor.chunks)
+            if stored != tensor.size.numel():
+                raise ValueError(f"{name} has {stored} of {tensor.size.numel()} elements")
+    for place in (metadata.storage_data or {}).values():
+        file = checkpoint / place.relative_path
+        if file.stat().st_size < place.offset + place.length:
+            raise ValueError(f"{file.name} is truncated")
 
 
 def set_latest(folder: Path, name: str) -> None:
@@ -149,19 +243,35 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
 
 
+def newest(checkpoints: list[Path]) -> Path | None:
+    """The last of a list, or None."""
+    return checkpoints[-1] if checkpoints else None
+
+
 def find_checkpoint(run_or_checkpoint: Path) -> Path | None:
-    """The checkpoint that a path means: itself, or the newest complete one of a run; None where a run has none."""
+    """The checkpoint that a path means: itself, or the newest readable one of a run; None where a run has none.
+
+    Raises:
+        InputError: a run's checkpoints are all unreadable.
+    """
     if (run_or_checkpoint / "state.json").is_file():
         return run_or_checkpoint
     folder = run_or_checkpoint / "checkpoints"
-    try:
-        named = folder / (folder / "latest").read_text().strip()
-        if (named / "state.json").is_file():
-            return named
-        say(f"{folder / 'latest'} names {named.name}, which is not there; taking the newest complete checkpoint")
-    except FileNotFoundError:
-        pass
-    return next(reversed(complete_checkpoints(folder)), None)
+    candidates = complete_checkpoints(folder)
+    if (folder / "latest").is_file():
+        # `latest` may have been taken back to an earlier step on purpose.
+        last = (folder / "latest").read_text().strip()
+        candidates = [path for path in candidates if path.name <= last]
+    for checkpoint in reversed(candidates):
+        try:
+            read_facts(checkpoint)
+            check_complete(checkpoint)
+            return checkpoint
+        except (InputError, OSError, ValueError, CheckpointException, pickle.UnpicklingError, EOFError) as error:
+            say(f"checkpoint {checkpoint} cannot be read ({_cause(error)}); taking the one before it")
+    if candidates:
+        raise InputError(f"no checkpoint in {folder} can be read; give another --out, or --resume CHECKPOINT")
+    return None
 
 
 def remove_unfinished(run: Path) -> None:
@@ -188,7 +298,4 @@ def read_state(targets: dict[str, torch.Tensor], checkpoint: Path, group: Any = 
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant where group is None
             dcp.load(targets, storage_reader=FileSystemReader(checkpoint), process_group=group, no_dist=group is None)
     except (Exception, CheckpointException) as error:
-        # dcp gathers what went wrong on each rank into one exception, not derived from Exception.
-        failures = getattr(error, "failures", {})
-        cause = next((exception for exception, _ in failures.values()), error)
-        raise InputError(f"checkpoint {checkpoint} cannot be read: {type(cause).__name__} {cause}") from None
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {_cause(error)}") from None

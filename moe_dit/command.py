@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from moe_dit.distributed import world
-from moe_dit.errors import InputError
+from moe_dit.errors import InputError, Interrupted, Stop
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,15 +28,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command's main and exit: with its status, or with 2 and one line where the input was bad."""
+    """Run a command's main and exit: with its status, or with one line and a :class:`Stop`'s (2 for bad input)."""
     try:
         status = main() or 0
-    except InputError as error:
-        status = 2
+    except Stop as error:
+        status = error.status
         rank = world().rank
         if rank == 0 or error.local:
             where = f"rank {rank}: " if world().size > 1 and error.local else ""
-            print(f"error: {where}{error}", file=sys.stderr, flush=True)
+            kind = "" if isinstance(error, Interrupted) else "error: "
+            print(f"{kind}{where}{error}", file=sys.stderr, flush=True)
         else:
             # Launchers end every rank as soon as one exits; rank 0, which met the same problem, must speak first.
             time.sleep(5)

@@ -103,7 +103,8 @@ def for_deepspeed(parallelism: Parallelism, recipe: Recipe, bf16: bool) -> dict[
         "train_batch_size": recipe.global_batch_size,
         "train_micro_batch_size_per_gpu": parallelism.micro_batch_size,
         "gradient_accumulation_steps": parallelism.accumulation,
-        "gradient_clipping": recipe.optimizer.clip_grad_norm,
+        # Without ZeRO the engine clips itself (Engine._clip_without_zero says why).
+        "gradient_clipping": recipe.optimizer.clip_grad_norm if parallelism.zero_stage else 0.0,
         "bf16": {"enabled": bf16},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,  # progress and metrics are ours

@@ -22,8 +22,10 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
+from moe_dit.activation_checkpointing import apply_activation_checkpointing
 from moe_dit.build import build_model
 from moe_dit.deepspeed_config import Parallelism, for_deepspeed
+from moe_dit.errors import InputError
 from moe_dit.flow import build_flow
 from moe_dit.initialization import initialize
 from moe_dit.optimizer import AdamWithEMA
@@ -76,9 +78,15 @@ class Engine:
         self.recipe, self.parallelism, self.device = recipe, parallelism, device
         self.flow = build_flow(recipe)
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
+        if self.bf16 and parallelism.zero_stage == 0:
+            raise InputError(
+                f"{parallelism.file}: ZeRO 0 trains in float32 only here; use zero_optimization.stage 1, which "
+                f"computes the same with less memory, or --set precision=fp32"
+            )
         model = build_model(recipe, device="meta")
         apply_expert_parallelism(model, parallelism.ep_size)
         initialize(model, recipe.seed, device)
+        apply_activation_checkpointing(model, recipe.activation_checkpointing)
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         optimizer = recipe.optimizer
 
@@ -104,6 +112,7 @@ class Engine:
         self._zero = self.deepspeed.optimizer
         self._adam: AdamWithEMA = getattr(self._zero, "optimizer", self._zero)
         self._adam.prepare(self._flat_weights())
+        self._gradient_norm: torch.Tensor | None = None
 
     @property
     def model(self) -> torch.nn.Module:
@@ -115,35 +124,42 @@ class Engine:
         warmup = self.recipe.optimizer.warmup_steps
         return self.recipe.optimizer.lr * min(1.0, (step + 1) / warmup if warmup else 1.0)
 
-    def train_step(self, step: int, micro_batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def train_step(
+        self, step: int, micro_batches: list[dict[str, torch.Tensor]], stop: bool = False
+    ) -> dict[str, torch.Tensor]:
         """One optimizer step over this rank's share of a global batch.
 
         Args:
             step: counted from 0.
             micro_batches: ``parallelism.accumulation`` batches of x, y, noise and u (data.training_inputs).
+            stop: this rank was told to stop; the result tells every rank.
 
         Returns:
-            On the device: "loss", the mean over the global batch, and "load" [layers, experts], tokens by expert.
+            On the device, alike on all ranks: "loss", the mean over the global batch; "stop", the number of ranks that
+            were told to stop; "load" [layers, experts], tokens by expert.
         """
         for group in self._zero.param_groups:
             group["lr"] = self.learning_rate(step)
-        loss_sum = torch.zeros((), device=self.device)
+        parallelism, loss_sum = self.parallelism, torch.zeros((), device=self.device)
         for batch in micro_batches:
             loss = self.flow.loss(
                 self.deepspeed, batch["x"], batch["y"], noise=batch["noise"], t=self.flow.times(batch["u"])
             )["loss"]
             self.deepspeed.backward(loss)
+            if parallelism.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+                self._clip_without_zero()
             self.deepspeed.step()
             loss_sum += loss.detach()
         loads = [layer.tokens_per_expert for layer in self.layers]
-        report = torch.cat([loss_sum.view(1), *loads])
+        report = torch.cat([torch.stack([loss_sum, torch.full_like(loss_sum, float(stop))]), *loads])
         deepspeed.comm.all_reduce(report)
         for load in loads:
             load.zero_()
-        load = report[1:].view(len(loads), -1)
+        report[0] /= len(micro_batches) * parallelism.world_size
+        load = report[2:].view(len(loads), -1)
         if self.recipe.balance.rate:
             self._balance(load)
-        return {"loss": report[0] / (len(micro_batches) * self.parallelism.world_size), "load": load}
+        return {"loss": report[0], "stop": report[1], "load": load}
 
     def _balance(self, load: torch.Tensor) -> None:
         """DeepSeek-V3's bias update (arXiv:2412.19437, eq. 16): towards experts that got fewer tokens than the mean."""
@@ -151,10 +167,41 @@ class Engine:
             bias = layer.router.e_score_correction_bias
             bias += self.recipe.balance.rate * torch.sign(tokens.mean() - tokens)
 
-    def gradient_norm(self) -> float:
-        """Norm of the last step's gradient over all weights."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+    @torch.no_grad()
+    def _clip_without_zero(self) -> None:
+        """Clip by the norm over dense and expert gradients together, where ZeRO does not.
+
+        DeepSpeed 0.19.8 averages the ranks' norms instead, each over the rank's own experts, which is another number
+        for every degree of expert parallelism.
+        """
+        dense: list[torch.Tensor] = []
+        experts: list[torch.Tensor] = []
+        for weight in self.model.parameters():
+            if weight.grad is not None:
+                (experts if hasattr(weight, "first_expert") else dense).append(weight.grad)
+        squares = torch.stack(torch._foreach_norm(experts)).square().sum() if experts else dense[0].new_zeros(())
+        if experts:
+            deepspeed.comm.all_reduce(squares, group=self.layers[0].ep_group)
+        norm = (torch.stack(torch._foreach_norm(dense)).square().sum() + squares).sqrt()
+        limit = self.recipe.optimizer.clip_grad_norm
+        if limit:
+            torch._foreach_mul_(dense + experts, (limit / (norm + 1e-6)).clamp(max=1.0))
+        self._gradient_norm = norm
+
+    def gradient_norm(self) -> float | torch.Tensor:
+        """Norm of the last step's gradient over all weights, before clipping."""
+        norm = self._gradient_norm if self.parallelism.zero_stage == 0 else self.deepspeed.get_global_grad_norm()
+        return float("nan") if norm is None else norm
+
+    def bytes_held(self) -> dict[str, int]:
+        """What this rank holds: bytes of "weights" (that compute), "master" weights and optimizer "state"."""
+        weights = sum(
+            getattr(weight, "ds_tensor", weight).numel() * weight.element_size() for weight in self.model.parameters()
+        )
+        flat = self._flat_weights()
+        master = 0 if self.parallelism.zero_stage == 0 else sum(w.numel() * w.element_size() for w in flat)
+        state = sum(self._adam.state[w][key].numel() * 4 for w in flat for key in self._adam.state_keys)
+        return {"weights": weights, "master": master, "state": state}
 
     def set_step(self, step: int) -> None:
         """Say how many steps the loaded state has seen, and renew what is derived from the master weights."""

@@ -1,18 +1,31 @@
-"""The one error type for bad input."""
+"""Errors that end a command with one plain line instead of a traceback."""
 
 
-class InputError(Exception):
-    """What a user gave (a recipe, a flag, a file) cannot be used.
+class Stop(Exception):
+    """A command cannot go on, and a person should read why, in one line.
 
-    The message is one plain line: what is wrong, where, and what would be right. Commands print it and exit with
-    status 2 (see :func:`moe_dit.command.run`); nothing else catches it.
+    Commands print it and exit with ``status`` (see :func:`moe_dit.command.run`); nothing else catches it.
 
     Args:
-        message: the line to print.
+        message: the line to print: what is wrong, where, and what would be right.
         local: True where only this rank may have met the problem (a file that one node cannot read), so that the
             line must be printed even when rank 0 is fine.
     """
 
+    status = 1
+
     def __init__(self, message: str, *, local: bool = False):
         super().__init__(" ".join(message.split()))
         self.local = local
+
+
+class InputError(Stop):
+    """What a user gave (a recipe, a flag, a file) cannot be used: the one error type for bad input."""
+
+    status = 2
+
+
+class Interrupted(Stop):
+    """Told to stop (SIGTERM, SIGUSR1), and everything is saved."""
+
+    status = 75  # sysexits.h's EX_TEMPFAIL: try again later

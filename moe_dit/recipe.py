@@ -118,7 +118,8 @@ class Checkpoint:
     """When to save, and how many to keep."""
 
     every: Count  # steps
-    keep: Count = 3
+    keep: Count = 3  # newest ones kept
+    milestone_every: Annotated[int, Field(strict=True, ge=0)] = 0  # steps between ones kept for good; 0: none
 
 
 @dataclass(frozen=True, config=_strict)
@@ -138,6 +139,7 @@ class Recipe:
     ema: EMA
     checkpoint: Checkpoint
     balance: Balance = field(default_factory=Balance)
+    activation_checkpointing: Literal["none", "blocks", "experts"] = "none"  # what is recomputed to save memory
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,20 +2,26 @@
 
 import fcntl
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from moe_dit import distributed
 from moe_dit.data import batches, check_manifest, training_inputs
 from moe_dit.deepspeed_config import load_parallelism
-from moe_dit.errors import InputError
+from moe_dit.errors import InputError, Interrupted, Stop
 from moe_dit.launcher import end_with_launcher
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.progress import say, task
 from moe_dit.recipe import Recipe
+from moe_dit.signals import StopRequest
+
+if TYPE_CHECKING:
+    from moe_dit.metrics import Report
 
 # A continued run must be the same experiment: with these changed it would not be.
 SAME_ON_RESUME = ("seed", "global_batch_size", "model", "flow", "ema")
@@ -32,6 +38,8 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
 
     Raises:
         InputError: whatever cannot work is found here, before ranks start and anything is written.
+        Interrupted: it was told to stop, and has saved.
+        Stop: the loss is not finite any more, or a checkpoint could not be written.
     """
     world = distributed.world()
     parallelism = load_parallelism(ds_file, recipe, world.size)
@@ -40,9 +48,9 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     recipe = _resolve(recipe, manifest)
 
     # DeepSpeed takes seconds to import: bad input should not have to wait for it.
-    from moe_dit.checkpoint import Checkpointer, find_checkpoint, read_facts, remove_unfinished, set_latest
+    from moe_dit.checkpoint import Checkpointer, find_checkpoint, name_of, read_facts, remove_unfinished, set_latest
     from moe_dit.engine import Engine, start_ranks
-    from moe_dit.metrics import Metrics
+    from moe_dit.metrics import Metrics, Reports
 
     checkpoint = _checkpoint_to_resume(run, resume, find_checkpoint)
     if checkpoint is not None:
@@ -51,46 +59,74 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     lock = _lock(run) if world.rank == 0 else None
     device = distributed.device()
     start_ranks()
+    request = StopRequest()
     engine = Engine(recipe, parallelism, device)
     if world.rank == 0:
         _write_config(run, recipe, parallelism.json)
         remove_unfinished(run)
-    checkpointer = Checkpointer(run, recipe.checkpoint.keep)
+    checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
     first_step = checkpointer.load(engine, checkpoint) if checkpoint else 0
     if checkpoint and world.rank == 0 and checkpoint.parent == checkpointer.folder:
         set_latest(checkpointer.folder, checkpoint.name)
     say(_headline(recipe, parallelism, manifest, checkpoint, engine))
 
-    metrics = None
-    if world.rank == 0:
-        every = 10 if device.type == "cuda" else 1
-        metrics = Metrics(run, first_step, recipe.global_batch_size, every)
-    stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
-    saved = first_step if checkpoint else None
+    metrics = Metrics(run, first_step, recipe.global_batch_size) if world.rank == 0 else None
+    reports, stream = Reports(device), batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
+    stopping = False
     with task("training", recipe.steps, first_step) as progress:
         for step in range(first_step, recipe.steps):
             micro = []
             for _ in range(parallelism.accumulation):
                 batch = {key: value.to(device, non_blocking=True) for key, value in next(stream).items()}
                 micro.append(training_inputs(recipe, batch, recipe.data.latent_scale or 1.0))
-            result = engine.train_step(step, micro)
-            note = None
-            if metrics is not None:
-                lr, norm = engine.learning_rate(step), engine.gradient_norm()
-                note = metrics.add(step + 1, result["loss"], result["load"], lr, norm)
-            progress.advance(1, note or "")
-            if (step + 1) % recipe.checkpoint.every == 0 or step + 1 == recipe.steps:
+            result = engine.train_step(step, micro, stop=request.asked or checkpointer.failed())
+            reports.push(step + 1, engine.learning_rate(step), result, engine.gradient_norm())
+            saving = (step + 1) % recipe.checkpoint.every == 0 or step + 1 == recipe.steps
+            note = ""
+            # Before a save everything is looked at, so that nothing that is not finite can be saved.
+            for report in reports.take(everything=saving or stopping):
+                _check_finite(report, recipe, run)
+                stopping = stopping or report.stop
+                if metrics is not None:
+                    note = metrics.add(report)
+            progress.advance(1, note)
+            if stopping:
+                for report in reports.take(everything=True):
+                    _check_finite(report, recipe, run)
+                    if metrics is not None:
+                        metrics.add(report)
+            if saving or stopping:
                 if metrics is not None:
                     metrics.flush()
                 checkpointer.save(engine, step + 1)
-                saved = step + 1
+            if stopping:
+                break
+    checkpointer.wait()
     if metrics is not None:
         metrics.close()
-    say(f"done: step {recipe.steps}, {run}/checkpoints/{'' if saved is None else f'step_{saved:08d}'}")
-    distributed.barrier()
+    last = f"{checkpointer.folder / name_of(step + 1)}" if first_step < recipe.steps else checkpoint
+    distributed.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
     distributed.stop()
     if lock is not None:
         lock.close()
+    if stopping and step + 1 < recipe.steps:
+        raise Interrupted(f"stopped as asked after step {step + 1}; saved {last}; the same command continues")
+    say(f"done: step {recipe.steps}, {last}")
+
+
+def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
+    """Stop a run whose numbers have left the finite ones, before they reach a checkpoint."""
+    if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
+        return
+    from moe_dit.checkpoint import complete_checkpoints, newest
+
+    last = newest(complete_checkpoints(run / "checkpoints"))
+    what = f"the loss is {report.loss}" if not math.isfinite(report.loss) else "the gradient is not finite"
+    first, end = ((report.step - n) * recipe.global_batch_size for n in (1, 0))
+    raise Stop(
+        f"{what} at step {report.step}, positions {first} to {end - 1} of the run; nothing was saved since "
+        f"{last or 'the start'}"
+    )
 
 
 def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
@@ -164,5 +200,6 @@ def _headline(recipe: Recipe, parallelism, manifest: Manifest, checkpoint: Path 
         f"{recipe.name} on {ranks} ({engine.device.type}, {'bf16' if engine.bf16 else 'fp32'}), ZeRO "
         f"{parallelism.zero_stage}, EP {parallelism.ep_size}, batch {recipe.global_batch_size} = "
         f"{parallelism.world_size} x {parallelism.micro_batch_size} x {parallelism.accumulation}, "
-        f"{manifest.samples} samples, {start}"
+        f"{manifest.samples} samples, {start}; a rank holds "
+        + ", ".join(f"{size / 1e6:.1f} MB {what}" for what, size in engine.bytes_held().items())
     )

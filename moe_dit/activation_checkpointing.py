@@ -1,0 +1,23 @@
+"""Activation checkpointing: recompute in the backward pass instead of keeping, applied to a model from outside."""
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_dit.parallel import moe_layers
+
+
+def apply_activation_checkpointing(model: nn.Module, mode: str) -> None:
+    """Let parts of a model recompute their activations.
+
+    Token counts of MoE layers are taken in both passes then; all experts alike, so loads and their balance stay.
+
+    Args:
+        model: has ``blocks``.
+        mode: "none", "blocks" (each block keeps its input alone) or "experts" (so does each MoE layer, whose
+            activations are the largest: top-k copies of every token).
+    """
+    parts = {"none": [], "blocks": list(getattr(model, "blocks", [])), "experts": moe_layers(model)}[mode]
+    for part in parts:
+        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
