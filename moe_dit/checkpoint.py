@@ -133,9 +133,10 @@ class Checkpointer:
         except (Exception, CheckpointException) as error:
             if world().rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free
             last = newest(complete_checkpoints(self.folder))
             self._error = Stop(
-                f"checkpoint {final} could not be written: {_cause(error)}; the newest complete one is "
+                f"checkpoint {final} could not be written, with {free / 1e6:.0f} MB free on that disk: {_cause(error)}; the newest complete one is "
                 f"{last or 'none'}, and the same command continues from it"
             )
 
@@ -214,6 +215,9 @@ def _cause(error: BaseException) -> str:
     """What went wrong, without torch's wrapping: dcp gathers each rank's error into one exception."""
     failures = getattr(error, "failures", {})
     cause = next((exception for exception, _ in failures.values()), error)
+    # A write that fails makes torch's zip writer fail once more, with a message of its own.
+    while not isinstance(cause, OSError) and isinstance(cause.__context__, OSError):
+        cause = cause.__context__
     text = f"{type(cause).__name__}: {cause}" if not isinstance(cause, OSError) else str(cause)
     return " ".join(text.split())[:300]
 

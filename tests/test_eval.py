@@ -269,7 +269,9 @@ def test_run_scores_as_sample_and_score_do(model, digits, sampled, tmp_path):
 def given(model, digits, sampled, tmp_path):
     """Words of the cases below, and the paths they stand for."""
     (tmp_path / "latents").mkdir()
-    manifest = {"format": "moe-dit-shards-1", "kind": "latents", "samples": 0, "shards": []}
+    manifest = {"format": "moe-dit-shards-1", "kind": "latents", "samples": 1, "classes": ["0"], "scale": 1.0}
+    manifest |= {"sample_shape": [8, 8, 8], "shards": [{"name": "a.tar", "samples": 1, "bytes": 0, "sha256": ""}]}
+    (tmp_path / "latents/a.tar").touch()
     (tmp_path / "latents/manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "empty/images").mkdir(parents=True)
     (tmp_path / "flat").mkdir()
