@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_dit.parallel import moe_layers
 
 
-def apply_activation_checkpointing(model: nn.Module, mode: str) -> None:
+def apply_activation_checkpointing(model: nn.Module, mode: str) -> list[nn.Module]:
     """Let parts of a model recompute their activations.
 
     Token counts of MoE layers are taken in both passes then; all experts alike, so loads and their balance stay.
@@ -17,7 +17,11 @@ def apply_activation_checkpointing(model: nn.Module, mode: str) -> None:
         model: has ``blocks``.
         mode: "none", "blocks" (each block keeps its input alone) or "experts" (so does each MoE layer, whose
             activations are the largest: top-k copies of every token).
+
+    Returns:
+        The parts that recompute; deleting their attribute ``forward`` undoes it.
     """
     parts = {"none": [], "blocks": list(getattr(model, "blocks", [])), "experts": moe_layers(model)}[mode]
     for part in parts:
         part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+    return parts

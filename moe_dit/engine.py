@@ -95,7 +95,7 @@ class Engine:
             groups = split_params_into_different_moe_groups_for_optimizer({"params": parameters, "name": "weights"})
             return AdamWithEMA(
                 [group for group in groups if group["params"]],
-                ema_decays={"ema": recipe.ema.decay},
+                ema_decays=recipe.ema.decays,
                 lr=optimizer.lr,
                 betas=tuple(optimizer.betas),
                 weight_decay=optimizer.weight_decay,
@@ -202,6 +202,12 @@ class Engine:
         master = 0 if self.parallelism.zero_stage == 0 else sum(w.numel() * w.element_size() for w in flat)
         state = sum(self._adam.state[w][key].numel() * 4 for w in flat for key in self._adam.state_keys)
         return {"weights": weights, "master": master, "state": state}
+
+    def bytes_held_by_rank(self) -> list[dict[str, int]]:
+        """What each rank holds (a collective)."""
+        held: list[Any] = [None] * self.parallelism.world_size
+        torch.distributed.all_gather_object(held, self.bytes_held())
+        return held
 
     def set_step(self, step: int) -> None:
         """Say how many steps the loaded state has seen, and renew what is derived from the master weights."""

@@ -105,6 +105,11 @@ class EMA:
 
     decay: Fraction
 
+    @property
+    def decays(self) -> dict[str, float]:
+        """Decay by the name of the average in checkpoints."""
+        return {"ema": self.decay}
+
 
 @dataclass(frozen=True, config=_strict)
 class Balance:

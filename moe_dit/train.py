@@ -61,8 +61,10 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     start_ranks()
     request = StopRequest()
     engine = Engine(recipe, parallelism, device)
+    held = engine.bytes_held_by_rank()
     if world.rank == 0:
         _write_config(run, recipe, parallelism.json)
+        (run / "memory.json").write_text(json.dumps(held, indent=1) + "\n")
         remove_unfinished(run)
     checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
     first_step = checkpointer.load(engine, checkpoint) if checkpoint else 0

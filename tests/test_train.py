@@ -16,9 +16,11 @@ from conftest import ENV, ROOT, finish, free_port, kill, start_training
 
 from moe_dit import build_model, load_model, load_recipe
 from moe_dit.data import ShardReader, batches, training_inputs
+from moe_dit.deepspeed_config import Parallelism
 from moe_dit.distributed import World
 from moe_dit.flow import Flow
 from moe_dit.manifest import read_manifest
+from moe_dit.plan import make_plan
 from moe_dit.randomness import permutation
 
 STEPS = 12
@@ -87,6 +89,16 @@ def test_eight_ranks_are_the_same_run(plain, latents, tmp_path):
     assert losses(run) == pytest.approx(plain[0][:2], rel=1e-5)
 
 
+def assert_memory_as_planned(run, ranks, ep, zero):
+    plan = make_plan(load_recipe("digits"), Parallelism("", zero, ep, ranks, 64 // ranks, 1, {}), bf16=False)
+    held = json.loads((run / "memory.json").read_text())
+    assert held == [{"weights": plan.weights, "master": plan.master, "state": plan.state}] * ranks
+
+
+def test_a_rank_holds_what_the_plan_says(two_ranks):
+    assert_memory_as_planned(two_ranks, 2, 2, 2)
+
+
 def test_gradient_accumulation_changes_nothing(plain, latents, tmp_path):
     run = tmp_path / "run"
     flags = ["--steps", "4", "--set", "max_micro_batch_size=10"]
@@ -129,6 +141,7 @@ def test_a_run_continues_in_another_topology(plain, two_ranks, latents, tmp_path
         ds = "../" + str(zero3_ep2(tmp_path))
     finish(start_training(ranks, ds, latents, run, "--steps", str(STEPS)), run)
     assert losses(run) == pytest.approx(plain[0], rel=1e-4)
+    assert_memory_as_planned(run, ranks, ranks, 3 if ranks == 2 else 1)
     for name, weight in export(run, tmp_path / "model", "ema").named_parameters():
         torch.testing.assert_close(weight.detach(), plain[2][name], rtol=0, atol=1e-4)
 

@@ -1,0 +1,96 @@
+"""What each GPU will hold and send: python jobs/plan.py --recipe NAME --ds FILE --gpus N [--gpu h100-80g]."""
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_dit.command import Parser, run
+from moe_dit.deepspeed_config import load_parallelism
+from moe_dit.errors import InputError
+from moe_dit.recipe import DEFAULT_RECIPE, load_recipe, names
+
+EXAMPLES = """\
+  python jobs/plan.py --recipe dsmoe_3b_e16 --ds ds_configs/zero2_ep8.json --gpus 8
+  python jobs/plan.py --recipe dsmoe_l_e16 --ds ds_configs/zero1_ep1.json --gpus 1 --gpu a100-40g
+  python jobs/plan.py --table --ds ds_configs/zero2_ep8.json     every recipe on 8, 16, 64 and 512 GPUs (minutes)"""
+TABLE_GPUS = (8, 16, 64, 512)
+
+
+def main() -> None:
+    parser = Parser("What each GPU will hold and send, and whether it fits, without training.", EXAMPLES)
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE, help="name or .yaml file (default: %(default)s)")
+    parser.add_argument("--ds", required=True, metavar="FILE", help="DeepSpeed JSON")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--gpu", default="h100-80g", help="default: %(default)s")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a recipe key")
+    parser.add_argument("--table", action="store_true", help="every recipe that comes with the project, as Markdown")
+    args = parser.parse_args()
+
+    from moe_dit.plan import GPUS
+
+    if args.gpu not in GPUS:
+        raise InputError(f"--gpu {args.gpu}: choose one of {', '.join(GPUS)}")
+    if args.gpus < 1:
+        raise InputError(f"--gpus {args.gpus}: it should be at least 1")
+    if args.table:
+        print_table(args.ds, args.gpu)
+    else:
+        print_plan(args)
+
+
+def print_plan(args) -> None:
+    from moe_dit.plan import GPUS, UTILISATION, best_mode, human, images_per_second, make_plan
+
+    recipe = load_recipe(args.recipe, args.set)
+    parallelism = load_parallelism(args.ds, recipe, args.gpus)
+    plan = make_plan(recipe, parallelism, bf16=recipe.precision != "fp32")
+    batch = f"{parallelism.world_size} x {parallelism.micro_batch_size} x {parallelism.accumulation}"
+    title = f"{recipe.name} on {args.gpus} x {args.gpu}, ZeRO {parallelism.zero_stage}, EP {parallelism.ep_size}"
+    holds = Table("each GPU holds", "bytes", "", title=f"{title}, batch {batch}", title_justify="left")
+    for key in ("weights", "gradients", "master", "state"):
+        holds.add_row(key, f"{getattr(plan, key):,}", human(getattr(plan, key)))
+    for mode, size in plan.activations.items():
+        fits = "fits" if plan.total(mode) <= GPUS[args.gpu][0] else "does not fit"
+        label = f"activations, checkpointing {mode}"
+        holds.add_row(label, f"{size:,.0f}", f"{human(size)}; in all {human(plan.total(mode))}, {fits}")
+    sends = Table("each step it sends", "bytes", "")
+    for kind, size in plan.sends.items():
+        sends.add_row(kind, f"{size:,.0f}", human(size))
+    console = Console(width=110, highlight=False)
+    console.print(holds)
+    console.print(sends)
+    console.print(
+        f"arithmetic {plan.flops / 1e9:,.0f} GFLOP an image: about {images_per_second(plan, args.gpu, args.gpus):,.0f} "
+        f"images/s in all at {UTILISATION:.0%} of the peak"
+    )
+    mode = best_mode(plan, args.gpu)
+    if mode is None:
+        console.print(
+            f"does not fit a {args.gpu}: try more GPUs, a higher ZeRO stage or a smaller max_micro_batch_size"
+        )
+    else:
+        console.print(f"fits a {args.gpu} with activation_checkpointing: {mode}")
+
+
+def print_table(ds: str, gpu: str) -> None:
+    from moe_dit.plan import best_mode, human, images_per_second, make_plan
+
+    print("| recipe | GPUs | weights | gradients | master | state | activations | in all | images/s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in names():
+        for gpus in TABLE_GPUS:
+            recipe = load_recipe(name)
+            try:
+                parallelism = load_parallelism(ds, recipe, gpus)
+            except InputError:
+                continue  # a batch of 64 does not divide by 512 ranks
+            plan = make_plan(recipe, parallelism)
+            mode = best_mode(plan, gpu)
+            parts = [human(getattr(plan, key)) for key in ("weights", "gradients", "master", "state")]
+            kept = f"{human(plan.activations[mode])} ({mode})" if mode else "too large"
+            whole = human(plan.total(mode)) if mode else "-"
+            speed = f"{images_per_second(plan, gpu, gpus):,.0f}"
+            print(f"| {name} | {gpus} | {' | '.join(parts)} | {kept} | {whole} | {speed} |", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

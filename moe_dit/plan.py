@@ -1,0 +1,201 @@
+"""What a run will hold and send on each GPU, worked out without training.
+
+Weights and optimizer state are exact: the same rules of partition and padding as DeepSpeed 0.19.8's, applied to the
+network on the meta device. Activations are measured on two small depths of the real network on the CPU and extended
+along the depth. Traffic is counted from the algorithms; the speed is an estimate from arithmetic alone.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from moe_dit.activation_checkpointing import apply_activation_checkpointing
+from moe_dit.build import build_model
+from moe_dit.deepspeed_config import Parallelism
+from moe_dit.models.moe import MoE
+from moe_dit.optimizer import AdamWithEMA
+from moe_dit.recipe import Recipe
+
+# Memory in bytes, dense bf16 throughput in FLOP/s without sparsity: the vendors' data sheets.
+GPUS = {
+    "a100-40g": (40e9, 312e12),
+    "a100-80g": (80e9, 312e12),
+    "h100-80g": (80e9, 989e12),
+    "h200-141g": (141e9, 989e12),
+    "b200-192g": (192e9, 2250e12),
+}
+UTILISATION = 0.35  # share of the peak that training of this kind commonly reaches
+RESERVED = 3e9  # CUDA context, communication buffers and the allocator's slack
+MODES = ("none", "experts", "blocks")  # of activation checkpointing, from the fastest to the smallest
+
+ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: flat groups are padded to a multiple of this times the ranks
+MAX_GROUP = 178956971  # elements in a group of expert weights (split_params_into_different_moe_groups_for_optimizer)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rank's share, in bytes; ``sends`` by kind of collective, each step."""
+
+    weights: int  # that compute
+    gradients: int
+    master: int  # float32 master weights
+    state: int  # both moments and the EMA(s), float32
+    activations: dict[str, float]  # by activation_checkpointing mode
+    sends: dict[str, float]
+    flops: float  # of one image, forward and backward
+    images: int  # a step, on this rank
+
+    def total(self, mode: str) -> float:
+        """Bytes needed on the GPU."""
+        return self.weights + self.gradients + self.master + self.state + self.activations[mode] + RESERVED
+
+
+def make_plan(recipe: Recipe, parallelism: Parallelism, bf16: bool = True, activations: bool = True) -> Plan:
+    """Work out a rank's share.
+
+    Args:
+        recipe: the experiment.
+        parallelism: from load_parallelism, for the number of GPUs in question.
+        bf16: weights that compute are bf16, as on GPUs; else float32 as on CPUs.
+        activations: measure them too (seconds on a CPU).
+    """
+    model = build_model(recipe, device="meta")
+    experts = {id(p) for m in model.modules() if isinstance(m, MoE) for p in m.experts.parameters()}
+    world, ep = parallelism.world_size, parallelism.ep_size
+    dense_sizes = [p.numel() for p in model.parameters() if id(p) not in experts]
+    expert_sizes = [p.numel() // ep for p in model.parameters() if id(p) in experts]
+    size = 2 if bf16 else 4
+    stage = parallelism.zero_stage
+    groups = [(dense_sizes, world)] + [(group, world // ep) for group in _split(expert_sizes)]
+    local = sum(dense_sizes) + sum(expert_sizes)
+    if stage == 3:
+        parts = sum(-(-n // ranks) for sizes, ranks in groups for n in sizes)
+        weights, gradients, masters = parts, parts, parts
+    else:
+        parts = sum(_padded(sum(sizes), ALIGNMENT * ranks) // ranks for sizes, ranks in groups)
+        weights, gradients = local, parts if stage == 2 else local
+        masters = parts if stage else local
+    states = len(AdamWithEMA([torch.zeros(1)], ema_decays=recipe.ema.decays).state_keys)
+    kept = measure_activations(recipe) if activations else dict.fromkeys(MODES, 0.0)
+    return Plan(
+        weights=weights * size,
+        gradients=gradients * size,
+        master=masters * 4 if stage else 0,
+        state=masters * 4 * states,
+        activations={mode: n * parallelism.micro_batch_size * size / 4 for mode, n in kept.items()},
+        sends=_traffic(recipe, parallelism, sum(dense_sizes), sum(expert_sizes), size),
+        flops=training_flops(recipe, model, experts),
+        images=parallelism.micro_batch_size * parallelism.accumulation,
+    )
+
+
+def _padded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _split(sizes: list[int]) -> list[list[int]]:
+    """Expert weights in the groups that DeepSpeed makes of them."""
+    groups: list[list[int]] = []
+    for n in sizes:
+        if groups and sum(groups[-1]) + n <= MAX_GROUP:
+            groups[-1].append(n)
+        else:
+            groups.append([n])
+    return groups
+
+
+def _tokens(recipe: Recipe) -> int:
+    return (recipe.model.input_size // recipe.model.patch_size) ** 2
+
+
+def training_flops(recipe: Recipe, model: torch.nn.Module, experts: set[int]) -> float:
+    """Floating-point operations to train on one image: 6 a weight and token, and attention's 12 T^2 D a block."""
+    tokens, moe = _tokens(recipe), getattr(recipe.model, "moe", None)
+    flops = 12.0 * tokens**2 * recipe.model.hidden_size * recipe.model.depth
+    for name, weight in model.named_parameters():
+        share = 1.0
+        if id(weight) in experts and moe is not None:
+            share = moe.top_k / moe.num_experts
+        # Conditioning is computed once a sample, the rest once a token.
+        per_sample = "adaLN" in name or "c_embedder" in name
+        flops += 6.0 * weight.numel() * share * (1 if per_sample else tokens)
+    return flops
+
+
+def measure_activations(recipe: Recipe) -> dict[str, float]:
+    """Bytes that autograd keeps for one image in float32, by activation checkpointing mode.
+
+    Two depths of the network run on the CPU; what a pair of blocks keeps is extended to the recipe's depth. To the
+    modes that recompute, one block's activations are added, which the backward pass brings back.
+    """
+    two, four = _kept_bytes(recipe, 2), _kept_bytes(recipe, 4)
+    pairs = (recipe.model.depth - 2) / 2
+    block = (four["none"] - two["none"]) / 2
+    return {mode: two[mode] + (four[mode] - two[mode]) * pairs + (block if mode != "none" else 0) for mode in MODES}
+
+
+def _kept_bytes(recipe: Recipe, depth: int) -> dict[str, int]:
+    changes: dict[str, Any] = {"depth": depth}
+    if hasattr(recipe.model, "in_context_start"):
+        changes["in_context_start"] = 0  # every block sees the class tokens, as most of the real depth does
+    small = replace(recipe, model=replace(recipe.model, **changes))
+    model = build_model(small, device="meta").to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter)  # memory that is never written costs nothing
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    x = torch.randn(1, recipe.model.in_channels, recipe.model.input_size, recipe.model.input_size)
+    result = {}
+    for mode in MODES:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        parts = apply_activation_checkpointing(model, mode)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(x, torch.tensor([0.5]), torch.tensor([0]))
+        result[mode] = sum(kept.values())
+        del output
+        for part in parts:
+            del part.forward
+    return result
+
+
+def _traffic(recipe: Recipe, parallelism: Parallelism, dense: int, experts: int, size: int) -> dict[str, float]:
+    """Bytes that a rank sends each step."""
+    world, ep = parallelism.world_size, parallelism.ep_size
+    images = parallelism.micro_batch_size * parallelism.accumulation
+    moe = getattr(recipe.model, "moe", None)
+    layers = recipe.model.depth // 2 if moe is not None else 0
+    rows = images * _tokens(recipe) * (moe.top_k if moe is not None and hasattr(moe, "top_k") else 0)
+    # Tokens go out and come back, in the forward and in the backward pass.
+    all_to_all = 4.0 * layers * rows * recipe.model.hidden_size * size * (ep - 1) / ep
+    share = dense * (world - 1) / world + experts * (1 - ep / world)
+    gathers = {0: 1, 1: 1, 2: 1, 3: 2 * parallelism.accumulation}[parallelism.zero_stage]
+    reduces = 1 if parallelism.zero_stage < 2 else parallelism.accumulation
+    return {
+        "all-to-all": all_to_all,
+        "reduce-scatter": share * size * reduces,
+        "all-gather": share * size * gathers,
+    }
+
+
+def images_per_second(plan: Plan, gpu: str, gpus: int) -> float:
+    """An estimate of what all GPUs together should reach: arithmetic at a common utilisation."""
+    return gpus * GPUS[gpu][1] * UTILISATION / plan.flops
+
+
+def best_mode(plan: Plan, gpu: str) -> str | None:
+    """The cheapest activation checkpointing mode that fits, or None."""
+    return next((mode for mode in MODES if plan.total(mode) <= GPUS[gpu][0]), None)
+
+
+def human(n: float) -> str:
+    """Bytes for people: powers of 1000."""
+    power = min(int(math.log10(max(n, 1)) // 3), 4)
+    return f"{n / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
