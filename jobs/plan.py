@@ -62,13 +62,13 @@ def print_plan(args) -> None:
         f"arithmetic {plan.flops / 1e9:,.0f} GFLOP an image: about {images_per_second(plan, args.gpu, args.gpus):,.0f} "
         f"images/s in all at {UTILISATION:.0%} of the peak"
     )
-    mode = best_mode(plan, args.gpu)
-    if mode is None:
+    best = best_mode(plan, args.gpu)
+    if best is None:
         console.print(
             f"does not fit a {args.gpu}: try more GPUs, a higher ZeRO stage or a smaller max_micro_batch_size"
         )
     else:
-        console.print(f"fits a {args.gpu} with activation_checkpointing: {mode}")
+        console.print(f"fits a {args.gpu} with activation_checkpointing: {best}")
 
 
 def print_table(ds: str, gpu: str) -> None:

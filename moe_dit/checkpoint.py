@@ -136,8 +136,8 @@ class Checkpointer:
             free = shutil.disk_usage(self.folder).free
             last = newest(complete_checkpoints(self.folder))
             self._error = Stop(
-                f"checkpoint {final} could not be written, with {free / 1e6:.0f} MB free on that disk: {_cause(error)}; the newest complete one is "
-                f"{last or 'none'}, and the same command continues from it"
+                f"checkpoint {final} could not be written, with {free / 1e6:.0f} MB free on that disk: "
+                f"{_cause(error)}; the newest complete one is {last or 'none'}, and the same command continues from it"
             )
 
     def _on_rank_0(self, function: Callable[[], None]) -> None:
