@@ -24,6 +24,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 
 from moe_dit.activation_checkpointing import apply_activation_checkpointing
 from moe_dit.build import build_model
+from moe_dit.compilation import compile_dense_parts
 from moe_dit.deepspeed_config import Parallelism, for_deepspeed
 from moe_dit.errors import InputError
 from moe_dit.flow import build_flow
@@ -86,6 +87,10 @@ class Engine:
         model = build_model(recipe, device="meta")
         apply_expert_parallelism(model, parallelism.ep_size)
         initialize(model, recipe.seed, device)
+        if recipe.compile == "dense":
+            if parallelism.zero_stage == 3:
+                raise InputError(f"{parallelism.file}: ZeRO 3 gathers weights in hooks that compile: dense cannot keep")
+            compile_dense_parts(model)
         apply_activation_checkpointing(model, recipe.activation_checkpointing)
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         optimizer = recipe.optimizer

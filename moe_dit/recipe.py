@@ -145,6 +145,7 @@ class Recipe:
     checkpoint: Checkpoint
     balance: Balance = field(default_factory=Balance)
     activation_checkpointing: Literal["none", "blocks", "experts"] = "none"  # what is recomputed to save memory
+    compile: Literal["none", "dense"] = "none"  # torch.compile of attention and dense MLPs; needs a C++ compiler
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
 
     def to_dict(self) -> dict[str, Any]:

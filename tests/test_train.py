@@ -15,6 +15,7 @@ import torch
 from conftest import ENV, ROOT, finish, free_port, kill, start_training
 
 from moe_dit import build_model, load_model, load_recipe
+from moe_dit.checkpoint import read_state
 from moe_dit.data import ShardReader, batches, training_inputs
 from moe_dit.deepspeed_config import Parallelism
 from moe_dit.distributed import World
@@ -87,6 +88,34 @@ def test_eight_ranks_are_the_same_run(plain, latents, tmp_path):
     run = tmp_path / "run"
     finish(start_training(8, "zero2_ep8", latents, run, "--steps", "2"), run)
     assert losses(run) == pytest.approx(plain[0][:2], rel=1e-5)
+
+
+def test_the_ema_is_the_average_of_the_weights_of_every_step(latents, tmp_path):
+    """From the weights that two ranks saved after each step, averaged here in one plain process."""
+    run, steps = tmp_path / "run", 5
+    flags = ["--steps", str(steps), "--set", "checkpoint.every=1", "--set", "checkpoint.keep=9"]
+    finish(start_training(2, "zero2_ep2", latents, run, *flags), run)
+    averages = {name: weight.detach().clone() for name, weight in build_model("digits").named_parameters()}
+    for step in range(1, steps + 1):
+        state = {f"weight/{name}": torch.empty(value.numel()) for name, value in averages.items()}
+        read_state(state, run / "checkpoints" / f"step_{step:08d}")
+        for name, value in averages.items():
+            averages[name] = 0.995 * value + 0.005 * state[f"weight/{name}"].view_as(value)
+    for name, weight in export(run, tmp_path / "model", "ema").named_parameters():
+        torch.testing.assert_close(weight.detach(), averages[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_compiling_the_dense_parts_changes_nothing(latents, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    small = ["--steps", "2", "--set", "model.depth=2", "--set", "global_batch_size=8"]
+    for mode in ("none", "dense"):
+        finish(
+            start_training(1, "zero1_ep1", latents, tmp_path / mode, *small, "--set", f"compile={mode}"),
+            tmp_path / mode,
+        )
+    assert losses(tmp_path / "dense") == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
 
 
 def assert_memory_as_planned(run, ranks, ep, zero):
