@@ -26,6 +26,7 @@ from moe_dit.build import build_model
 from moe_dit.deepspeed_config import Parallelism, for_deepspeed
 from moe_dit.flow import build_flow
 from moe_dit.initialization import initialize
+from moe_dit.models.diffmoe import ExpertChoiceMoE
 from moe_dit.optimizer import AdamWithEMA
 from moe_dit.parallel import apply_expert_parallelism, moe_layers
 from moe_dit.recipe import Recipe
@@ -54,7 +55,8 @@ class Piece:
         name: the weight's logical name, as in the plain model.
         numel: elements of the whole logical weight.
         start: where the slice begins in it, flattened.
-        tensors: float32 views [n] by kind: "weight" (the master copy), "exp_avg", "exp_avg_sq", "ema".
+        tensors: float32 views [n] by kind: "weight" (the master copy), "exp_avg", "exp_avg_sq", "ema" and, where the
+            recipe has a second average, "ema2".
     """
 
     name: str
@@ -87,7 +89,8 @@ class Engine:
             groups = split_params_into_different_moe_groups_for_optimizer({"params": parameters, "name": "weights"})
             return AdamWithEMA(
                 [group for group in groups if group["params"]],
-                ema_decays={"ema": recipe.ema.decay},
+                ema_decays={"ema": recipe.ema.decay}
+                | ({"ema2": second} if (second := recipe.ema.second_decay) else {}),
                 lr=optimizer.lr,
                 betas=tuple(optimizer.betas),
                 weight_decay=optimizer.weight_decay,
@@ -101,6 +104,7 @@ class Engine:
             module, _, key = name.rpartition(".")
             self.model.get_submodule(module)._buffers[key] = buffer.to(device)
         self.layers = moe_layers(self.model)
+        self.thresholds = [m.expert_threshold for m in self.model.modules() if isinstance(m, ExpertChoiceMoE)]
         self._zero = self.deepspeed.optimizer
         self._adam: AdamWithEMA = getattr(self._zero, "optimizer", self._zero)
         self._adam.prepare(self._flat_weights())
@@ -123,8 +127,11 @@ class Engine:
             micro_batches: ``parallelism.accumulation`` batches of x, y, noise and u (data.training_inputs).
 
         Returns:
-            On the device: "loss", the mean over the global batch, and "load" [layers, experts], tokens by expert.
+            On the device: "loss", the mean over the global batch, and "load" [layers, experts], tokens by expert (of a
+            network without token-choice experts: one layer with one expert).
         """
+        # Dropout alone draws from torch's own generator: a resumed run repeats it with as many ranks as before.
+        torch.manual_seed((self.recipe.seed << 32) + step * self.parallelism.world_size + distributed.world().rank)
         for group in self._zero.param_groups:
             group["lr"] = self.learning_rate(step)
         loss_sum = torch.zeros((), device=self.device)
@@ -140,7 +147,10 @@ class Engine:
         deepspeed.comm.all_reduce(report)
         for load in loads:
             load.zero_()
-        load = report[1:].view(len(loads), -1)
+        load = report[1:].view(len(loads), -1) if loads else torch.ones(1, 1, device=self.device)
+        for threshold in self.thresholds:  # ranks saw different tokens; as published, they go on with the mean
+            deepspeed.comm.all_reduce(threshold)
+            threshold /= self.parallelism.world_size
         if self.recipe.balance.rate:
             self._balance(load)
         return {"loss": report[0] / (len(micro_batches) * self.parallelism.world_size), "load": load}

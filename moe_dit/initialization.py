@@ -1,8 +1,8 @@
 """Initial weights: a pure function of the seed and a weight's logical name.
 
 The rules are DiT's (arXiv:2212.09748): Xavier-uniform matrices, small normal embeddings, zero biases, zero modulation
-and output, so that a fresh network is the identity; routers are Kaiming-normal, DiffMoE's are small normal. A rank that holds some of a layer's
-experts draws just those, and gets the values that one process holding all would draw.
+and output, so that a fresh network is the identity; routers are Kaiming-normal, DiffMoE's are small normal. A rank
+that holds some of a layer's experts draws just those, and gets the values that one process holding all would draw.
 """
 
 import math
