@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,13 @@ def from_reference(meta: dict[str, Any], state: Mapping[str, torch.Tensor]) -> t
     with torch.device("meta"):
         model = FAMILIES[section.pop("family")](**section)
     check_state(model, state)
-    model.load_state_dict({name: convert(state) for name, convert in conversions(model).items()}, assign=True)
+    model.load_state_dict({name: c.convert(state) for name, c in conversions(model).items()}, assign=True)
     return model, flow
+
+
+def model_section(meta: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's ``model`` section, as in its YAML, from published hyper-parameters (see :func:`from_reference`)."""
+    return _read_meta(meta)[0]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -84,7 +90,7 @@ def import_checkpoint(file: Path, recipe: Recipe, weights: str, folder: Path, sh
     with new_model_folder(folder, recipe) as new, task("importing", len(plan)) as progress:
         model.save_config(new)
         for name, keys in split.filename_to_tensors.items():
-            save_file({key: plan[key](state) for key in keys}, new / name, metadata={"format": "pt"})
+            save_file({key: plan[key].convert(state) for key in keys}, new / name, metadata={"format": "pt"})
             progress.advance(len(keys))
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -134,8 +140,10 @@ class Conversion:
     shape: torch.Size
     join: Callable[[list[torch.Tensor]], torch.Tensor]
 
-    def __call__(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self.join([state[name] for name in self.names]).to(torch.float32).contiguous()
+    def convert(self, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Our tensor from a published state: float32, in memory of its own or the state's."""
+        tensor: torch.Tensor = self.join([state[name] for name in self.names])
+        return tensor.to(torch.float32).contiguous()
 
 
 # Our names to the published ones; all that match apply, in this order.
@@ -157,13 +165,13 @@ def conversions(model: nn.Module) -> dict[str, Conversion]:
         for pattern, replacement in RENAMES:
             published = re.sub(pattern, replacement, published)
         if match := re.fullmatch(r"(.*)\.mlp\.experts\.(gate|up|down)_(proj|bias)", name):
-            plan[name] = _stacked(family, config, *match.groups(), tensor.shape)
+            plan[name] = _stacked(family, config, match[1], match[2], match[3], tensor.shape)
         elif match := re.fullmatch(r"(.*\.mlp(?:\.shared_experts)?)\.(gate|up|down)_proj\.(\w+)", published):
             layer, matrix, kind = match.groups()
             plan[name] = _one(family, layer, matrix, kind, tensor.shape)
         elif family == "DSMoE" and ".attn.qkv." in name and config["positions"] != "sin_cos":
             order = _qkv_order(config)
-            plan[name] = Conversion([published], tensor.shape, lambda tensors, order=order: tensors[0][order])
+            plan[name] = Conversion([published], tensor.shape, partial(_reorder, order))
         elif name == "pos_embed":
             plan[name] = Conversion([published], tensor[None].shape, lambda tensors: tensors[0][0])
         else:
@@ -195,6 +203,10 @@ def _stacked(family: str, config: dict, block: str, matrix: str, kind: str, shap
     names = [name for expert in experts for name in expert.names]
     join = experts[0].join
     return Conversion(names, experts[0].shape, lambda tensors: torch.stack([join([tensor]) for tensor in tensors]))
+
+
+def _reorder(order: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0][order]
 
 
 def _qkv_order(config: dict) -> torch.Tensor:

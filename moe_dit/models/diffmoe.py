@@ -25,7 +25,7 @@ from moe_dit.models.layers import (
 )
 from moe_dit.models.moe import Experts, SwiGLU
 
-gelu_tanh = partial(nn.GELU, approximate="tanh")
+gelu_tanh: Any = partial(nn.GELU, approximate="tanh")
 
 
 class ExpertChoiceMoE(nn.Module):
@@ -154,8 +154,8 @@ class DiffMoE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own 
     @property
     def capacity_loss(self) -> torch.Tensor | None:
         """Weighted sum over layers of the last training forward's capacity losses; None after one in evaluation."""
-        losses = [layer.capacity_loss for layer in self.modules() if isinstance(layer, ExpertChoiceMoE)]
-        losses = [loss for loss in losses if loss is not None]
+        layers = [layer for layer in self.modules() if isinstance(layer, ExpertChoiceMoE)]
+        losses = [layer.capacity_loss for layer in layers if layer.capacity_loss is not None]
         return self.capacity_loss_weight * torch.stack(losses).sum() if losses else None
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -115,7 +115,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x_NTD), shift, scale))
 
 
-def dense_mlp(hidden_size: int, mlp_ratio: float, activation: Callable[[], nn.Module] = nn.SiLU) -> nn.Module:
+def dense_mlp(hidden_size: int, mlp_ratio: float, activation: Any = nn.SiLU) -> nn.Module:
     """timm's two-layer MLP, hidden width int(hidden_size * mlp_ratio)."""
     return Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=activation)
 

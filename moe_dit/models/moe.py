@@ -123,18 +123,19 @@ class Experts(nn.Module):
 
     def _grouped(self, x_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
-        expert_NE = real_N1 = None
+        masks = None
         if self.down_bias is not None:
             row_N1 = torch.arange(len(x_ND), device=x_ND.device)[:, None]
             expert_NE = ((row_N1 >= ends_E - counts_E) & (row_N1 < ends_E)).to(x_ND.dtype)
-            real_N1 = row_N1 < ends_E[-1]
+            masks = row_N1 < ends_E[-1], expert_NE
 
         def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             y = torch._grouped_mm(x, weight.transpose(1, 2), offs=ends_E)
-            if bias is None:
+            if bias is None or masks is None:
                 return y
             # Padding rows of a grouped product are uninitialised, in its gradient too: one NaN there would reach a
             # bias through the sum over rows. The choice below stops it both ways, without asking the GPU for counts.
+            real_N1, expert_NE = masks
             return torch.where(real_N1, y + expert_NE @ bias, 0)
 
         up_NF = linear(x_ND, self.up_proj, self.up_bias)
