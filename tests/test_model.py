@@ -184,7 +184,7 @@ def test_fresh_pixel_and_expert_choice_networks_have_the_published_spread():
         if recipe == "digits_pixels":
             assert up.var().item() == pytest.approx(2 / (2 * width + 128), rel=0.02)  # drawn with gate as one matrix
             assert weights["in_context_posemb"].std().item() == pytest.approx(0.02, rel=0.1)
-            assert weights["x_embedder.proj1.weight"].var().item() == pytest.approx(2 / (32 + 48), rel=0.05)
+            assert weights["x_embedder.proj1.weight"].var().item() == pytest.approx(2 / (64 + 192), rel=0.05)
             ones = [weight for name, weight in weights.items() if "norm" in name]
             assert len(ones) == 6 * 4 + 1 and all((weight == 1).all() for weight in ones)
         else:
