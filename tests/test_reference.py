@@ -16,6 +16,7 @@ from golden import check
 from safetensors.torch import load_file
 
 from moe_dit import build_model, load_model, load_recipe
+from moe_dit.data import training_inputs
 from moe_dit.errors import InputError
 from moe_dit.export import load_export
 from moe_dit.flow import build_flow
@@ -235,6 +236,17 @@ def test_training_times_have_the_published_distribution(name):
     else:
         assert t.mean().item() == pytest.approx(0.5, abs=0.005)
         assert t.std().item() == pytest.approx(12**-0.5, abs=0.005)
+
+
+@pytest.mark.parametrize("name", ["dsmoe_s_e16", "diffmoe_s_e16", "jitmoe_b_16_e16"])
+def test_a_tenth_of_the_labels_is_dropped(name):
+    recipe, n = load_recipe(name), 100_000
+    latents = recipe.data.kind == "latents"
+    x = torch.zeros(n, 8, 1, 1, dtype=torch.float16) if latents else torch.zeros(n, 3, 1, 1, dtype=torch.uint8)
+    batch = {"x": x, "y": torch.full((n,), 7), "position": torch.arange(n)}
+    y = training_inputs(recipe, batch, latent_scale=1.0)["y"]
+    assert set(y.tolist()) == {7, 1000}
+    assert (y == 1000).float().mean().item() == pytest.approx(0.1, abs=0.004)
 
 
 def test_a_time_draw_of_zero_is_finite():
