@@ -14,7 +14,7 @@ EXAMPLES = """\
 def main() -> None:
     parser = Parser("Turn a checkpoint into a folder that loads without DeepSpeed.", EXAMPLES)
     parser.add_argument("source", metavar="RUN_or_CHECKPOINT", type=Path)
-    parser.add_argument("--weights", choices=["ema", "model"], default="ema", help="default: %(default)s")
+    parser.add_argument("--weights", choices=["ema", "ema2", "model"], default="ema", help="default: %(default)s")
     parser.add_argument("--out", required=True, metavar="MODEL", type=Path, help="folder to write")
     args = parser.parse_args()
     export_checkpoint(args.source, args.weights, args.out)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dit.errors import InputError
-from moe_dit.recipe import Recipe
+from moe_dit.recipe import MoE, Recipe
 
 # What decides the experiment stands in the recipe alone, so that a JSON can never change a result.
 RECIPE_DECIDES = {
@@ -72,7 +72,12 @@ def load_parallelism(file: str, recipe: Recipe, world_size: int) -> Parallelism:
 
 def _divide(file: str, config: dict, stage: int, ep_size: int, recipe: Recipe, world_size: int) -> Parallelism:
     moe = recipe.model.moe
-    if moe.num_experts % ep_size:
+    if ep_size > 1 and not isinstance(moe, MoE):
+        raise InputError(
+            f"{file}: expert_parallel.autoep_size is {ep_size}, but the network of recipe {recipe.name} has no experts "
+            f"that ranks can share; give a --ds file with autoep_size 1"
+        )
+    if isinstance(moe, MoE) and moe.num_experts % ep_size:
         fitting = ", ".join(str(n) for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0)
         raise InputError(
             f"{file}: expert_parallel.autoep_size {ep_size} does not divide the {moe.num_experts} experts of recipe "

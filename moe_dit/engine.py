@@ -29,6 +29,7 @@ from moe_dit.deepspeed_config import Parallelism, for_deepspeed
 from moe_dit.errors import InputError
 from moe_dit.flow import build_flow
 from moe_dit.initialization import initialize
+from moe_dit.models.diffmoe import ExpertChoiceMoE
 from moe_dit.optimizer import AdamWithEMA
 from moe_dit.parallel import apply_expert_parallelism, moe_layers
 from moe_dit.recipe import Recipe
@@ -57,7 +58,8 @@ class Piece:
         name: the weight's logical name, as in the plain model.
         numel: elements of the whole logical weight.
         start: where the slice begins in it, flattened.
-        tensors: float32 views [n] by kind: "weight" (the master copy), "exp_avg", "exp_avg_sq", "ema".
+        tensors: float32 views [n] by kind: "weight" (the master copy), "exp_avg", "exp_avg_sq", "ema" and, where the
+            recipe has a second average, "ema2".
     """
 
     name: str
@@ -114,6 +116,7 @@ class Engine:
             module, _, key = name.rpartition(".")
             self.model.get_submodule(module)._buffers[key] = buffer.to(device)
         self.layers = moe_layers(self.model)
+        self.thresholds = [m.expert_threshold for m in self.model.modules() if isinstance(m, ExpertChoiceMoE)]
         self._zero = self.deepspeed.optimizer
         self._adam: AdamWithEMA = getattr(self._zero, "optimizer", self._zero)
         self._adam.prepare(self._flat_weights())
@@ -141,8 +144,10 @@ class Engine:
 
         Returns:
             On the device, alike on all ranks: "loss", the mean over the global batch; "stop", the number of ranks that
-            were told to stop; "load" [layers, experts], tokens by expert.
+            were told to stop; "load" [layers, experts], tokens by expert (no layers in a network without token choice).
         """
+        # Dropout alone draws from torch's own generator: a resumed run repeats it with as many ranks as before.
+        torch.manual_seed((self.recipe.seed << 32) + step * self.parallelism.world_size + distributed.world().rank)
         for group in self._zero.param_groups:
             group["lr"] = self.learning_rate(step)
         parallelism, loss_sum = self.parallelism, torch.zeros((), device=self.device)
@@ -161,7 +166,10 @@ class Engine:
         for load in loads:
             load.zero_()
         report[0] /= len(micro_batches) * parallelism.world_size
-        load = report[2:].view(len(loads), -1)
+        load = report[2:].view(len(loads), len(report[2:]) // max(1, len(loads)))
+        for threshold in self.thresholds:  # ranks saw different tokens; as published, they go on with the mean
+            deepspeed.comm.all_reduce(threshold)
+            threshold /= parallelism.world_size
         if self.recipe.balance.rate:
             self._balance(load)
         return {"loss": report[0], "stop": report[1], "load": load}

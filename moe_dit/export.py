@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from moe_dit.recipe import Recipe, load_recipe, parse_recipe
 RECIPE_FILE = "recipe.yaml"
 
 
-def save_export(model: Any, recipe: Recipe, folder: Path) -> None:
-    """Write a model folder; it appears under its name only when complete.
+@contextmanager
+def new_model_folder(folder: Path, recipe: Recipe) -> Iterator[Path]:
+    """A folder to write a model into; with its recipe it appears under its name only when complete.
 
     Raises:
         InputError: the folder exists and is not a model that may be replaced.
@@ -26,11 +29,21 @@ def save_export(model: Any, recipe: Recipe, folder: Path) -> None:
         raise InputError(f"{folder} exists and is not an exported model; give another --out")
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    (temporary / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        (temporary / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_export(model: Any, recipe: Recipe, folder: Path) -> None:
+    """Write a model folder (see :func:`new_model_folder`)."""
+    with new_model_folder(folder, recipe) as temporary:
+        model.save_pretrained(temporary)
 
 
 def load_export(folder: str | Path) -> tuple[nn.Module, Recipe]:
@@ -46,7 +59,7 @@ def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> No
 
     Args:
         run_or_checkpoint: a run's folder, or one of its checkpoints.
-        weights: "ema" or "model" (the float32 master weights).
+        weights: "ema", "ema2" (the second average) or "model" (the float32 master weights).
         folder: where to write.
     """
     from moe_dit.checkpoint import find_checkpoint, read_facts, read_state
@@ -55,8 +68,10 @@ def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> No
     if checkpoint is None:
         raise InputError(f"{run_or_checkpoint} has no checkpoint; give a run folder or one of its checkpoints")
     recipe = parse_recipe(read_facts(checkpoint)["recipe"], str(checkpoint))
+    if weights == "ema2" and recipe.ema.second_decay is None:
+        raise InputError(f"{checkpoint} keeps one average only: its recipe has no ema.second_decay; give --weights ema")
     model = build_model(recipe, device="meta").to_empty(device="cpu")
-    kind = {"model": "weight", "ema": "ema"}[weights]
+    kind = "weight" if weights == "model" else weights
     targets = {f"{kind}/{name}": weight.detach().view(-1) for name, weight in model.named_parameters()}
     names = dict(model.named_parameters()).keys()
     targets |= {f"buffer/{name}": value for name, value in model.state_dict().items() if name not in names}

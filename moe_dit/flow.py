@@ -1,8 +1,10 @@
 """The objective: rectified flow between noise (t = 0) and data (t = 1), apart from the network.
 
-z_t = t x + (1 - t) noise; the network regresses the velocity x - noise (arXiv:2209.03003).
+z_t = t x + (1 - t) noise, whose velocity is x - noise (arXiv:2209.03003). The network predicts the velocity, or the
+data x, which then stands for the velocity (x - z_t) / (1 - t) (JiT, arXiv:2511.13720); the loss is on the velocity.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,11 +14,36 @@ from moe_dit.recipe import Recipe
 
 
 class Flow:
-    """Rectified flow: the loss of a network, and sampling from it."""
+    """Rectified flow: the loss of a network, and sampling from it.
+
+    Args:
+        prediction: what the network gives, "velocity" or "data".
+        time: distribution of training times: "uniform" on [0, 1), or "logit_normal".
+        time_mean, time_std: of logit(t), where it is normal.
+        noise_scale: standard deviation of the noise.
+        min_denominator: 1 - t is taken for at least this where it divides (data prediction).
+    """
+
+    def __init__(
+        self,
+        prediction: str = "velocity",
+        time: str = "uniform",
+        time_mean: float = 0.0,
+        time_std: float = 1.0,
+        noise_scale: float = 1.0,
+        min_denominator: float = 0.05,
+    ):
+        self.prediction, self.time, self.time_mean, self.time_std = prediction, time, time_mean, time_std
+        self.noise_scale, self.min_denominator = noise_scale, min_denominator
 
     def velocity(self, model: Any, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The network's velocity, float32, shaped as z (a learned sigma's channels are left out)."""
-        return model(z, t, y)[:, : z.shape[1]].float()
+        output = model(z, t, y)[:, : z.shape[1]].float()
+        return output if self.prediction == "velocity" else self._towards(output, z, t)
+
+    def _towards(self, x: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The velocity that leads from z at time t to x at time 1."""
+        return (x - z) / _over(1 - t, z).clamp_min(self.min_denominator)
 
     def loss(
         self, model: Any, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
@@ -31,15 +58,26 @@ class Flow:
             t: times, float32 [N] in [0, 1).
 
         Returns:
-            "loss", a float32 scalar.
+            "loss", a float32 scalar; where the network in training adds a loss of its own (DiffMoE), also its parts
+            "mse" and "capacity_loss".
         """
-        t_ = t.view(-1, *[1] * (x.dim() - 1))
-        z = t_ * x + (1 - t_) * noise
-        return {"loss": (self.velocity(model, z, t, y) - (x - noise)).square().mean()}
+        noise = noise * self.noise_scale
+        z = _over(t, x) * x + _over(1 - t, x) * noise
+        # With data prediction the target takes the clamped denominator too, so that a perfect network has loss 0.
+        target = x - noise if self.prediction == "velocity" else self._towards(x, z, t)
+        mse = (self.velocity(model, z, t, y) - target).square().mean()
+        capacity_loss = getattr(model, "capacity_loss", None)
+        if capacity_loss is None:
+            return {"loss": mse}
+        return {"loss": mse + capacity_loss, "mse": mse, "capacity_loss": capacity_loss}
 
     def times(self, uniform: torch.Tensor) -> torch.Tensor:
-        """Training times from uniform draws in [0, 1): the same draws."""
-        return uniform
+        """Training times, float32 [N], from uniform draws in [0, 1)."""
+        if self.time == "uniform":
+            return uniform
+        # The normal's inverse distribution function; a draw of 0 gives t = 0.
+        normal = torch.special.ndtri(uniform.double())
+        return torch.sigmoid(self.time_mean + self.time_std * normal).float()
 
     def sample(
         self,
@@ -64,10 +102,20 @@ class Flow:
         def velocity(z, t, y):
             return self.velocity(model, z, t, y)
 
-        field = sampler.guided(velocity, y, model.num_classes, cfg_scale, cfg_interval)
-        return sampler.integrate(field, z.float(), steps, method)
+        together = not getattr(model, "couples_samples", False)
+        field = sampler.guided(velocity, y, model.num_classes, cfg_scale, cfg_interval, together)
+        # A predicted image says little about the velocity at t = 1, where 1 - t divides: JiT ends with Euler's step.
+        end_with_euler = self.prediction == "data"
+        return sampler.integrate(field, z.float() * self.noise_scale, steps, method, end_with_euler)
+
+
+def _over(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[N] shaped to multiply x [N, ...]."""
+    return t.view(-1, *[1] * (x.dim() - 1))
 
 
 def build_flow(recipe: Recipe) -> Flow:
     """The recipe's objective."""
-    return Flow()
+    settings = asdict(recipe.flow)
+    del settings["label_dropout"]  # labels are dropped where batches are made (moe_dit.data)
+    return Flow(**settings)

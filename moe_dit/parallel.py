@@ -30,7 +30,7 @@ class ExpertParallelMoE(AutoEPMoELayer):
 
     def __init__(self, name: str, moe: MoE, ep_size: int, ep_rank: int):
         router, experts = moe.router, moe.experts
-        num_experts, expert_width, hidden_size = experts.gate_proj.shape
+        num_experts, expert_width, hidden_size = experts.up_proj.shape
         spec = MoELayerSpec(
             moe_module_name=name,
             model_family="moe_dit",

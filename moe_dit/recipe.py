@@ -40,10 +40,25 @@ class MoE:
 
 
 @dataclass(frozen=True, config=_strict)
-class Model:
-    """The network. Sizes are in tokens of ``patch_size`` x ``patch_size`` values of a square input."""
+class PixelMoE(MoE):
+    """JiTMoE's: the same layer, whose experts have biases, with dropout of their hidden values."""
 
-    family: Literal["dsmoe"]
+    dropout: Fraction = 0.0
+
+
+@dataclass(frozen=True, config=_strict)
+class ExpertChoiceMoE:
+    """DiffMoE's layer: experts choose tokens among a rank's whole batch (arXiv:2503.14487)."""
+
+    num_experts: Count
+    capacity: Positive  # experts a token gets on average in training
+    shared_experts: Annotated[int, Field(strict=True, ge=0)] = 0
+
+
+@dataclass(frozen=True, config=_strict)
+class Model:
+    """What all networks have. Sizes are in values of a square input, cut into patches."""
+
     input_size: Count  # side of the latent, or of the image in pixel space
     in_channels: Count
     patch_size: Count
@@ -52,8 +67,47 @@ class Model:
     num_heads: Count
     mlp_ratio: Positive  # width of the dense blocks' MLP over hidden_size
     num_classes: Count
+
+
+@dataclass(frozen=True, config=_strict, kw_only=True)
+class DSMoE(Model):
+    """moe_dit.models.dsmoe."""
+
+    family: Literal["dsmoe"]
     moe: MoE
     learn_sigma: bool = True  # twice the output channels; the second half is not used (as published)
+    positions: Literal["rope_2d", "rope_1d", "sin_cos"] = "rope_2d"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    interleave: bool = True  # MoE in the odd blocks; false: in all
+    dense_first: Annotated[int, Field(strict=True, ge=0)] = 0  # first blocks that are dense in any case
+
+
+@dataclass(frozen=True, config=_strict, kw_only=True)
+class DiffMoE(Model):
+    """moe_dit.models.diffmoe."""
+
+    family: Literal["diffmoe"]
+    moe: ExpertChoiceMoE
+    capacity_loss_weight: Annotated[float, Field(strict=True, ge=0)]  # of the capacity predictors' loss
+    learn_sigma: bool = True
+    gated: bool = False  # SwiGLU without biases for every MLP
+    interleave: bool = True
+
+
+@dataclass(frozen=True, config=_strict, kw_only=True)
+class JiT(Model):
+    """moe_dit.models.jit: JiTMoE with ``moe``, JiT without."""
+
+    family: Literal["jit"]
+    bottleneck_dim: Count  # width between pixels and tokens
+    in_context_len: Annotated[int, Field(strict=True, ge=0)]  # class tokens ...
+    in_context_start: Annotated[int, Field(strict=True, ge=0)]  # ... that join before this block
+    moe: PixelMoE | None = None
+    attn_dropout: Fraction = 0.0  # dropout, this and all other, acts in the middle half of the depth
+    proj_dropout: Fraction = 0.0
+
+
+MODELS = {"dsmoe": DSMoE, "diffmoe": DiffMoE, "jit": JiT}
 
 
 @dataclass(frozen=True, config=_strict)
@@ -61,6 +115,12 @@ class Flow:
     """The objective: how noise and data are mixed, and what is regressed."""
 
     label_dropout: Fraction  # share of labels replaced by the null class, for classifier-free guidance
+    prediction: Literal["velocity", "data"] = "velocity"  # what the network gives; the loss is on the velocity
+    time: Literal["uniform", "logit_normal"] = "uniform"  # distribution of training times
+    time_mean: Annotated[float, Field(strict=True)] = 0.0  # of logit(t), where it is normal
+    time_std: Positive = 1.0
+    noise_scale: Positive = 1.0
+    min_denominator: Fraction = 0.05  # least 1 - t to divide by (data prediction)
 
 
 @dataclass(frozen=True, config=_strict)
@@ -101,14 +161,15 @@ class Optimizer:
 
 @dataclass(frozen=True, config=_strict)
 class EMA:
-    """Exponential moving average of the weights."""
+    """Exponential moving averages of the weights."""
 
     decay: Fraction
+    second_decay: Fraction | None = None  # of another average beside it (ema2 in checkpoints and exports)
 
     @property
     def decays(self) -> dict[str, float]:
         """Decay by the name of the average in checkpoints."""
-        return {"ema": self.decay}
+        return {"ema": self.decay} | ({} if self.second_decay is None else {"ema2": self.second_decay})
 
 
 @dataclass(frozen=True, config=_strict)
@@ -136,7 +197,7 @@ class Recipe:
     steps: Count
     global_batch_size: Count
     max_micro_batch_size: Count  # largest batch a rank computes at once; beyond it gradients are accumulated
-    model: Model
+    model: Annotated[DSMoE | DiffMoE | JiT, Field(discriminator="family")]
     flow: Flow
     sampling: Sampling
     data: Data
@@ -237,9 +298,11 @@ def _floats(value: Any) -> Any:
     return value
 
 
-def _schema(loc: tuple) -> Any:
+def _schema(loc: tuple, values: dict) -> Any:
     """The dataclass at a location, for the names of its keys."""
     schema: Any = Recipe
+    if loc[:1] == ("model",):
+        schema, loc = MODELS[values["model"]["family"]], loc[1:]
     for key in loc:
         fields = {f.name: f.type for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else {}
         schema = fields.get(key)
@@ -251,11 +314,19 @@ def _explain(error: ValidationError, values: dict, source: str, sources: dict[st
     """One line for the first problem pydantic found."""
     # An unknown key explains a missing one (a typo makes both), so it comes first.
     problem = sorted(error.errors(), key=lambda p: p["type"] != "unexpected_keyword_argument")[0]
-    loc = tuple(key for key in problem["loc"])
+    loc = problem["loc"]
+    if loc[0] == "model":
+        if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
+            loc = ("model", "family")
+            kind = "missing" if problem["type"] == "union_tag_not_found" else "literal_error"
+            tag = problem["ctx"].get("tag")
+            problem = problem | {"type": kind, "input": tag, "ctx": {"expected": ", ".join(MODELS)}}
+        else:
+            loc = (*loc[:1], *loc[2:])  # without the family, which pydantic puts between
     key = ".".join(str(part) for part in loc)
     where = next((text for name, text in sources.items() if f"{name}.".startswith(f"{key}.")), f"recipe {source}")
     if problem["type"] == "unexpected_keyword_argument":
-        schema = _schema(loc[:-1])
+        schema = _schema(loc[:-1], values)
         valid = [f.name for f in dataclasses.fields(schema)] if schema else []
         near = difflib.get_close_matches(str(loc[-1]), valid, 1)
         hint = f"did you mean {near[0]}?" if near else f"valid keys here: {', '.join(valid)}"
@@ -274,7 +345,6 @@ def _explain(error: ValidationError, values: dict, source: str, sources: dict[st
 def _check(recipe: Recipe, source: str) -> None:
     """What one key's type cannot say."""
     model = recipe.model
-    moe = model.moe
 
     def need(good: bool, key: str, message: str) -> None:
         if not good:
@@ -294,6 +364,27 @@ def _check(recipe: Recipe, source: str) -> None:
         f"is {model.num_heads}; hidden_size / num_heads must be a multiple of 4 (2-D RoPE), "
         f"and hidden_size is {model.hidden_size}",
     )
+    if isinstance(model, JiT):
+        need(
+            model.in_context_start < model.depth,
+            "model.in_context_start",
+            f"is {model.in_context_start}; it should be less than model.depth {model.depth}",
+        )
+    need(
+        recipe.ema.second_decay is None or recipe.ema.second_decay != recipe.ema.decay,
+        "ema.second_decay",
+        f"is {recipe.ema.second_decay}, the same as ema.decay; leave it out or change one",
+    )
+    low, high = recipe.sampling.cfg_interval
+    need(0 <= low <= high <= 1, "sampling.cfg_interval", f"is [{low}, {high}]; it should be 0 <= low <= high <= 1")
+    moe = model.moe
+    if not isinstance(moe, MoE):
+        need(
+            recipe.balance.rate == 0,
+            "balance.rate",
+            f"is {recipe.balance.rate}; only experts that tokens choose can be balanced, and this network has none",
+        )
+        return
     need(
         moe.num_experts % moe.num_groups == 0,
         "model.moe.num_groups",
@@ -313,5 +404,3 @@ def _check(recipe: Recipe, source: str) -> None:
     need(
         moe.top_k <= reachable, "model.moe.top_k", f"is {moe.top_k}; at most the {reachable} experts of the kept groups"
     )
-    low, high = recipe.sampling.cfg_interval
-    need(0 <= low <= high <= 1, "sampling.cfg_interval", f"is [{low}, {high}]; it should be 0 <= low <= high <= 1")

@@ -41,6 +41,7 @@ def guided(
     null_label: int,
     cfg_scale: float | None,
     cfg_interval: tuple[float, float] = (0.0, 1.0),
+    together: bool = True,
 ) -> Callable[[torch.Tensor, float], torch.Tensor]:
     """Classifier-free guidance: v = v_null + scale (v_label - v_null) for t inside the interval, else v_label.
 
@@ -49,6 +50,7 @@ def guided(
         y: labels, int64 [N].
         cfg_scale: None or 1 for none (one network call a step instead of two).
         cfg_interval: (low, high), open; 0 and 1 stand for no bound (arXiv:2404.07724).
+        together: ask for both velocities at once; not where a network's samples depend on the others of their batch.
     """
     low, high = cfg_interval
     labels = torch.cat([y, torch.full_like(y, null_label)])
@@ -57,7 +59,11 @@ def guided(
         inside = (low == 0 or t > low) and (high == 1 or t < high)
         if cfg_scale is None or cfg_scale == 1 or not inside:
             return velocity(z, torch.full_like(y, t, dtype=torch.float32), y)
-        v_label, v_null = velocity(torch.cat([z, z]), torch.full_like(labels, t, dtype=torch.float32), labels).chunk(2)
+        times = torch.full_like(labels, t, dtype=torch.float32)
+        if together:
+            v_label, v_null = velocity(torch.cat([z, z]), times, labels).chunk(2)
+        else:
+            v_label, v_null = (velocity(z, *half) for half in zip(times.chunk(2), labels.chunk(2), strict=True))
         return v_null + cfg_scale * (v_label - v_null)
 
     return field

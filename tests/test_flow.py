@@ -1,6 +1,7 @@
 """Objective and sampler, against closed forms."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -33,6 +34,45 @@ def test_sampling_transports_noise_to_the_data(method, steps, tolerance):
     got = Flow().sample(Gaussian(), z, y, steps=steps, method=method)
     want = Gaussian.means[y].view(-1, 1, 1, 1) + Gaussian.deviation * z
     assert (got - want).abs().max() < tolerance
+
+
+class GaussianData(Gaussian):
+    """The same, predicting the data: E[x | z]."""
+
+    def forward(self, z, t, y):
+        mean, t = self.means[y].view(-1, 1, 1, 1), t.view(-1, 1, 1, 1)
+        variance = (t * self.deviation) ** 2 + (1 - t) ** 2
+        return mean + t * self.deviation**2 / variance * (z - t * mean)
+
+
+def test_a_network_that_predicts_data_samples_the_same():
+    z = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(8) % 2
+    want = Flow().sample(Gaussian(), z, y, steps=50, method="euler")
+    got = Flow(prediction="data", min_denominator=0.01).sample(GaussianData(), z, y, steps=50, method="euler")
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_data_prediction_is_weighted_by_the_clamped_time_left():
+    """v-loss of a constant prediction, written out (arXiv:2511.13720)."""
+    x, noise = torch.full((2, 1, 2, 2), 1.0), torch.full((2, 1, 2, 2), 0.5)
+    t = torch.tensor([0.2, 0.99])
+    flow = Flow(prediction="data", noise_scale=2.0, min_denominator=0.05)
+    got = flow.loss(lambda z, t, y: torch.full_like(z, 3.0), x, torch.zeros(2), noise=noise, t=t)["loss"]
+    assert got.item() == pytest.approx(((2 / 0.8) ** 2 + (2 / 0.05) ** 2) / 2)
+
+
+def test_samples_that_depend_on_each_other_are_guided_apart():
+    class Coupled(Gaussian):
+        couples_samples = True
+        batches: ClassVar = []
+
+        def forward(self, z, t, y):
+            self.batches.append(y.tolist())
+            return super().forward(z, t, y)
+
+    Flow().sample(Coupled(), torch.randn(2, 1, 2, 2), torch.tensor([0, 1]), steps=1, cfg_scale=2.0)
+    assert Coupled.batches == [[0, 1], [2, 2]]
 
 
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])

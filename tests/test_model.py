@@ -66,9 +66,10 @@ def test_without_a_shared_expert_the_input_is_added():
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 7, 4], [16, 0, 0, 0], [0, 0, 0, 3]])
-def test_grouped_products_equal_a_product_per_expert(counts):
+@pytest.mark.parametrize("form", [{}, {"bias": True}, {"bias": True, "gated": False}], ids=str)
+def test_grouped_products_equal_a_product_per_expert(counts, form):
     torch.manual_seed(0)
-    experts = Experts(4, 16, 32)
+    experts = Experts(4, 16, 32, **form)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(sum(counts), 16, requires_grad=True)
@@ -80,16 +81,64 @@ def test_grouped_products_equal_a_product_per_expert(counts):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_rows_get_no_say():
+@pytest.mark.parametrize("implementation", ["loop", "grouped"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_padding_rows_get_no_say(implementation, bias):
     """AutoEP can hand over rows beyond the last expert's; what is in them must not reach a result or a gradient."""
-    experts = Experts(2, 8, 8, implementation="loop")
+    torch.manual_seed(0)
+    experts = Experts(2, 8, 8, bias=bias, implementation=implementation)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
+    counts = torch.tensor([1, 3], dtype=torch.int32)
     x = torch.randn(6, 8)
     x[4:] = float("nan")
-    out = experts(x, torch.tensor([1, 3], dtype=torch.int32))
-    out[:4].sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in experts.parameters())
+    results = []
+    for rows in (x, x[:4]):
+        out = experts(rows, counts)
+        # The gradient of padding rows is as uninitialised as they are.
+        weight = torch.full_like(out, float("nan"))
+        weight[:4] = 1.0
+        results.append((out[:4], *torch.autograd.grad(out, list(experts.parameters()), weight)))
+    for with_padding, without in zip(*results, strict=True):
+        torch.testing.assert_close(with_padding, without)
+
+
+def test_biased_experts_are_swiglu_with_biases():
+    torch.manual_seed(0)
+    moe = MoE(16, num_experts=4, top_k=2, expert_width=12, routed_scale=2.5, bias=True)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(16)
+
+    def swiglu(gate, gate_bias, up, up_bias, down, down_bias):
+        return down @ (F.silu(gate @ x + gate_bias) * (up @ x + up_bias)) + down_bias
+
+    e, s = moe.experts, moe.shared_experts
+    scores = torch.sigmoid(moe.router.weight @ x)
+    best = scores.topk(2).indices
+    want = swiglu(*(p for m in (s.gate_proj, s.up_proj, s.down_proj) for p in (m.weight, m.bias)))
+    for i in best:
+        expert = (e.gate_proj, e.gate_bias, e.up_proj, e.up_bias, e.down_proj, e.down_bias)
+        want = want + 2.5 * scores[i] / scores[best].sum() * swiglu(*(p[i] for p in expert))
+    torch.testing.assert_close(moe(x[None])[0], want)
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    moe = MoE(16, num_experts=4, top_k=2, expert_width=64, routed_scale=1.0, bias=True, dropout=0.5)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(5, 16)
+    assert not torch.equal(moe(x), moe(x))
+    moe.eval()
+    assert torch.equal(moe(x), moe(x))
+
+
+def test_router_logits_stay_float32_under_autocast(layer):
+    x = torch.randn(64, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = layer.router(x)[0]
+    assert torch.equal(weights, layer.router(x)[0])
 
 
 def test_rope_makes_attention_depend_on_row_and_column_differences():
@@ -122,6 +171,26 @@ def test_a_fresh_network_predicts_zero_and_its_weights_have_the_right_spread():
     assert gate.var().item() == pytest.approx(2 / (128 + 128), rel=0.02)
     assert weights["blocks.1.mlp.router.weight"].std().item() == pytest.approx(math.sqrt(2 / 128), rel=0.1)
     assert weights["c_embedder.label.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_fresh_pixel_and_expert_choice_networks_have_the_published_spread():
+    for recipe, width in (("digits_pixels", 128), ("digits_diffmoe", 256)):
+        model = build_model(recipe)
+        side, channels = model.config["input_size"], model.config["in_channels"]
+        x, t, y = torch.randn(2, channels, side, side), torch.tensor([0.1, 0.9]), torch.tensor([3, 10])
+        assert not model(x, t, y).any()
+        weights = dict(model.named_parameters())
+        up = weights["blocks.1.mlp.experts.up_proj"]
+        if recipe == "digits_pixels":
+            assert up.var().item() == pytest.approx(2 / (2 * width + 128), rel=0.02)  # drawn with gate as one matrix
+            assert weights["in_context_posemb"].std().item() == pytest.approx(0.02, rel=0.1)
+            assert weights["x_embedder.proj1.weight"].var().item() == pytest.approx(2 / (64 + 192), rel=0.05)
+            ones = [weight for name, weight in weights.items() if "norm" in name]
+            assert len(ones) == 6 * 4 + 1 and all((weight == 1).all() for weight in ones)
+        else:
+            assert up.var().item() == pytest.approx(2 / (width + 128), rel=0.02)
+            assert weights["blocks.1.mlp.gate_weight"].std().item() == pytest.approx(0.006, rel=0.1)
+        assert not any(weight.any() for name, weight in weights.items() if name.endswith("bias"))
 
 
 def test_initial_weights_follow_the_seed_alone():

@@ -3,6 +3,7 @@
 import pytest
 
 from moe_dit import build_model
+from moe_dit.deepspeed_config import load_parallelism
 from moe_dit.errors import InputError
 from moe_dit.recipe import load_recipe, names, parse_recipe
 
@@ -55,6 +56,10 @@ def test_set_changes_a_key_and_reads_numbers_without_a_dot():
         ("model.depth=0", "model.depth is 0; it should be greater than 0"),
         ("seed=true", "seed is True"),
         ("sampling.method=eular", "did you mean euler?"),
+        ("model.family=dsmo", "model.family is 'dsmo'; did you mean dsmoe?"),
+        ("flow.prediction=x", "choose one of velocity, data"),
+        ("ema.second_decay=0.995", "the same as ema.decay"),
+        ("model.moe.capacity=1.0", "unknown key model.moe.capacity"),
         ("model.moe.num_groups=3", "it must divide num_experts 8: 1, 2, 4, 8"),
         ("model.moe.top_k=9", "model.moe.top_k is 9; at most the 8 experts"),
         ("model.num_heads=5", "hidden_size / num_heads must be a multiple of 4"),
@@ -88,6 +93,28 @@ def test_a_wrong_file_is_one_line_that_names_it(tmp_path, content, line):
     with pytest.raises(InputError) as caught:
         load_recipe(str(path))
     assert line in str(caught.value) and "mine.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "line"),
+    [
+        ("digits_diffmoe", "model.moe.top_k=2", "unknown key model.moe.top_k; valid keys here: num_experts, capacity"),
+        ("digits_diffmoe", "balance.rate=0.001", "balance.rate is 0.001; only experts that tokens choose"),
+        ("digits_pixels", "model.in_context_start=6", "it should be less than model.depth 6"),
+        ("digits_pixels", "model.moe.top_k=9", "at most the 8 experts"),
+        ("digits_pixels", "model.in_context_lenn=6", "did you mean in_context_len?"),
+    ],
+)
+def test_a_wrong_override_of_another_family(recipe, override, line):
+    with pytest.raises(InputError) as caught:
+        load_recipe(recipe, [override])
+    assert line in str(caught.value)
+
+
+def test_ranks_cannot_share_the_experts_of_a_network_that_has_none_to_share(tmp_path):
+    (tmp_path / "ds.json").write_text('{"expert_parallel": {"enabled": true, "autoep_size": 2}}')
+    with pytest.raises(InputError, match="no experts that ranks can share"):
+        load_parallelism(str(tmp_path / "ds.json"), load_recipe("digits_diffmoe"), world_size=2)
 
 
 def test_an_unknown_name_gets_the_nearest():

@@ -11,7 +11,19 @@ from diffusers.models.modeling_utils import ModelMixin
 from timm.layers import PatchEmbed
 from torch import nn
 
-from moe_dit.models.layers import Block, ConditionEmbedder, FinalLayer, dense_mlp, rope_2d, sin_cos_table, unpatchify
+from moe_dit.models.layers import (
+    NORMS,
+    Block,
+    ConditionEmbedder,
+    FinalLayer,
+    dense_mlp,
+    moe_blocks,
+    rope_1d,
+    rope_2d,
+    sin_cos_2d,
+    sin_cos_table,
+    unpatchify,
+)
 from moe_dit.models.moe import MoE
 
 
@@ -20,6 +32,9 @@ class DSMoE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own pa
 
     Weights are uninitialised until :func:`moe_dit.initialization.initialize` or a load.
     """
+
+    pos_embed: torch.Tensor | None
+    rope: torch.Tensor | None
 
     @register_to_config
     def __init__(
@@ -34,19 +49,34 @@ class DSMoE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own pa
         num_classes: int,
         moe: dict[str, Any],
         learn_sigma: bool = True,
+        positions: str = "rope_2d",
+        norm: str = "layernorm",
+        interleave: bool = True,
+        dense_first: int = 0,
     ):
         super().__init__()
         self.num_classes, self.in_channels = num_classes, in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        side, head_dim = input_size // patch_size, hidden_size // num_heads
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.c_embedder = ConditionEmbedder(hidden_size, num_classes)
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, MoE(hidden_size, **moe) if i % 2 else dense_mlp(hidden_size, mlp_ratio))
-            for i in range(depth)
+            Block(
+                hidden_size,
+                num_heads,
+                MoE(hidden_size, **moe) if is_moe else dense_mlp(hidden_size, mlp_ratio),
+                NORMS[norm],
+            )
+            for is_moe in moe_blocks(depth, interleave, dense_first)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
-        rope = sin_cos_table(rope_2d(hidden_size // num_heads, input_size // patch_size))
+        rope = None
+        if positions == "rope_1d":
+            rope = sin_cos_table(rope_1d(head_dim, torch.arange(side * side, device="cpu")))
+        elif positions == "rope_2d":
+            rope = sin_cos_table(rope_2d(head_dim, side))
         self.register_buffer("rope", rope, persistent=False)
+        self.register_buffer("pos_embed", sin_cos_2d(hidden_size, side) if positions == "sin_cos" else None)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Predict from a noisy latent.
@@ -60,6 +90,8 @@ class DSMoE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own pa
             [N, out_channels, side, side]: the velocity, and with ``learn_sigma`` as many channels that are not used.
         """
         h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype))
+        if self.pos_embed is not None:
+            h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)
         for block in self.blocks:
             h_NTD = block(h_NTD, c_ND, self.rope)

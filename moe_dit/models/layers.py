@@ -3,10 +3,18 @@
 Shapes: N samples, T tokens, D width.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from timm.layers import AttentionRope, Mlp
 from torch import nn
+
+layer_norm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
+rms_norm = partial(nn.RMSNorm, eps=1e-6)
+NORMS: dict[str, Callable[[int], nn.Module]] = {"layernorm": layer_norm, "rmsnorm": rms_norm}
 
 
 def modulate(x_NTD: torch.Tensor, shift_ND: torch.Tensor, scale_ND: torch.Tensor) -> torch.Tensor:
@@ -28,8 +36,20 @@ def rope_2d(head_dim: int, side: int) -> torch.Tensor:
 
 
 def sin_cos_table(angles: torch.Tensor) -> torch.Tensor:
-    """Angles [T, head_dim] as timm's attention takes them: [T, 2 head_dim], sines then cosines."""
+    """Angles [T, C] to [T, 2 C], sines then cosines; of a rotary table, the form that timm's attention takes."""
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def sin_cos_2d(width: int, side: int) -> torch.Tensor:
+    """Fixed position embedding [side * side, width] to add to tokens (MAE, arXiv:2111.06377; DiT).
+
+    A quarter of the channels each: sines and cosines of the column, sines and cosines of the row.
+    """
+    frequencies = 10000.0 ** (-torch.arange(width // 4, device="cpu", dtype=torch.float64) / (width // 4))
+    angles = torch.outer(torch.arange(side, device="cpu", dtype=torch.float64), frequencies)
+    line = sin_cos_table(angles)
+    rows, columns = line[:, None].expand(side, side, -1), line[None].expand(side, side, -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()
 
 
 class ConditionEmbedder(nn.Module):
@@ -50,17 +70,32 @@ class ConditionEmbedder(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero: attention, then ``mlp`` (dense or MoE)."""
+    """Transformer block with adaLN-Zero: attention, then ``mlp`` (dense or MoE).
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp: nn.Module):
+    Args:
+        hidden_size: D.
+        num_heads: attention heads.
+        mlp: maps [N, T, D] to the same.
+        norm: makes a norm over D.
+        **attention: further arguments of timm's AttentionRope. Its first ``num_prefix_tokens`` are not rotated.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp: nn.Module,
+        norm: Callable[[int], nn.Module] = layer_norm,
+        **attention: Any,
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = AttentionRope(hidden_size, num_heads, num_prefix_tokens=0)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm1 = norm(hidden_size)
+        self.attn = AttentionRope(hidden_size, num_heads, **{"num_prefix_tokens": 0} | attention)
+        self.norm2 = norm(hidden_size)
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x_NTD: torch.Tensor, c_ND: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_NTD: torch.Tensor, c_ND: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_ND).chunk(6, dim=1)
         x_NTD = x_NTD + gate1[:, None] * self.attn(modulate(self.norm1(x_NTD), shift1, scale1), rope=rope)
         return x_NTD + gate2[:, None] * self.mlp(modulate(self.norm2(x_NTD), shift2, scale2))
@@ -69,9 +104,9 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated norm and a linear map from tokens to patches."""
 
-    def __init__(self, hidden_size: int, patch_values: int):
+    def __init__(self, hidden_size: int, patch_values: int, norm: Callable[[int], nn.Module] = layer_norm):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = norm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_values)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
@@ -80,9 +115,14 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x_NTD), shift, scale))
 
 
-def dense_mlp(hidden_size: int, mlp_ratio: float) -> nn.Module:
-    """timm's two-layer MLP with SiLU."""
-    return Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=nn.SiLU)
+def dense_mlp(hidden_size: int, mlp_ratio: float, activation: Any = nn.SiLU) -> nn.Module:
+    """timm's two-layer MLP, hidden width int(hidden_size * mlp_ratio)."""
+    return Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=activation)
+
+
+def moe_blocks(depth: int, interleave: bool = True, dense_first: int = 0) -> list[bool]:
+    """Which blocks are mixtures of experts: the odd ones, or all, but none of the first ``dense_first``."""
+    return [(i % 2 == 1 or not interleave) and i >= dense_first for i in range(depth)]
 
 
 def unpatchify(x_NTP: torch.Tensor, channels: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The one mixture-of-experts layer: token choice, sigmoid scores, group-limited top-k, nothing dropped.
+"""The token-choice mixture-of-experts layer: sigmoid scores, group-limited top-k, nothing dropped.
 
 The router is DeepSeek-V3's (arXiv:2412.19437, section 2.1.2) as used by arXiv:2512.01252. Expert weights are stacked on
 a leading expert dimension, so that a slice of it is an expert-parallel rank's share; which rank holds what is not this
@@ -42,16 +42,19 @@ class Router(nn.Module):
             expert_bias: a second bias that DeepSpeed's AutoEP layer can pass; not used here, always None.
 
         Returns:
-            weights float32 [T, K] (positive, summing to ``routed_scale``), experts int64 [T, K], and the number of
-            tokens each expert got, int32 [E].
+            weights float32 [T, K] (positive, summing to ``routed_scale``; for K = 1 the score times it), experts
+            int64 [T, K], and the number of tokens each expert got, int32 [E].
         """
-        scores_TE = torch.sigmoid(F.linear(x_TD.float(), self.weight.float()))
+        with torch.autocast(x_TD.device.type, enabled=False):
+            scores_TE = torch.sigmoid(F.linear(x_TD.float(), self.weight.float()))
         choice_TE = scores_TE + self.e_score_correction_bias
         if self.num_groups > 1:
             choice_TE = self._keep_best_groups(choice_TE)
         experts_TK = choice_TE.topk(self.top_k, dim=-1, sorted=False).indices
         weights_TK = scores_TE.gather(1, experts_TK)
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20) * self.routed_scale
+        if self.top_k > 1:  # a single weight divided by itself would be 1, and teach the router nothing
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        weights_TK = weights_TK * self.routed_scale
         # scatter_add rather than bincount: bincount waits for the GPU to learn its output's size.
         ones = torch.ones_like(experts_TK, dtype=torch.int32).flatten()
         counts_E = ones.new_zeros(scores_TE.shape[1]).scatter_add_(0, experts_TK.flatten(), ones)
@@ -67,20 +70,49 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stacked SwiGLU experts, applied to rows that are sorted by expert.
+    """Stacked experts, applied to rows that are sorted by expert.
+
+    An expert is SwiGLU, down(silu(gate(x)) * up(x)), or where it is not gated a plain MLP, down(gelu_tanh(up(x))).
 
     Args:
+        num_experts: E.
+        hidden_size: D.
+        expert_width: F.
+        bias: whether its linear maps have biases.
+        gated: SwiGLU or plain MLP.
+        dropout: probability of dropping a hidden value in training.
         implementation: "grouped" (one grouped matrix product for all experts; the fast path on GPUs), "loop" (a
             product per expert: CPUs and old GPUs, and the form to check the other against) or "auto" (grouped for
             bf16 on a GPU, else loop: elsewhere torch's grouped product is slower or absent).
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, expert_width: int, implementation: str = "auto"):
+    gate_proj: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+    up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        expert_width: int,
+        bias: bool = False,
+        gated: bool = True,
+        dropout: float = 0.0,
+        implementation: str = "auto",
+    ):
         super().__init__()
-        self.implementation = implementation
-        self.gate_proj = nn.Parameter(torch.empty(num_experts, expert_width, hidden_size))
-        self.up_proj = nn.Parameter(torch.empty(num_experts, expert_width, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_width))
+        self.implementation, self.dropout = implementation, dropout
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape))
+
+        self.gate_proj = parameter(expert_width, hidden_size) if gated else None
+        self.up_proj = parameter(expert_width, hidden_size)
+        self.down_proj = parameter(hidden_size, expert_width)
+        self.gate_bias = parameter(expert_width) if gated and bias else None
+        self.up_bias = parameter(expert_width) if bias else None
+        self.down_bias = parameter(hidden_size) if bias else None
 
     def forward(self, x_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """Apply expert e to its counts_E[e] rows; rows past the last expert's (padding) give zeros or rubbish."""
@@ -91,31 +123,56 @@ class Experts(nn.Module):
 
     def _grouped(self, x_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
-        gate_NF = torch._grouped_mm(x_ND, self.gate_proj.transpose(1, 2), offs=ends_E)
-        up_NF = torch._grouped_mm(x_ND, self.up_proj.transpose(1, 2), offs=ends_E)
-        return torch._grouped_mm(F.silu(gate_NF) * up_NF, self.down_proj.transpose(1, 2), offs=ends_E)
+        masks = None
+        if self.down_bias is not None:
+            row_N1 = torch.arange(len(x_ND), device=x_ND.device)[:, None]
+            expert_NE = ((row_N1 >= ends_E - counts_E) & (row_N1 < ends_E)).to(x_ND.dtype)
+            masks = row_N1 < ends_E[-1], expert_NE
+
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            y = torch._grouped_mm(x, weight.transpose(1, 2), offs=ends_E)
+            if bias is None or masks is None:
+                return y
+            # Padding rows of a grouped product are uninitialised, in its gradient too: one NaN there would reach a
+            # bias through the sum over rows. The choice below stops it both ways, without asking the GPU for counts.
+            real_N1, expert_NE = masks
+            return torch.where(real_N1, y + expert_NE @ bias, 0)
+
+        up_NF = linear(x_ND, self.up_proj, self.up_bias)
+        gate_NF = None if self.gate_proj is None else linear(x_ND, self.gate_proj, self.gate_bias)
+        return linear(self._hidden(gate_NF, up_NF), self.down_proj, self.down_bias)
 
     def _loop(self, x_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         counts = counts_E.tolist()
         rows = list(x_ND.split([*counts, len(x_ND) - sum(counts)]))
+
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, e: int) -> torch.Tensor:
+            return F.linear(x, weight[e], None if bias is None else bias[e])
+
         for e, x in enumerate(rows[:-1]):
-            hidden = F.silu(F.linear(x, self.gate_proj[e])) * F.linear(x, self.up_proj[e])
-            rows[e] = F.linear(hidden, self.down_proj[e])
+            up = linear(x, self.up_proj, self.up_bias, e)
+            gate = None if self.gate_proj is None else linear(x, self.gate_proj, self.gate_bias, e)
+            rows[e] = linear(self._hidden(gate, up), self.down_proj, self.down_bias, e)
         rows[-1] = torch.zeros_like(rows[-1])
         return torch.cat(rows)
 
+    def _hidden(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+        hidden = F.gelu(up, approximate="tanh") if gate is None else F.silu(gate) * up
+        return F.dropout(hidden, self.dropout, self.training)
+
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) without biases: the shared expert."""
+    """down(dropout(silu(gate(x)) * up(x))): a dense block's MLP, and the shared expert."""
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, width: int, bias: bool = False, dropout: float = 0.0):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, width, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden_size, bias=bias)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.dropout(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class MoE(nn.Module):
@@ -133,11 +190,13 @@ class MoE(nn.Module):
         num_groups: int = 1,
         num_groups_kept: int = 1,
         shared_expert: bool = True,
+        bias: bool = False,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.router = Router(hidden_size, num_experts, top_k, routed_scale, num_groups, num_groups_kept)
-        self.experts = Experts(num_experts, hidden_size, expert_width)
-        self.shared_experts = SwiGLU(hidden_size, expert_width) if shared_expert else None
+        self.experts = Experts(num_experts, hidden_size, expert_width, bias, dropout=dropout)
+        self.shared_experts = SwiGLU(hidden_size, expert_width, bias, dropout) if shared_expert else None
         # Tokens each expert got since the counts were last reset; whoever trains reads and resets them.
         self.register_buffer("tokens_per_expert", torch.zeros(num_experts, device="cpu"), persistent=False)
 

@@ -1,0 +1,117 @@
+"""JiT and JiTMoE: transformers on the pixels of large patches (arXiv:2511.13720, arXiv:2512.01252).
+
+They predict the image itself (see :mod:`moe_dit.flow`). Shapes: N samples, C channels, T tokens, D width.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from moe_dit.models.layers import (
+    Block,
+    ConditionEmbedder,
+    FinalLayer,
+    moe_blocks,
+    rms_norm,
+    rope_2d,
+    sin_cos_2d,
+    sin_cos_table,
+    unpatchify,
+)
+from moe_dit.models.moe import MoE, SwiGLU
+
+
+class BottleneckPatchEmbed(nn.Module):
+    """Patches to tokens through a narrow linear layer: [N, C, side, side] -> [N, T, D]."""
+
+    def __init__(self, in_channels: int, patch_size: int, bottleneck_dim: int, hidden_size: int):
+        super().__init__()
+        self.proj1 = nn.Conv2d(in_channels, bottleneck_dim, patch_size, stride=patch_size, bias=False)
+        self.proj2 = nn.Conv2d(bottleneck_dim, hidden_size, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
+
+
+class JiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own pair
+    """The network; arguments are a recipe's ``model`` section, with ``moe`` (odd blocks are MoE) or without.
+
+    Weights are uninitialised until :func:`moe_dit.initialization.initialize` or a load.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: int,
+        in_channels: int,
+        patch_size: int,
+        depth: int,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        num_classes: int,
+        bottleneck_dim: int,
+        in_context_len: int,
+        in_context_start: int,
+        moe: dict[str, Any] | None = None,
+        attn_dropout: float = 0.0,
+        proj_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.num_classes, self.in_channels, self.out_channels = num_classes, in_channels, in_channels
+        self.in_context_len, self.in_context_start = in_context_len, in_context_start
+        side = input_size // patch_size
+        self.x_embedder = BottleneckPatchEmbed(in_channels, patch_size, bottleneck_dim, hidden_size)
+        self.c_embedder = ConditionEmbedder(hidden_size, num_classes)
+        self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, hidden_size))
+
+        def block(i: int, is_moe: bool) -> Block:
+            # Dropout acts in the middle half of the depth only.
+            dropping = depth // 4 <= i < depth // 4 * 3
+            mlp: nn.Module
+            if moe is not None and is_moe:
+                mlp = MoE(hidden_size, **moe | {"bias": True, "dropout": moe.get("dropout", 0.0) if dropping else 0.0})
+            else:
+                width = int(int(hidden_size * mlp_ratio) * 2 / 3)  # as many weights as a two-layer MLP
+                mlp = SwiGLU(hidden_size, width, bias=True, dropout=proj_dropout if dropping else 0.0)
+            return Block(
+                hidden_size,
+                num_heads,
+                mlp,
+                rms_norm,
+                norm_layer=rms_norm,
+                qk_norm=True,
+                num_prefix_tokens=in_context_len if i >= in_context_start else 0,
+                attn_drop=attn_dropout if dropping else 0.0,
+                proj_drop=proj_dropout if dropping else 0.0,
+            )
+
+        self.blocks = nn.ModuleList(block(i, is_moe) for i, is_moe in enumerate(moe_blocks(depth)))
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels, rms_norm)
+        self.register_buffer("rope", sin_cos_table(rope_2d(hidden_size // num_heads, side)), persistent=False)
+        self.register_buffer("pos_embed", sin_cos_2d(hidden_size, side))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Predict the image from a noisy one.
+
+        Args:
+            x: [N, C, side, side].
+            t: [N] in [0, 1], 0 is noise and 1 is data.
+            y: int64 [N] in [0, num_classes]; num_classes is the null label. Labels are never dropped here.
+
+        Returns:
+            [N, C, side, side].
+        """
+        h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype))
+        h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
+        c_ND = self.c_embedder(t, y)
+        for i, block in enumerate(self.blocks):
+            if i == self.in_context_start:
+                # Tokens that carry the label and no position: attention leaves them unrotated.
+                class_tokens = self.c_embedder.label(y)[:, None] + self.in_context_posemb
+                h_NTD = torch.cat([class_tokens, h_NTD], dim=1)
+            h_NTD = block(h_NTD, c_ND, self.rope)
+        return unpatchify(self.final_layer(h_NTD[:, self.in_context_len :], c_ND), self.out_channels)
