@@ -366,7 +366,7 @@ def _check(recipe: Recipe, source: str) -> None:
     )
     if isinstance(model, JiT):
         need(
-            model.in_context_start < model.depth,
+            model.in_context_len == 0 or model.in_context_start < model.depth,
             "model.in_context_start",
             f"is {model.in_context_start}; it should be less than model.depth {model.depth}",
         )

@@ -394,7 +394,7 @@ def _jit(meta: _Section) -> tuple[dict[str, Any], Flow]:
         "proj_dropout": float(denoiser.get("proj_dropout", 0.0)),
         "moe": None,
     }
-    if not model["in_context_start"] < model["depth"]:
+    if model["in_context_len"] and not model["in_context_start"] < model["depth"]:
         raise InputError(f"meta: net.in_context_start is {model['in_context_start']}; it should be less than net.depth")
     if net.get("moe_config", None) is not None:
         moe = net.section("moe_config")

@@ -117,6 +117,14 @@ def test_jitmoe_without_interleaving_is_dense_as_published():
         assert check.relative_error(model(io["x"], io["t"], io["y"]), io["output"]) < check.OUTPUT_TOLERANCE
 
 
+def test_jit_without_class_tokens_loads():
+    meta, state, io = read("jit_dense")
+    meta["net"]["in_context_len"] = 0
+    del state["net.in_context_posemb"]
+    model, _ = from_reference(meta, state)
+    assert model(io["x"], io["t"], io["y"]).shape == io["x"].shape
+
+
 @pytest.mark.parametrize(
     ("case", "path", "value"),
     [

@@ -66,7 +66,9 @@ class JiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own pair
         side = input_size // patch_size
         self.x_embedder = BottleneckPatchEmbed(in_channels, patch_size, bottleneck_dim, hidden_size)
         self.c_embedder = ConditionEmbedder(hidden_size, num_classes)
-        self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, hidden_size))
+        self.in_context_posemb = None
+        if in_context_len:
+            self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, hidden_size))
 
         def block(i: int, is_moe: bool) -> Block:
             # Dropout acts in the middle half of the depth only.
@@ -109,7 +111,7 @@ class JiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own pair
         h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)
         for i, block in enumerate(self.blocks):
-            if i == self.in_context_start:
+            if i == self.in_context_start and self.in_context_posemb is not None:
                 # Tokens that carry the label and no position: attention leaves them unrotated.
                 class_tokens = self.c_embedder.label(y)[:, None] + self.in_context_posemb
                 h_NTD = torch.cat([class_tokens, h_NTD], dim=1)
