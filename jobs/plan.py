@@ -6,13 +6,14 @@ from rich.table import Table
 from moe_dit.command import Parser, run
 from moe_dit.deepspeed_config import load_parallelism
 from moe_dit.errors import InputError
-from moe_dit.recipe import DEFAULT_RECIPE, load_recipe, names
+from moe_dit.recipe import DEFAULT_RECIPE, MoE, load_recipe, names
 
 EXAMPLES = """\
   python jobs/plan.py --recipe dsmoe_3b_e16 --ds ds_configs/zero2_ep8.json --gpus 8
   python jobs/plan.py --recipe dsmoe_l_e16 --ds ds_configs/zero1_ep1.json --gpus 1 --gpu a100-40g
-  python jobs/plan.py --table --ds ds_configs/zero2_ep8.json     every recipe on 8, 16, 64 and 512 GPUs (minutes)"""
+  python jobs/plan.py --table --ds ds_configs/zero2_ep8.json      every recipe on 8, 16, 64 and 512 GPUs (minutes)"""
 TABLE_GPUS = (8, 16, 64, 512)
+WITHOUT_EXPERTS = "ds_configs/zero1_ep1.json"  # for the table's networks whose experts ranks cannot share
 
 
 def main() -> None:
@@ -38,11 +39,11 @@ def main() -> None:
 
 
 def print_plan(args) -> None:
-    from moe_dit.plan import GPUS, UTILISATION, best_mode, human, images_per_second, make_plan
+    from moe_dit.plan import GPUS, UTILISATION, best_mode, human, images_per_second, make_plan, measure_activations
 
     recipe = load_recipe(args.recipe, args.set)
     parallelism = load_parallelism(args.ds, recipe, args.gpus)
-    plan = make_plan(recipe, parallelism, bf16=recipe.precision != "fp32")
+    plan = make_plan(recipe, parallelism, recipe.precision != "fp32", measure_activations(recipe))
     batch = f"{parallelism.world_size} x {parallelism.micro_batch_size} x {parallelism.accumulation}"
     title = f"{recipe.name} on {args.gpus} x {args.gpu}, ZeRO {parallelism.zero_stage}, EP {parallelism.ep_size}"
     holds = Table("each GPU holds", "bytes", "", title=f"{title}, batch {batch}", title_justify="left")
@@ -72,24 +73,25 @@ def print_plan(args) -> None:
 
 
 def print_table(ds: str, gpu: str) -> None:
-    from moe_dit.plan import best_mode, human, images_per_second, make_plan
+    from moe_dit.plan import best_mode, human, images_per_second, make_plan, measure_activations
 
     print("| recipe | GPUs | weights | gradients | master | state | activations | in all | images/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in names():
+        recipe = load_recipe(name)
+        kept = measure_activations(recipe)
         for gpus in TABLE_GPUS:
-            recipe = load_recipe(name)
-            try:
-                parallelism = load_parallelism(ds, recipe, gpus)
-            except InputError:
-                continue  # a batch of 64 does not divide by 512 ranks
-            plan = make_plan(recipe, parallelism)
+            if recipe.global_batch_size % gpus:
+                continue  # the digits' batch of 64 on 512 GPUs
+            file = ds if isinstance(recipe.model.moe, MoE) else WITHOUT_EXPERTS
+            parallelism = load_parallelism(file, recipe, gpus)
+            plan = make_plan(recipe, parallelism, kept=kept)
             mode = best_mode(plan, gpu)
             parts = [human(getattr(plan, key)) for key in ("weights", "gradients", "master", "state")]
-            kept = f"{human(plan.activations[mode])} ({mode})" if mode else "too large"
+            activations = f"{human(plan.activations[mode])} ({mode})" if mode else "too large"
             whole = human(plan.total(mode)) if mode else "-"
             speed = f"{images_per_second(plan, gpu, gpus):,.0f}"
-            print(f"| {name} | {gpus} | {' | '.join(parts)} | {kept} | {whole} | {speed} |", flush=True)
+            print(f"| {name} | {gpus} | {' | '.join(parts)} | {activations} | {whole} | {speed} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from moe_dit.build import build_model
 from moe_dit.deepspeed_config import Parallelism
 from moe_dit.models.moe import MoE
 from moe_dit.optimizer import AdamWithEMA
+from moe_dit.recipe import MoE as TokenChoice
 from moe_dit.recipe import Recipe
 
 # Memory in bytes, dense bf16 throughput in FLOP/s without sparsity: the vendors' data sheets.
@@ -52,14 +53,16 @@ class Plan:
         return self.weights + self.gradients + self.master + self.state + self.activations[mode] + RESERVED
 
 
-def make_plan(recipe: Recipe, parallelism: Parallelism, bf16: bool = True, activations: bool = True) -> Plan:
+def make_plan(
+    recipe: Recipe, parallelism: Parallelism, bf16: bool = True, kept: dict[str, float] | None = None
+) -> Plan:
     """Work out a rank's share.
 
     Args:
         recipe: the experiment.
         parallelism: from load_parallelism, for the number of GPUs in question.
         bf16: weights that compute are bf16, as on GPUs; else float32 as on CPUs.
-        activations: measure them too (seconds on a CPU).
+        kept: activations of an image, from :func:`measure_activations`; without it the plan leaves them out.
     """
     model = build_model(recipe, device="meta")
     experts = {id(p) for m in model.modules() if isinstance(m, MoE) for p in m.experts.parameters()}
@@ -78,7 +81,7 @@ def make_plan(recipe: Recipe, parallelism: Parallelism, bf16: bool = True, activ
         weights, gradients = local, parts if stage == 2 else local
         masters = parts if stage else local
     states = len(AdamWithEMA([torch.zeros(1)], ema_decays=recipe.ema.decays).state_keys)
-    kept = measure_activations(recipe) if activations else dict.fromkeys(MODES, 0.0)
+    kept = kept or dict.fromkeys(MODES, 0.0)
     return Plan(
         weights=weights * size,
         gradients=gradients * size,
@@ -86,7 +89,7 @@ def make_plan(recipe: Recipe, parallelism: Parallelism, bf16: bool = True, activ
         state=masters * 4 * states,
         activations={mode: n * parallelism.micro_batch_size * size / 4 for mode, n in kept.items()},
         sends=_traffic(recipe, parallelism, sum(dense_sizes), sum(expert_sizes), size),
-        flops=training_flops(recipe, model, experts),
+        flops=training_flops(recipe, model),
         images=parallelism.micro_batch_size * parallelism.accumulation,
     )
 
@@ -107,17 +110,18 @@ def _split(sizes: list[int]) -> list[list[int]]:
 
 
 def _tokens(recipe: Recipe) -> int:
-    return (recipe.model.input_size // recipe.model.patch_size) ** 2
+    class_tokens = getattr(recipe.model, "in_context_len", 0)
+    return (recipe.model.input_size // recipe.model.patch_size) ** 2 + class_tokens
 
 
-def training_flops(recipe: Recipe, model: torch.nn.Module, experts: set[int]) -> float:
+def training_flops(recipe: Recipe, model: torch.nn.Module) -> float:
     """Floating-point operations to train on one image: 6 a weight and token, and attention's 12 T^2 D a block."""
-    tokens, moe = _tokens(recipe), getattr(recipe.model, "moe", None)
+    tokens, moe = _tokens(recipe), recipe.model.moe
     flops = 12.0 * tokens**2 * recipe.model.hidden_size * recipe.model.depth
     for name, weight in model.named_parameters():
         share = 1.0
-        if id(weight) in experts and moe is not None:
-            share = moe.top_k / moe.num_experts
+        if ".experts." in name and moe is not None:
+            share = (moe.top_k if isinstance(moe, TokenChoice) else moe.capacity) / moe.num_experts
         # Conditioning is computed once a sample, the rest once a token.
         per_sample = "adaLN" in name or "c_embedder" in name
         flops += 6.0 * weight.numel() * share * (1 if per_sample else tokens)
@@ -170,9 +174,8 @@ def _traffic(recipe: Recipe, parallelism: Parallelism, dense: int, experts: int,
     """Bytes that a rank sends each step."""
     world, ep = parallelism.world_size, parallelism.ep_size
     images = parallelism.micro_batch_size * parallelism.accumulation
-    moe = getattr(recipe.model, "moe", None)
-    layers = recipe.model.depth // 2 if moe is not None else 0
-    rows = images * _tokens(recipe) * (moe.top_k if moe is not None and hasattr(moe, "top_k") else 0)
+    moe, layers = recipe.model.moe, recipe.model.depth // 2
+    rows = images * _tokens(recipe) * (moe.top_k if isinstance(moe, TokenChoice) else 0)
     # Tokens go out and come back, in the forward and in the backward pass.
     all_to_all = 4.0 * layers * rows * recipe.model.hidden_size * size * (ep - 1) / ep
     share = dense * (world - 1) / world + experts * (1 - ep / world)

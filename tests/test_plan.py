@@ -16,7 +16,7 @@ def topology(ranks, ep, zero):
 
 
 def test_without_sharding_a_rank_holds_four_bytes_a_parameter_of_everything():
-    plan = make_plan(load_recipe("digits"), topology(1, 1, 0), bf16=False, activations=False)
+    plan = make_plan(load_recipe("digits"), topology(1, 1, 0), bf16=False)
     parameters = 2_806_176
     assert (plan.weights, plan.gradients, plan.master) == (4 * parameters, 4 * parameters, 0)
     assert plan.state == 3 * 4 * parameters
@@ -24,7 +24,7 @@ def test_without_sharding_a_rank_holds_four_bytes_a_parameter_of_everything():
 
 
 def test_the_3b_model_needs_16_bytes_a_parameter_less_what_is_sharded():
-    plan = make_plan(load_recipe("dsmoe_3b_e16"), topology(8, 8, 2), activations=False)
+    plan = make_plan(load_recipe("dsmoe_3b_e16"), topology(8, 8, 2))
     total, experts = 3_101_669_024, 15 * 16 * 3 * 1152 * 2880
     local = total - experts + experts // 8
     assert plan.weights == 2 * local
@@ -33,7 +33,7 @@ def test_the_3b_model_needs_16_bytes_a_parameter_less_what_is_sharded():
 
 def test_tokens_travel_in_proportion_to_the_experts_elsewhere():
     def sent(ep):
-        return make_plan(load_recipe("digits"), topology(8, ep, 2), activations=False).sends["all-to-all"]
+        return make_plan(load_recipe("digits"), topology(8, ep, 2)).sends["all-to-all"]
 
     # 8 images of 16 tokens to 2 experts in 3 layers, 128 bf16 values each, out and back, forward and backward
     assert sent(8) == 4 * 3 * (8 * 16 * 2) * 128 * 2 * 7 / 8
