@@ -50,7 +50,7 @@ def print_plan(args) -> None:
     for key in ("weights", "gradients", "master", "state"):
         holds.add_row(key, f"{getattr(plan, key):,}", human(getattr(plan, key)))
     for mode, size in plan.activations.items():
-        fits = "fits" if plan.total(mode) <= GPUS[args.gpu][0] else "does not fit"
+        fits = "fits" if plan.total(mode) <= GPUS[args.gpu].memory else "does not fit"
         label = f"activations, checkpointing {mode}"
         holds.add_row(label, f"{size:,.0f}", f"{human(size)}; in all {human(plan.total(mode))}, {fits}")
     sends = Table("each step it sends", "bytes", "")
@@ -59,9 +59,10 @@ def print_plan(args) -> None:
     console = Console(width=110, highlight=False)
     console.print(holds)
     console.print(sends)
+    speed = images_per_second(plan, args.gpu, parallelism)
     console.print(
-        f"arithmetic {plan.flops / 1e9:,.0f} GFLOP an image: about {images_per_second(plan, args.gpu, args.gpus):,.0f} "
-        f"images/s in all at {UTILISATION:.0%} of the peak"
+        f"arithmetic {plan.flops / 1e9:,.0f} GFLOP an image; an estimate of {speed:,.0f} images/s in all, at "
+        f"{UTILISATION:.0%} of the peak and full bandwidth"
     )
     best = best_mode(plan, args.gpu)
     if best is None:
@@ -78,11 +79,11 @@ def print_table(ds: str, gpu: str) -> None:
     print("| recipe | GPUs | weights | gradients | master | state | activations | in all | images/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in names():
+        if name.startswith("digits"):
+            continue  # for CPUs
         recipe = load_recipe(name)
         kept = measure_activations(recipe)
         for gpus in TABLE_GPUS:
-            if recipe.global_batch_size % gpus:
-                continue  # the digits' batch of 64 on 512 GPUs
             file = ds if isinstance(recipe.model.moe, MoE) else WITHOUT_EXPERTS
             parallelism = load_parallelism(file, recipe, gpus)
             plan = make_plan(recipe, parallelism, kept=kept)
@@ -90,7 +91,7 @@ def print_table(ds: str, gpu: str) -> None:
             parts = [human(getattr(plan, key)) for key in ("weights", "gradients", "master", "state")]
             activations = f"{human(plan.activations[mode])} ({mode})" if mode else "too large"
             whole = human(plan.total(mode)) if mode else "-"
-            speed = f"{images_per_second(plan, gpu, gpus):,.0f}"
+            speed = f"{images_per_second(plan, gpu, parallelism):,.0f}"
             print(f"| {name} | {gpus} | {' | '.join(parts)} | {activations} | {whole} | {speed} |", flush=True)
 
 

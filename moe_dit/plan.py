@@ -2,7 +2,7 @@
 
 Weights and optimizer state are exact: the same rules of partition and padding as DeepSpeed 0.19.8's, applied to the
 network on the meta device. Activations are measured on two small depths of the real network on the CPU and extended
-along the depth. Traffic is counted from the algorithms; the speed is an estimate from arithmetic alone.
+along the depth. Traffic is counted from the algorithms, and the speed estimated from arithmetic and traffic.
 """
 
 import math
@@ -19,14 +19,25 @@ from moe_dit.optimizer import AdamWithEMA
 from moe_dit.recipe import MoE as TokenChoice
 from moe_dit.recipe import Recipe
 
-# Memory in bytes, dense bf16 throughput in FLOP/s without sparsity: the vendors' data sheets.
+
+@dataclass(frozen=True)
+class GPU:
+    """From the vendor's data sheet: bytes of memory, dense bf16 FLOP/s, bytes/s of NVLink in one direction."""
+
+    memory: float
+    flops: float
+    nvlink: float
+
+
 GPUS = {
-    "a100-40g": (40e9, 312e12),
-    "a100-80g": (80e9, 312e12),
-    "h100-80g": (80e9, 989e12),
-    "h200-141g": (141e9, 989e12),
-    "b200-192g": (192e9, 2250e12),
+    "a100-40g": GPU(40e9, 312e12, 300e9),
+    "a100-80g": GPU(80e9, 312e12, 300e9),
+    "h100-80g": GPU(80e9, 989e12, 450e9),
+    "h200-141g": GPU(141e9, 989e12, 450e9),
+    "b200-192g": GPU(192e9, 2250e12, 900e9),
 }
+NODE = 8  # GPUs that NVLink joins
+NETWORK = 50e9  # bytes/s of a GPU's share of the network between nodes: 400 Gb/s
 UTILISATION = 0.35  # share of the peak that training of this kind commonly reaches
 RESERVED = 3e9  # CUDA context, communication buffers and the allocator's slack
 MODES = ("none", "experts", "blocks")  # of activation checkpointing, from the fastest to the smallest
@@ -188,14 +199,23 @@ def _traffic(recipe: Recipe, parallelism: Parallelism, dense: int, experts: int,
     }
 
 
-def images_per_second(plan: Plan, gpu: str, gpus: int) -> float:
-    """An estimate of what all GPUs together should reach: arithmetic at a common utilisation."""
-    return gpus * GPUS[gpu][1] * UTILISATION / plan.flops
+def images_per_second(plan: Plan, gpu: str, parallelism: Parallelism) -> float:
+    """An estimate of what all GPUs together should reach.
+
+    Arithmetic at a common utilisation, with gradients and weights travelling meanwhile; the tokens' all-to-all is
+    waited for.
+    """
+    card = GPUS[gpu]
+    compute = plan.images * plan.flops / (card.flops * UTILISATION)
+    overlapped = plan.sends["reduce-scatter"] + plan.sends["all-gather"]
+    overlapped /= card.nvlink if parallelism.world_size <= NODE else NETWORK
+    waited = plan.sends["all-to-all"] / (card.nvlink if parallelism.ep_size <= NODE else NETWORK)
+    return plan.images * parallelism.world_size / (max(compute, overlapped) + waited)
 
 
 def best_mode(plan: Plan, gpu: str) -> str | None:
     """The cheapest activation checkpointing mode that fits, or None."""
-    return next((mode for mode in MODES if plan.total(mode) <= GPUS[gpu][0]), None)
+    return next((mode for mode in MODES if plan.total(mode) <= GPUS[gpu].memory), None)
 
 
 def human(n: float) -> str:
