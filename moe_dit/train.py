@@ -4,10 +4,12 @@ import fcntl
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import yaml
 
 from moe_dit import distributed
@@ -21,7 +23,9 @@ from moe_dit.recipe import Recipe
 from moe_dit.signals import StopRequest
 
 if TYPE_CHECKING:
-    from moe_dit.metrics import Report
+    from moe_dit.checkpoint import Checkpointer
+    from moe_dit.engine import Engine
+    from moe_dit.metrics import Metrics, Report
 
 # A continued run must be the same experiment: with these changed it would not be.
 SAME_ON_RESUME = ("seed", "global_batch_size", "model", "flow", "ema")
@@ -48,72 +52,90 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     recipe = _resolve(recipe, manifest)
 
     # DeepSpeed takes seconds to import: bad input should not have to wait for it.
-    from moe_dit.checkpoint import Checkpointer, find_checkpoint, name_of, read_facts, remove_unfinished, set_latest
+    from moe_dit.checkpoint import Checkpointer, name_of, remove_unfinished, set_latest
     from moe_dit.engine import Engine, start_ranks
-    from moe_dit.metrics import Metrics, Reports
+    from moe_dit.metrics import Metrics
 
-    checkpoint = _checkpoint_to_resume(run, resume, find_checkpoint)
-    if checkpoint is not None:
-        _check_same(recipe, read_facts(checkpoint), checkpoint)
     end_with_launcher()
-    lock = _lock(run) if world.rank == 0 else None
     device = distributed.device()
     start_ranks()
     request = StopRequest()
-    engine = Engine(recipe, parallelism, device)
-    held = engine.bytes_held_by_rank()
-    if world.rank == 0:
-        _write_config(run, recipe, parallelism.json)
-        (run / "memory.json").write_text(json.dumps(held, indent=1) + "\n")
+    locks = []
+
+    def open_run() -> Path | None:
+        """Decide on rank 0 alone what is continued: ranks that each looked might see different moments."""
+        _resumed(recipe, run, resume)  # refuse before the folder is touched
+        locks.append(_lock(run))
         remove_unfinished(run)
+        return _resumed(recipe, run, resume)
+
+    checkpoint = distributed.from_rank_0(open_run)
+    engine = Engine(recipe, parallelism, device)
     checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
     first_step = checkpointer.load(engine, checkpoint) if checkpoint else 0
-    if checkpoint and world.rank == 0 and checkpoint.parent == checkpointer.folder:
-        set_latest(checkpointer.folder, checkpoint.name)
+    held, metrics = engine.bytes_held_by_rank(), None
+    if world.rank == 0:
+        if checkpoint and checkpoint.parent == checkpointer.folder:
+            set_latest(checkpointer.folder, checkpoint.name)
+        _write_config(run, recipe, parallelism.json)
+        (run / "memory.json").write_text(json.dumps(held, indent=1) + "\n")
+        metrics = Metrics(run, first_step, recipe.global_batch_size)
     say(_headline(recipe, parallelism, manifest, checkpoint, engine))
-
-    metrics = Metrics(run, first_step, recipe.global_batch_size) if world.rank == 0 else None
-    reports, stream = Reports(device), batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
-    stopping = False
-    with task("training", recipe.steps, first_step) as progress:
-        for step in range(first_step, recipe.steps):
-            micro = []
-            for _ in range(parallelism.accumulation):
-                batch = {key: value.to(device, non_blocking=True) for key, value in next(stream).items()}
-                micro.append(training_inputs(recipe, batch, recipe.data.latent_scale or 1.0))
-            result = engine.train_step(step, micro, stop=request.asked or checkpointer.failed())
-            reports.push(step + 1, engine.learning_rate(step), result, engine.gradient_norm())
-            saving = (step + 1) % recipe.checkpoint.every == 0 or step + 1 == recipe.steps
-            note = ""
-            # Before a save everything is looked at, so that nothing that is not finite can be saved.
-            for report in reports.take(everything=saving or stopping):
-                _check_finite(report, recipe, run)
-                stopping = stopping or report.stop
-                if metrics is not None:
-                    note = metrics.add(report)
-            progress.advance(1, note)
-            if stopping:
-                for report in reports.take(everything=True):
-                    _check_finite(report, recipe, run)
-                    if metrics is not None:
-                        metrics.add(report)
-            if saving or stopping:
-                if metrics is not None:
-                    metrics.flush()
-                checkpointer.save(engine, step + 1)
-            if stopping:
-                break
-    checkpointer.wait()
-    if metrics is not None:
-        metrics.close()
-    last = f"{checkpointer.folder / name_of(step + 1)}" if first_step < recipe.steps else checkpoint
+    stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
+    try:
+        last_step = _loop(engine, stream, checkpointer, metrics, request, run, first_step)
+    finally:
+        if metrics is not None:
+            metrics.close()
     distributed.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
     distributed.stop()
-    if lock is not None:
+    for lock in locks:
         lock.close()
-    if stopping and step + 1 < recipe.steps:
-        raise Interrupted(f"stopped as asked after step {step + 1}; saved {last}; the same command continues")
-    say(f"done: step {recipe.steps}, {last}")
+    last = f"step {last_step}, saved in {checkpointer.folder / name_of(last_step)}"
+    if last_step < recipe.steps:
+        raise Interrupted(f"stopped as asked after {last}; the same command continues")
+    say(f"done: {last}")
+
+
+def _loop(
+    engine: "Engine",
+    stream: Iterator[dict[str, torch.Tensor]],
+    checkpointer: "Checkpointer",
+    metrics: "Metrics | None",
+    request: StopRequest,
+    run: Path,
+    first_step: int,
+) -> int:
+    """Train from ``first_step`` until the recipe's last step or a request to stop; returns the last step, saved."""
+    from moe_dit.metrics import Reports
+
+    recipe, reports, step = engine.recipe, Reports(engine.device), first_step
+    with task("training", recipe.steps, first_step) as progress:
+        while step < recipe.steps:
+            micro = []
+            for _ in range(engine.parallelism.accumulation):
+                batch = {key: value.to(engine.device, non_blocking=True) for key, value in next(stream).items()}
+                micro.append(training_inputs(recipe, batch, recipe.data.latent_scale or 1.0))
+            # A save that failed ends the run too, and every rank must know in the same step.
+            result = engine.train_step(step, micro, stop=request.asked or checkpointer.failed())
+            reports.push(step + 1, engine.learning_rate(step), result, engine.gradient_norm())
+            step += 1
+            save, stop, note = step % recipe.checkpoint.every == 0 or step == recipe.steps, False, ""
+            # Before a save every report is looked at, so that nothing that is not finite can be saved.
+            while due := list(reports.take(everything=save or stop)):
+                for report in due:
+                    _check_finite(report, recipe, run)
+                    stop = stop or report.stop
+                    note = metrics.add(report) if metrics is not None else ""
+            progress.advance(1, note)
+            if save or stop:
+                if metrics is not None:
+                    metrics.flush()
+                checkpointer.save(engine, step)
+            if stop:
+                break
+    checkpointer.wait()
+    return step
 
 
 def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
@@ -139,15 +161,18 @@ def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
     )
 
 
-def _checkpoint_to_resume(run: Path, resume: str, find_checkpoint) -> Path | None:
-    if resume not in ("auto", "never"):
-        checkpoint = find_checkpoint(Path(resume))
-        if checkpoint is None:
+def _resumed(recipe: Recipe, run: Path, resume: str) -> Path | None:
+    """The checkpoint that ``resume`` means, if any; InputError where it cannot continue this recipe."""
+    from moe_dit.checkpoint import find_checkpoint, read_facts
+
+    checkpoint = find_checkpoint(run if resume in ("auto", "never") else Path(resume))
+    if checkpoint is None:
+        if resume not in ("auto", "never"):
             raise InputError(f"--resume {resume}: no checkpoint there; give auto, never, a run or a checkpoint folder")
-        return checkpoint
-    checkpoint = find_checkpoint(run)
-    if checkpoint is not None and resume == "never":
+        return None
+    if resume == "never":
         raise InputError(f"--resume never, but {run} has {checkpoint.name}; give another --out, or --resume auto")
+    _check_same(recipe, read_facts(checkpoint), checkpoint)
     return checkpoint
 
 

@@ -288,7 +288,7 @@ def test_an_unreadable_checkpoint_gives_way_to_the_one_before(two_ranks, latents
     run = shutil.copytree(two_ranks, tmp_path / "run")
     damage(run / "checkpoints" / "step_00000012")
     log = finish(start_training(2, "zero2_ep2", latents, run, "--steps", str(STEPS)), run)
-    assert log.count("step_00000012 cannot be read") == 1 and "Traceback" not in log
+    assert "step_00000012 cannot be read" in log and "Traceback" not in log
     assert "continuing" in log and "step_00000008" in log
     assert losses(run) == pytest.approx(losses(two_ranks), rel=1e-6)
 
@@ -389,6 +389,20 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_that_loads(latents, 
         kill(process)
     named = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
     assert all(torch.isfinite(weight).all() for weight in export(named, tmp_path / "model", "ema").parameters())
+
+
+def test_bf16_follows_float32_and_keeps_its_state_in_float32(plain, latents, tmp_path):
+    """As on a GPU: weights that compute in bf16, everything that is kept in float32."""
+    run = tmp_path / "run"
+    finish(start_training(2, "zero2_ep2", latents, run, "--steps", "5", "--set", "precision=bf16"), run)
+    assert losses(run) == pytest.approx(plain[0][:5], rel=2e-2)
+    initial, exported = build_model("digits"), export(run, tmp_path / "model", "model")
+    moved = [(a - b).abs().max() for a, b in zip(exported.parameters(), initial.parameters(), strict=True)]
+    assert all(weight.dtype == torch.float32 for weight in exported.parameters())
+    # Five steps of 1e-3 change a weight by at most 5e-3; bf16 weights of size 1 could not be told apart below 4e-3.
+    assert max(moved) < 5.1e-3
+    rounded = [torch.equal(weight, weight.bfloat16().float()) for weight in exported.parameters()]
+    assert not any(rounded)
 
 
 @pytest.mark.parametrize("mode", ["blocks", "experts"])
