@@ -9,6 +9,7 @@ source jobs/setup.sh dev
 
 # Tests never reach the network.
 export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1
 
 if [ $# -eq 0 ]; then
     echo "== ruff check" && ruff check .
@@ -18,4 +19,5 @@ if [ $# -eq 0 ]; then
     for script in jobs/*.sh jobs/slurm/*.sbatch tests/run.sh .ci/run; do bash -n "$script"; done
     echo "== pytest"
 fi
-python -m pytest "$@"
+# Two files at a time: much of a training test is starting processes, which keeps one core busy.
+python -m pytest -n 2 --dist loadfile "$@"
