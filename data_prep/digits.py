@@ -16,10 +16,10 @@ from PIL import Image
 
 from data_prep.images import list_images, load_image
 from data_prep.shards import positive
-from moe_dit.command import Parser, run
-from moe_dit.errors import InputError
-from moe_dit.progress import say, task
 from moe_dit.randomness import Stream, normal, permutation
+from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.progress import say, task
 
 EXAMPLES = """\
   python -m data_prep.digits images --out digits/images

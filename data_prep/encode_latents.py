@@ -17,9 +17,9 @@ import torch
 
 from data_prep.images import load_image
 from data_prep.shards import add_arguments, positive, write_shards
-from moe_dit import distributed
-from moe_dit.command import Parser, run
-from moe_dit.errors import InputError
+from moe_dit.runtime import ranks
+from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.errors import InputError
 
 EXAMPLES = """\
   python -m data_prep.encode_latents --images imagenet/train --vae stabilityai/sd-vae-ft-mse --out shards
@@ -125,7 +125,7 @@ def main() -> None:
     if args.size % factor:
         raise InputError(f"--size {args.size} is not a multiple of {factor}, the downsampling factor of --vae")
     vae_hash = hash_weights(vae)
-    vae.to(distributed.device())
+    vae.to(ranks.device())
     # The same kernels each time, so that a continued run writes the bytes an uninterrupted one would.
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     write_shards(

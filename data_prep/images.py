@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from moe_dit.errors import InputError
+from moe_dit.runtime.errors import InputError
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 

@@ -5,7 +5,7 @@ from functools import partial
 
 from data_prep.images import load_image
 from data_prep.shards import add_arguments, write_shards
-from moe_dit.command import Parser, run
+from moe_dit.runtime.command import Parser, run
 
 EXAMPLES = """\
   python -m data_prep.pack_pixels --images imagenet/train --out shards

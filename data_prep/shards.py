@@ -23,11 +23,12 @@ import torch
 import webdataset
 
 from data_prep.images import list_images
-from moe_dit import distributed, randomness
-from moe_dit.distributed import from_rank_0, world
-from moe_dit.errors import InputError
+from moe_dit import randomness
 from moe_dit.manifest import FORMAT, MANIFEST
-from moe_dit.progress import say, task
+from moe_dit.runtime import ranks
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.progress import say, task
+from moe_dit.runtime.ranks import from_rank_0, world
 
 SETTINGS = ".settings.json"
 MEMBERS = {"latents": {"cls", "latent.npy", "latent_flip.npy"}, "pixels": {"cls", "png"}}
@@ -115,7 +116,7 @@ def write_shards(
             with other settings.
     """
     # Ranks that finish early wait for the slowest.
-    distributed.start(timeout=timedelta(days=2))
+    ranks.start(timeout=timedelta(days=2))
     paths, labels, classes = from_rank_0(lambda: list_images(args.images))
     listing = "\n".join(os.path.relpath(path, args.images) for path in paths)
     settings = {
@@ -128,7 +129,7 @@ def write_shards(
     with _lock(args.out):
         if from_rank_0(lambda: _prepare(args.out, settings)):
             say(f"{args.out} is complete already: {len(paths)} samples; nothing to do")
-            distributed.stop()
+            ranks.stop()
             return
         records = _write_my_shards(args, kind, paths, labels, read, encode, batch)
         if world().size > 1:
@@ -149,7 +150,7 @@ def write_shards(
         }
         from_rank_0(lambda: _write_json(args.out / MANIFEST, manifest))
     say(f"{args.out}: {len(records)} shards, {len(paths)} samples, {len(classes)} classes")
-    distributed.stop()
+    ranks.stop()
 
 
 @contextmanager

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import read_keys, sha256
-from moe_dit.command import Parser, run
-from moe_dit.errors import InputError
 from moe_dit.manifest import read_manifest
-from moe_dit.progress import task
+from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.progress import task
 
 EXAMPLES = """\
   python -m data_prep.verify shards

@@ -25,9 +25,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from data_prep.images import EXTENSIONS, center_crop, list_images
 from moe_dit.data import ShardReader
-from moe_dit.errors import InputError
 from moe_dit.manifest import read_manifest
-from moe_dit.progress import say, task
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.progress import say, task
 
 PUBLISHED_INCEPTION = "6726825d"  # start of the SHA-256 of torch-fidelity's weights, the TensorFlow ones of 2015-12-05
 BATCH = 64

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_dit.command import Parser, run
-from moe_dit.errors import InputError
-from moe_dit.progress import say
+from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.progress import say
 
 EXAMPLES = """\
   python -m eval.report --run RUN --out report.html

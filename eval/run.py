@@ -7,9 +7,9 @@ from pathlib import Path
 
 from eval.sample import add_sampling_arguments, sample
 from eval.score import check_out, check_reference, load_statistics, present, score
-from moe_dit import distributed
-from moe_dit.command import Parser, run
-from moe_dit.distributed import from_rank_0
+from moe_dit.runtime import ranks
+from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.ranks import from_rank_0
 
 EXAMPLES = """\
   python -m eval.run --model MODEL --reference imagenet/train --inception FILE.pth --out scores.json
@@ -28,7 +28,7 @@ def main() -> None:
     add("--samples", type=Path, metavar="SAMPLES", help="keep the features here, so that a stopped run continues")
     add("--out", type=Path, metavar="FILE.json", help="default SAMPLES/metrics.json, or nowhere without --samples")
     args = parser.parse_args()
-    here = distributed.start(timedelta(hours=12))
+    here = ranks.start(timedelta(hours=12))
 
     def prepare() -> Path:
         check_out(args.out)
@@ -43,7 +43,7 @@ def main() -> None:
     try:
         sample(args, samples, "features")
         # The reference takes rank 0 long: nobody should wait for it.
-        distributed.stop()
+        ranks.stop()
         if here.rank == 0:
             result = score(samples, args.reference, args.inception)
             present(result, args.out or (args.samples / "metrics.json" if args.samples else None))

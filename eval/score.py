@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_dit import distributed
-from moe_dit.command import Parser, run
-from moe_dit.errors import InputError
-from moe_dit.progress import say
+from moe_dit.runtime import ranks
+from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.progress import say
 
 EXAMPLES = """\
   python -m eval.score SAMPLES --reference imagenet/val --inception weights-inception-2015-12-05-6726825d.pth
@@ -75,7 +75,7 @@ def precision_recall(samples: torch.Tensor, reference: torch.Tensor) -> tuple[fl
     """Improved precision and recall, 3 neighbours, of features [N, D] and [M, D] (arXiv:1904.06991)."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    device = distributed.device()
+    device = ranks.device()
     result = prc_features_to_metric(samples.to(device), reference.to(device), verbose=False, save_cpu_ram=True)
     return result["precision"], result["recall"]
 
@@ -141,7 +141,7 @@ def score(folder: Path, reference: Path, inception: str | None) -> dict[str, Any
     """
     from eval import features
 
-    device = distributed.device()
+    device = ranks.device()
     settings = load_settings(folder)
     check_reference(reference, inception)
     published = load_statistics(reference) if reference.suffix == ".npz" else None

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from moe_dit.command import Parser, run
 from moe_dit.export import export_checkpoint
-from moe_dit.progress import say
+from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.progress import say
 
 EXAMPLES = """\
   python jobs/export.py runs/dsmoe_s_e16 --weights ema --out models/dsmoe_s_e16

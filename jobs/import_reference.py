@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from moe_dit.command import Parser, run
-from moe_dit.progress import say
-from moe_dit.recipe import load_recipe
+from moe_dit.recipe_file import load_recipe
+from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.progress import say
 
 EXAMPLES = """\
   python jobs/import_reference.py --recipe dsmoe_b_e16 0700000.pt --weights ema --out models/dsmoe_b_e16
@@ -25,7 +25,9 @@ def main() -> None:
     args = parser.parse_args()
     recipe = load_recipe(args.recipe)
 
-    from moe_dit.reference import import_checkpoint  # torch takes seconds to import: bad flags should not wait for it
+    from moe_dit.reference.files import (
+        import_checkpoint,  # torch takes seconds to import: bad flags should not wait for it
+    )
 
     import_checkpoint(args.file, recipe, args.weights, args.out)
     say(f"imported {args.weights} of {args.file} to {args.out}")

@@ -3,10 +3,10 @@
 from rich.console import Console
 from rich.table import Table
 
-from moe_dit.command import Parser, run
-from moe_dit.deepspeed_config import load_parallelism
-from moe_dit.errors import InputError
-from moe_dit.recipe import DEFAULT_RECIPE, MoE, load_recipe, names
+from moe_dit.parallel.deepspeed_config import load_parallelism
+from moe_dit.recipe_file import DEFAULT_RECIPE, load_recipe, names
+from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.errors import InputError
 
 EXAMPLES = """\
   python jobs/plan.py --recipe dsmoe_3b_e16 --ds ds_configs/zero2_ep8.json --gpus 8
@@ -84,7 +84,7 @@ def print_table(ds: str, gpu: str) -> None:
         recipe = load_recipe(name)
         kept = measure_activations(recipe)
         for gpus in TABLE_GPUS:
-            file = ds if isinstance(recipe.model.moe, MoE) else WITHOUT_EXPERTS
+            file = ds if recipe.token_choice is not None else WITHOUT_EXPERTS
             parallelism = load_parallelism(file, recipe, gpus)
             plan = make_plan(recipe, parallelism, kept=kept)
             mode = best_mode(plan, gpu)

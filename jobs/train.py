@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from moe_dit.command import Parser, run
-from moe_dit.errors import InputError
-from moe_dit.recipe import DEFAULT_RECIPE, load_recipe
+from moe_dit.recipe_file import DEFAULT_RECIPE, load_recipe
+from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.errors import InputError
 from moe_dit.train import train
 
 EXAMPLES = """\

@@ -5,15 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from moe_dit.errors import InputError
-from moe_dit.initialization import initialize
-from moe_dit.models import FAMILIES
-from moe_dit.recipe import Recipe, load_recipe
+from moe_dit.models import FAMILIES, Network
+from moe_dit.models.initialization import initialize
+from moe_dit.recipe import Recipe
+from moe_dit.recipe_file import load_recipe
+from moe_dit.runtime.errors import InputError
 
 
-def build_model(recipe: str | Recipe, device: torch.device | str = "cpu") -> nn.Module:
+def build_model(recipe: str | Recipe, device: torch.device | str = "cpu") -> Network:
     """Build a recipe's network, with its initial weights (none on the meta device).
 
     Args:
@@ -24,11 +24,11 @@ def build_model(recipe: str | Recipe, device: torch.device | str = "cpu") -> nn.
         recipe = load_recipe(recipe)
     arguments = asdict(recipe.model)
     with torch.device("meta"):
-        model = FAMILIES[arguments.pop("family")](**arguments)
+        model = FAMILIES[arguments.pop("family")].network(**arguments)
     return model if str(device) == "meta" else initialize(model, recipe.seed, device)
 
 
-def load_model(folder: str | Path) -> nn.Module:
+def load_model(folder: str | Path) -> Network:
     """Load an exported model (config.json and safetensors) as a plain torch module in eval mode, on the CPU.
 
     Raises:
@@ -43,7 +43,7 @@ def load_model(folder: str | Path) -> nn.Module:
         ) from None
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{config} cannot be read as a model's configuration: {error}") from None
-    families = {family.__name__: family for family in FAMILIES.values()}
+    families = {family.network.__name__: family.network for family in FAMILIES.values()}
     if name not in families:
         raise InputError(f"{config}: _class_name is {name!r}; it should be one of {', '.join(families)}")
     try:

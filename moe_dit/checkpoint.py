@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from moe_dit.distributed import world
 from moe_dit.engine import Engine
-from moe_dit.errors import InputError, Stop
-from moe_dit.progress import say
+from moe_dit.runtime.errors import InputError, Stop
+from moe_dit.runtime.progress import say
+from moe_dit.runtime.ranks import world
 
 FORMAT = 1
 

@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from moe_dit.distributed import World
-from moe_dit.errors import InputError
 from moe_dit.manifest import Manifest
 from moe_dit.randomness import Stream, normal, permutation, uniform
 from moe_dit.recipe import Recipe
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.ranks import World
 
 
 def check_manifest(manifest: Manifest, recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moe_dit import distributed
+from moe_dit.runtime import ranks
 
 if not torch.cuda.is_available():
     # DeepSpeed would guess from installed packages; a machine without a GPU trains on CPU ranks over gloo.
@@ -22,17 +22,17 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-from moe_dit.activation_checkpointing import apply_activation_checkpointing
 from moe_dit.build import build_model
-from moe_dit.compilation import compile_dense_parts
-from moe_dit.deepspeed_config import Parallelism, for_deepspeed
-from moe_dit.errors import InputError
 from moe_dit.flow import build_flow
-from moe_dit.initialization import initialize
 from moe_dit.models.diffmoe import ExpertChoiceMoE
+from moe_dit.models.initialization import initialize
 from moe_dit.optimizer import AdamWithEMA
-from moe_dit.parallel import apply_expert_parallelism, moe_layers
+from moe_dit.parallel.compile import compile_dense_parts
+from moe_dit.parallel.deepspeed_config import Parallelism, for_deepspeed
+from moe_dit.parallel.expert_layers import apply_expert_parallelism, moe_layers
+from moe_dit.parallel.recompute import apply_activation_checkpointing
 from moe_dit.recipe import Recipe
+from moe_dit.runtime.errors import InputError
 
 # Every run would start with a page of DeepSpeed's notes on our choosing our own optimizer and parallelism; and 0.19.8
 # calls collectives by names that torch 2.14 deprecates.
@@ -45,7 +45,7 @@ def start_ranks() -> None:
     # DeepSpeed 0.19.8 compiles a shared-memory op for CPU inference whenever it starts on CPUs: 20 s of a compiler
     # that a machine may lack, for a collective that training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    distributed.set_rendezvous()
+    ranks.set_rendezvous()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
@@ -147,7 +147,7 @@ class Engine:
             were told to stop; "load" [layers, experts], tokens by expert (no layers in a network without token choice).
         """
         # Dropout alone draws from torch's own generator: a resumed run repeats it with as many ranks as before.
-        torch.manual_seed((self.recipe.seed << 32) + step * self.parallelism.world_size + distributed.world().rank)
+        torch.manual_seed((self.recipe.seed << 32) + step * self.parallelism.world_size + ranks.world().rank)
         for group in self._zero.param_groups:
             group["lr"] = self.learning_rate(step)
         parallelism, loss_sum = self.parallelism, torch.zeros((), device=self.device)

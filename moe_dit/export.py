@@ -12,8 +12,9 @@ import yaml
 from torch import nn
 
 from moe_dit.build import build_model, load_model
-from moe_dit.errors import InputError
-from moe_dit.recipe import Recipe, load_recipe, parse_recipe
+from moe_dit.recipe import Recipe
+from moe_dit.recipe_file import load_recipe, parse_recipe
+from moe_dit.runtime.errors import InputError
 
 RECIPE_FILE = "recipe.yaml"
 

@@ -43,7 +43,7 @@ class Flow:
 
     def _towards(self, x: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The velocity that leads from z at time t to x at time 1."""
-        return (x - z) / _over(1 - t, z).clamp_min(self.min_denominator)
+        return (x - z) / _per_sample(1 - t, z).clamp_min(self.min_denominator)
 
     def loss(
         self, model: Any, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
@@ -58,18 +58,18 @@ class Flow:
             t: times, float32 [N] in [0, 1).
 
         Returns:
-            "loss", a float32 scalar; where the network in training adds a loss of its own (DiffMoE), also its parts
-            "mse" and "capacity_loss".
+            "loss", a float32 scalar; where the network in training adds losses of its own (DiffMoE's "capacity_loss"),
+            also its parts: "mse" and theirs by name.
         """
         noise = noise * self.noise_scale
-        z = _over(t, x) * x + _over(1 - t, x) * noise
+        z = _per_sample(t, x) * x + _per_sample(1 - t, x) * noise
         # With data prediction the target takes the clamped denominator too, so that a perfect network has loss 0.
         target = x - noise if self.prediction == "velocity" else self._towards(x, z, t)
         mse = (self.velocity(model, z, t, y) - target).square().mean()
-        capacity_loss = getattr(model, "capacity_loss", None)
-        if capacity_loss is None:
+        auxiliary: dict[str, torch.Tensor] = getattr(model, "auxiliary_losses", dict)()
+        if not auxiliary:
             return {"loss": mse}
-        return {"loss": mse + capacity_loss, "mse": mse, "capacity_loss": capacity_loss}
+        return {"loss": mse + torch.stack(list(auxiliary.values())).sum(), "mse": mse, **auxiliary}
 
     def times(self, uniform: torch.Tensor) -> torch.Tensor:
         """Training times, float32 [N], from uniform draws in [0, 1)."""
@@ -109,7 +109,7 @@ class Flow:
         return sampler.integrate(field, z.float() * self.noise_scale, steps, method, end_with_euler)
 
 
-def _over(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _per_sample(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """[N] shaped to multiply x [N, ...]."""
     return t.view(-1, *[1] * (x.dim() - 1))
 

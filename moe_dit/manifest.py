@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_dit.errors import InputError
+from moe_dit.runtime.errors import InputError
 
 FORMAT = "moe-dit-shards-1"
 MANIFEST = "manifest.json"

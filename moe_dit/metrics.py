@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from moe_dit.progress import say
+from moe_dit.runtime.progress import say
 
 LOAD_EVERY = 50  # steps between records of every expert's load
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from moe_dit.activation_checkpointing import apply_activation_checkpointing
 from moe_dit.build import build_model
-from moe_dit.deepspeed_config import Parallelism
 from moe_dit.models.moe import MoE
 from moe_dit.optimizer import AdamWithEMA
-from moe_dit.recipe import MoE as TokenChoice
+from moe_dit.parallel.deepspeed_config import Parallelism
+from moe_dit.parallel.recompute import apply_activation_checkpointing
 from moe_dit.recipe import Recipe
 
 
@@ -120,19 +119,14 @@ def _split(sizes: list[int]) -> list[list[int]]:
     return groups
 
 
-def _tokens(recipe: Recipe) -> int:
-    class_tokens = getattr(recipe.model, "in_context_len", 0)
-    return (recipe.model.input_size // recipe.model.patch_size) ** 2 + class_tokens
-
-
 def training_flops(recipe: Recipe, model: torch.nn.Module) -> float:
     """Floating-point operations to train on one image: 6 a weight and token, and attention's 12 T^2 D a block."""
-    tokens, moe = _tokens(recipe), recipe.model.moe
+    tokens, moe = recipe.model.tokens, recipe.model.moe
     flops = 12.0 * tokens**2 * recipe.model.hidden_size * recipe.model.depth
     for name, weight in model.named_parameters():
         share = 1.0
         if ".experts." in name and moe is not None:
-            share = (moe.top_k if isinstance(moe, TokenChoice) else moe.capacity) / moe.num_experts
+            share = (getattr(moe, "top_k", None) or moe.capacity) / moe.num_experts
         # Conditioning is computed once a sample, the rest once a token.
         per_sample = "adaLN" in name or "c_embedder" in name
         flops += 6.0 * weight.numel() * share * (1 if per_sample else tokens)
@@ -185,8 +179,8 @@ def _traffic(recipe: Recipe, parallelism: Parallelism, dense: int, experts: int,
     """Bytes that a rank sends each step."""
     world, ep = parallelism.world_size, parallelism.ep_size
     images = parallelism.micro_batch_size * parallelism.accumulation
-    moe, layers = recipe.model.moe, recipe.model.depth // 2
-    rows = images * _tokens(recipe) * (moe.top_k if isinstance(moe, TokenChoice) else 0)
+    moe, layers = recipe.token_choice, recipe.model.depth // 2
+    rows = images * recipe.model.tokens * (moe.top_k if moe is not None else 0)
     # Tokens go out and come back, in the forward and in the backward pass.
     all_to_all = 4.0 * layers * rows * recipe.model.hidden_size * size * (ep - 1) / ep
     share = dense * (world - 1) / world + experts * (1 - ep / world)

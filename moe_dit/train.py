@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
-from moe_dit import distributed
 from moe_dit.data import batches, check_manifest, training_inputs
-from moe_dit.deepspeed_config import load_parallelism
-from moe_dit.errors import InputError, Interrupted, Stop
-from moe_dit.launcher import end_with_launcher
 from moe_dit.manifest import Manifest, read_manifest
-from moe_dit.progress import say, task
+from moe_dit.parallel.deepspeed_config import load_parallelism
 from moe_dit.recipe import Recipe
-from moe_dit.signals import StopRequest
+from moe_dit.runtime import ranks
+from moe_dit.runtime.errors import InputError, Interrupted, Stop
+from moe_dit.runtime.progress import say, task
+from moe_dit.runtime.stopping import StopRequest, end_with_launcher
 
 if TYPE_CHECKING:
     from moe_dit.checkpoint import Checkpointer
@@ -45,7 +44,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         Interrupted: it was told to stop, and has saved.
         Stop: the loss is not finite any more, or a checkpoint could not be written.
     """
-    world = distributed.world()
+    world = ranks.world()
     parallelism = load_parallelism(ds_file, recipe, world.size)
     manifest = read_manifest(recipe.data.path)
     check_manifest(manifest, recipe)
@@ -57,7 +56,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     from moe_dit.metrics import Metrics
 
     end_with_launcher()
-    device = distributed.device()
+    device = ranks.device()
     start_ranks()
     request = StopRequest()
     locks = []
@@ -69,7 +68,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         remove_unfinished(run)
         return _resumed(recipe, run, resume)
 
-    checkpoint = distributed.from_rank_0(open_run)
+    checkpoint = ranks.from_rank_0(open_run)
     engine = Engine(recipe, parallelism, device)
     checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
     first_step = checkpointer.load(engine, checkpoint) if checkpoint else 0
@@ -87,8 +86,8 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     finally:
         if metrics is not None:
             metrics.close()
-    distributed.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
-    distributed.stop()
+    ranks.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
+    ranks.stop()
     for lock in locks:
         lock.close()
     last = f"step {last_step}, saved in {checkpointer.folder / name_of(last_step)}"

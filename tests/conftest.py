@@ -17,9 +17,9 @@ import torch
 from data_prep import digits
 from moe_dit import build_model, load_model, load_recipe
 from moe_dit.data import batches, training_inputs
-from moe_dit.distributed import World
 from moe_dit.flow import Flow
 from moe_dit.manifest import read_manifest
+from moe_dit.runtime.ranks import World
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12  # of the runs that others are held against

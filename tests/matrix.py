@@ -27,7 +27,7 @@ from rich.table import Table
 
 from moe_dit.checkpoint import find_checkpoint, read_state
 from moe_dit.export import export_checkpoint
-from moe_dit.recipe import load_recipe
+from moe_dit.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
 TOPOLOGIES = [(1, 1, 1), (2, 1, 2), (2, 2, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3), (4, 2, 2), (4, 4, 2), (4, 4, 3)]

@@ -10,10 +10,10 @@ import torch
 import webdataset
 
 from moe_dit.data import ShardReader, batches, check_manifest, training_inputs
-from moe_dit.distributed import World
-from moe_dit.errors import InputError
 from moe_dit.manifest import read_manifest
-from moe_dit.recipe import load_recipe
+from moe_dit.recipe_file import load_recipe
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.ranks import World
 
 DIGITS = load_recipe("digits")
 

@@ -20,8 +20,8 @@ from PIL import Image
 from data_prep import digits, encode_latents, pack_pixels, verify
 from data_prep.encode_latents import load_vae, read_pixels
 from data_prep.images import center_crop, list_images
-from moe_dit.command import run
-from moe_dit.errors import InputError
+from moe_dit.runtime.command import run
+from moe_dit.runtime.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

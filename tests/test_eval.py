@@ -18,10 +18,11 @@ from sklearn.datasets import load_digits
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from eval import features, score
-from moe_dit import build_model, command, load_model
+from moe_dit import build_model, load_model
 from moe_dit.export import save_export
 from moe_dit.randomness import Stream, normal
-from moe_dit.recipe import load_recipe
+from moe_dit.recipe_file import load_recipe
+from moe_dit.runtime import command
 
 SIZE, CLASSES = 16, 10  # of the images; latents are half as wide
 ROOT = Path(__file__).parent.parent

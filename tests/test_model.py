@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from moe_dit import build_model, load_model, load_recipe
-from moe_dit.errors import InputError
-from moe_dit.initialization import initialize
+from moe_dit.models.initialization import initialize
 from moe_dit.models.layers import rope_2d, sin_cos_table, unpatchify
 from moe_dit.models.moe import Experts, MoE
+from moe_dit.runtime.errors import InputError
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import sys
 import pytest
 from conftest import ENV, ROOT
 
-from moe_dit.deepspeed_config import Parallelism
+from moe_dit.parallel.deepspeed_config import Parallelism
 from moe_dit.plan import MODES, make_plan, measure_activations
-from moe_dit.recipe import load_recipe
+from moe_dit.recipe_file import load_recipe
 
 
 def topology(ranks, ep, zero):

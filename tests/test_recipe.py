@@ -3,9 +3,9 @@
 import pytest
 
 from moe_dit import build_model
-from moe_dit.deepspeed_config import load_parallelism
-from moe_dit.errors import InputError
-from moe_dit.recipe import load_recipe, names, parse_recipe
+from moe_dit.parallel.deepspeed_config import load_parallelism
+from moe_dit.recipe_file import load_recipe, names, parse_recipe
+from moe_dit.runtime.errors import InputError
 
 # Total and activated parameters in millions, counted on the published code (arXiv:2512.01252's table gives the second).
 PARAMETERS = {

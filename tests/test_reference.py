@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 
 from moe_dit import build_model, load_model, load_recipe
 from moe_dit.data import training_inputs
-from moe_dit.errors import InputError
 from moe_dit.export import load_export
 from moe_dit.flow import build_flow
 from moe_dit.models import FAMILIES
-from moe_dit.reference import conversions, from_reference, import_checkpoint, model_section
+from moe_dit.reference import from_reference, model_section
+from moe_dit.reference.files import import_checkpoint
+from moe_dit.reference.weights import conversions
+from moe_dit.runtime.errors import InputError
 
 GOLDEN = pathlib.Path(check.__file__).parent
 CASES = sorted(path.parent for path in GOLDEN.glob("*/meta.json"))
@@ -79,7 +81,7 @@ def random_state(meta: dict) -> dict[str, torch.Tensor]:
     """A state dict in the published names, with values of a trained network's spread."""
     section = model_section(meta)
     with torch.device("meta"):
-        model = FAMILIES[section.pop("family")](**section)
+        model = FAMILIES[section.pop("family")].network(**section)
     generator = torch.Generator().manual_seed(0)
     state = {}
     for conversion in conversions(model).values():

@@ -12,7 +12,7 @@ from conftest import ENV, ROOT, STEPS, export, finish, free_port, losses, start_
 
 from moe_dit import build_model, load_recipe
 from moe_dit.checkpoint import read_state
-from moe_dit.deepspeed_config import Parallelism
+from moe_dit.parallel.deepspeed_config import Parallelism
 from moe_dit.plan import make_plan
 
 

@@ -4,13 +4,14 @@ Shapes: N samples, C channels, T tokens (of all samples in the MoE layer), D wid
 R rows (chosen token and expert pairs).
 """
 
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
+from pydantic.dataclasses import dataclass
 from timm.layers import Mlp, PatchEmbed
 from torch import nn
 
@@ -24,8 +25,36 @@ from moe_dit.models.layers import (
     unpatchify,
 )
 from moe_dit.models.moe import Experts, SwiGLU
+from moe_dit.models.network import Network, NetworkConfig
+from moe_dit.schema import STRICT, Count, Natural, NonNegative, Positive, Problem
 
 gelu_tanh: Any = partial(nn.GELU, approximate="tanh")
+
+
+@dataclass(frozen=True, config=STRICT)
+class ExpertChoiceConfig:
+    """DiffMoE's layer: experts choose tokens among a rank's whole batch."""
+
+    num_experts: Count
+    capacity: Positive  # experts a token gets on average in training
+    shared_experts: Natural = 0  # 0, or any number for one dense MLP of twice the usual width, as published
+
+    def problems(self) -> Iterator[Problem]:
+        """What the keys' types cannot say: see :mod:`moe_dit.schema`."""
+        if self.capacity > self.num_experts:
+            yield "capacity", f"is {self.capacity}; a token has only the {self.num_experts} experts of num_experts"
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class DiffMoEConfig(NetworkConfig):
+    """The ``model`` section of a DiffMoE recipe."""
+
+    family: Literal["diffmoe"]
+    moe: ExpertChoiceConfig
+    capacity_loss_weight: NonNegative  # of the capacity predictors' loss
+    learn_sigma: bool = True
+    gated: bool = False  # SwiGLU without biases for every MLP
+    interleave: bool = True
 
 
 class ExpertChoiceMoE(nn.Module):
@@ -40,6 +69,7 @@ class ExpertChoiceMoE(nn.Module):
         expert_width: hidden width of an expert.
         num_experts: E.
         capacity: experts that a token gets on average in training.
+        capacity_loss_weight: of the predictor's loss.
         shared_experts: 0, or any number for one dense MLP of twice the usual width, as published.
         gated: SwiGLU experts without biases instead of GELU MLPs with them.
     """
@@ -53,11 +83,12 @@ class ExpertChoiceMoE(nn.Module):
         expert_width: int,
         num_experts: int,
         capacity: float,
+        capacity_loss_weight: float,
         shared_experts: int = 0,
         gated: bool = False,
     ):
         super().__init__()
-        self.num_experts, self.capacity = num_experts, capacity
+        self.num_experts, self.capacity, self.capacity_loss_weight = num_experts, capacity, capacity_loss_weight
         self.gate_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.experts = Experts(num_experts, hidden_size, expert_width, bias=not gated, gated=gated)
         self.capacity_predictor = nn.Sequential(
@@ -66,8 +97,8 @@ class ExpertChoiceMoE(nn.Module):
         self.shared_experts = Mlp(hidden_size, 8 * hidden_size, act_layer=gelu_tanh) if shared_experts else None
         self.register_buffer("expert_threshold", torch.zeros(num_experts, device="cpu"))
         self.register_buffer("ema_decay", torch.full((1,), 0.95, device="cpu"))
-        # The predictor's cross-entropy in the last training forward, a scalar; None after one in evaluation.
-        self.capacity_loss: torch.Tensor | None = None
+        # The predictor's weighted cross-entropy in the last training forward; nothing after one in evaluation.
+        self.layer_losses: dict[str, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, tokens of a sample, D] -> the same."""
@@ -79,7 +110,7 @@ class ExpertChoiceMoE(nn.Module):
             token_R, score_R, count_E = self._choose_by_capacity(scores_ET, capacity_TE)
         else:
             token_R, score_R, count_E = self._choose_by_threshold(scores_ET, capacity_TE)
-            self.capacity_loss = None
+            self.layer_losses = {}
         out_RD = self.experts(x_TD[token_R], count_E) * score_R[:, None]
         routed_TD = out_RD.new_zeros(x_TD.shape).index_add(0, token_R, out_RD).to(x.dtype)
         routed = routed_TD.view_as(x)
@@ -89,7 +120,8 @@ class ExpertChoiceMoE(nn.Module):
         take = int(scores_ET.shape[1] / self.num_experts * self.capacity)
         score_EK, token_EK = scores_ET.topk(take, dim=-1, sorted=False)
         taken_ET = torch.zeros_like(scores_ET).scatter_(1, token_EK, 1.0)
-        self.capacity_loss = F.binary_cross_entropy_with_logits(capacity_TE, taken_ET.T)
+        loss = F.binary_cross_entropy_with_logits(capacity_TE, taken_ET.T)
+        self.layer_losses = {"capacity_loss": self.capacity_loss_weight * loss}
         with torch.no_grad():
             quantile_E = capacity_TE.sigmoid().topk(take, dim=0).values[-1]
             self.expert_threshold.lerp_(quantile_E, 1 - self.ema_decay)
@@ -103,11 +135,11 @@ class ExpertChoiceMoE(nn.Module):
         return token_ET[taken_ET], score_ET[taken_ET], count_E
 
 
-class DiffMoE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own pair
-    """The network; arguments are a recipe's ``model`` section.
+class DiffMoE(Network):
+    """The network; arguments are the keys of :class:`DiffMoEConfig`.
 
-    Weights are uninitialised until :func:`moe_dit.initialization.initialize` or a load. As published, the samples of a
-    batch compete for the experts, in evaluation too: what is computed for one depends on the others.
+    As published, the samples of a batch compete for the experts, in evaluation too: what is computed for one depends on
+    the others.
     """
 
     couples_samples = True
@@ -132,11 +164,13 @@ class DiffMoE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own 
         super().__init__()
         self.num_classes, self.in_channels = num_classes, in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        self.capacity_loss_weight = capacity_loss_weight
         width = int(hidden_size * mlp_ratio)
 
         def dense() -> nn.Module:
             return SwiGLU(hidden_size, width) if gated else dense_mlp(hidden_size, mlp_ratio, gelu_tanh)
+
+        def mixture() -> nn.Module:
+            return ExpertChoiceMoE(hidden_size, width, capacity_loss_weight=capacity_loss_weight, gated=gated, **moe)
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.c_embedder = ConditionEmbedder(hidden_size, num_classes)
@@ -144,19 +178,12 @@ class DiffMoE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own 
             Block(
                 hidden_size,
                 num_heads,
-                ExpertChoiceMoE(hidden_size, width, gated=gated, **moe) if is_moe else dense(),
+                mixture() if is_moe else dense(),
             )
             for is_moe in moe_blocks(depth, interleave)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         self.register_buffer("pos_embed", sin_cos_2d(hidden_size, input_size // patch_size))
-
-    @property
-    def capacity_loss(self) -> torch.Tensor | None:
-        """Weighted sum over layers of the last training forward's capacity losses; None after one in evaluation."""
-        layers = [layer for layer in self.modules() if isinstance(layer, ExpertChoiceMoE)]
-        losses = [layer.capacity_loss for layer in layers if layer.capacity_loss is not None]
-        return self.capacity_loss_weight * torch.stack(losses).sum() if losses else None
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Predict from a noisy latent; arguments and result as :meth:`moe_dit.models.dsmoe.DSMoE.forward`."""

@@ -3,11 +3,11 @@
 Shapes: N samples, C channels, T tokens, D width.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
+from pydantic.dataclasses import dataclass
 from timm.layers import PatchEmbed
 from torch import nn
 
@@ -24,14 +24,26 @@ from moe_dit.models.layers import (
     sin_cos_table,
     unpatchify,
 )
-from moe_dit.models.moe import MoE
+from moe_dit.models.moe import MoE, MoEConfig
+from moe_dit.models.network import Network, NetworkConfig
+from moe_dit.schema import STRICT, Natural
 
 
-class DSMoE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own pair
-    """The network; arguments are a recipe's ``model`` section.
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class DSMoEConfig(NetworkConfig):
+    """The ``model`` section of a DSMoE recipe."""
 
-    Weights are uninitialised until :func:`moe_dit.initialization.initialize` or a load.
-    """
+    family: Literal["dsmoe"]
+    moe: MoEConfig
+    learn_sigma: bool = True  # twice the output channels; the second half is not used (as published)
+    positions: Literal["rope_2d", "rope_1d", "sin_cos"] = "rope_2d"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    interleave: bool = True  # MoE in the odd blocks; false: in all
+    dense_first: Natural = 0  # first blocks that are dense in any case
+
+
+class DSMoE(Network):
+    """The network; arguments are the keys of :class:`DSMoEConfig`."""
 
     pos_embed: torch.Tensor | None
     rope: torch.Tensor | None

@@ -3,11 +3,13 @@
 They predict the image itself (see :mod:`moe_dit.flow`). Shapes: N samples, C channels, T tokens, D width.
 """
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
+from pydantic.dataclasses import dataclass
 from torch import nn
 
 from moe_dit.models.layers import (
@@ -21,7 +23,40 @@ from moe_dit.models.layers import (
     sin_cos_table,
     unpatchify,
 )
-from moe_dit.models.moe import MoE, SwiGLU
+from moe_dit.models.moe import MoE, MoEConfig, SwiGLU
+from moe_dit.models.network import Network, NetworkConfig
+from moe_dit.schema import STRICT, Count, Fraction, Natural, Problem
+
+
+@dataclass(frozen=True, config=STRICT)
+class PixelMoEConfig(MoEConfig):
+    """JiTMoE's: the same layer, whose experts have biases, with dropout of their hidden values."""
+
+    dropout: Fraction = 0.0
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class JiTConfig(NetworkConfig):
+    """The ``model`` section of a recipe: JiTMoE with ``moe`` (odd blocks are MoE), JiT without."""
+
+    family: Literal["jit"]
+    bottleneck_dim: Count  # width between pixels and tokens
+    in_context_len: Natural  # class tokens ...
+    in_context_start: Natural  # ... that join before this block
+    moe: PixelMoEConfig | None = None
+    attn_dropout: Fraction = 0.0  # dropout, this and all other, acts in the middle half of the depth
+    proj_dropout: Fraction = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sample in most of the depth: patches and class tokens."""
+        return super().tokens + self.in_context_len
+
+    def problems(self) -> Iterator[Problem]:
+        """What the keys' types cannot say: see :mod:`moe_dit.schema`."""
+        yield from super().problems()
+        if self.in_context_len and self.in_context_start >= self.depth:
+            yield "in_context_start", f"is {self.in_context_start}; it should be less than model.depth {self.depth}"
 
 
 class BottleneckPatchEmbed(nn.Module):
@@ -36,11 +71,13 @@ class BottleneckPatchEmbed(nn.Module):
         return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
 
 
-class JiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own pair
-    """The network; arguments are a recipe's ``model`` section, with ``moe`` (odd blocks are MoE) or without.
+class JiT(Network):
+    """The network; arguments are the keys of :class:`JiTConfig`."""
 
-    Weights are uninitialised until :func:`moe_dit.initialization.initialize` or a load.
-    """
+    # The published code draws a SwiGLU's gate and up as one matrix [2 F, D]: each gets the spread of that larger one.
+    weight_rules = [  # noqa: RUF012  # a constant
+        (r"(gate|up)_proj(\.weight)?$", "uniform", lambda shape: math.sqrt(6 / (2 * shape[-2] + shape[-1]))),
+    ]
 
     @register_to_config
     def __init__(

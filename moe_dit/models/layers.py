@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from timm.layers import AttentionRope, Mlp
 from torch import nn
 
@@ -23,7 +23,10 @@ def modulate(x_NTD: torch.Tensor, shift_ND: torch.Tensor, scale_ND: torch.Tensor
 
 
 def rope_1d(head_dim: int, positions: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
-    """Rotary table [T, head_dim] of angles, each repeated for its pair of channels (RoFormer, arXiv:2104.09864)."""
+    """Rotary table [T, head_dim] of angles, each repeated for its pair of channels (RoFormer, arXiv:2104.09864).
+
+    timm's and diffusers' tables differ from the published code's in the last bits (up to 9e-7), so ours is made here.
+    """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim)
     return torch.outer(positions.float(), frequencies).repeat_interleave(2, dim=-1)
 
@@ -45,11 +48,7 @@ def sin_cos_2d(width: int, side: int) -> torch.Tensor:
 
     A quarter of the channels each: sines and cosines of the column, sines and cosines of the row.
     """
-    frequencies = 10000.0 ** (-torch.arange(width // 4, device="cpu", dtype=torch.float64) / (width // 4))
-    angles = torch.outer(torch.arange(side, device="cpu", dtype=torch.float64), frequencies)
-    line = sin_cos_table(angles)
-    rows, columns = line[:, None].expand(side, side, -1), line[None].expand(side, side, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()
+    return get_2d_sincos_pos_embed(width, side, base_size=side, device=torch.device("cpu"), output_type="pt").float()
 
 
 class ConditionEmbedder(nn.Module):

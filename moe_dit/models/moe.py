@@ -5,9 +5,46 @@ a leading expert dimension, so that a slice of it is an expert-parallel rank's s
 file's business. Shapes: T tokens, D width, E experts, K = top_k, F expert width.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
 from torch import nn
+
+from moe_dit.schema import STRICT, Count, Positive, Problem, divisors
+
+
+@dataclass(frozen=True, config=STRICT)
+class MoEConfig:
+    """A token-choice mixture-of-experts layer (arXiv:2512.01252, section 3; DeepSeek-V3's router)."""
+
+    num_experts: Count
+    top_k: Count  # experts a token is sent to
+    expert_width: Count  # hidden width of an expert's SwiGLU, and of the shared expert's
+    routed_scale: Positive  # factor on the normalised routing weights
+    num_groups: Count = 1  # group-limited routing: experts form this many groups ...
+    num_groups_kept: Count = 1  # ... and a token sees only the best of them
+    shared_expert: bool = True
+
+    def problems(self) -> Iterator[Problem]:
+        """What the keys' types cannot say: see :mod:`moe_dit.schema`."""
+        if self.num_experts % self.num_groups:
+            yield (
+                "num_groups",
+                f"is {self.num_groups}; it must divide num_experts {self.num_experts}: {divisors(self.num_experts)}",
+            )
+            return
+        if self.num_groups_kept > self.num_groups:
+            yield "num_groups_kept", f"is {self.num_groups_kept}, more than num_groups {self.num_groups}"
+        if self.num_groups > 1 and self.num_experts // self.num_groups < 2:
+            yield (
+                "num_groups",
+                f"is {self.num_groups}; a group is scored by its two best experts and needs at least two",
+            )
+        reachable = self.num_experts // self.num_groups * self.num_groups_kept
+        if self.top_k > reachable:
+            yield "top_k", f"is {self.top_k}; at most the {reachable} experts of the kept groups"
 
 
 class Router(nn.Module):

@@ -11,7 +11,7 @@ import re
 import torch
 from torch import nn
 
-from moe_dit.models import JiT
+from moe_dit.models.network import Network
 from moe_dit.randomness import fill_weight
 
 # First match wins: pattern of the name, kind of draw, and its scale for a tensor of a given shape.
@@ -27,13 +27,8 @@ RULES = [
     (r"weight$", "uniform", lambda shape: math.sqrt(6 / (shape[0] + math.prod(shape[1:])))),
 ]
 
-# JiT draws a SwiGLU's gate and up as one matrix [2 F, D], so each gets the spread of that larger one.
-FUSED_GATE_AND_UP = [
-    (r"(gate|up)_proj(\.weight)?$", "uniform", lambda shape: math.sqrt(6 / (2 * shape[-2] + shape[-1]))),
-]
 
-
-def initialize(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> nn.Module:
+def initialize(model: Network, seed: int, device: torch.device | str = "cpu") -> Network:
     """Give a model that was built on the meta device its memory and initial weights, in float32.
 
     Args:
@@ -42,7 +37,7 @@ def initialize(model: nn.Module, seed: int, device: torch.device | str = "cpu") 
         seed: the recipe's.
         device: where the weights should live.
     """
-    rules = FUSED_GATE_AND_UP + RULES if isinstance(model, JiT) else RULES
+    rules = model.weight_rules + RULES
     for prefix, module in model.named_modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is None:
@@ -54,7 +49,7 @@ def initialize(model: nn.Module, seed: int, device: torch.device | str = "cpu") 
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
-    return model.to(device)
+    return model.to(device)  # type: ignore[arg-type]  # diffusers wraps nn.Module.to untyped
 
 
 def _replace(module: nn.Module, key: str, old: nn.Parameter, values: torch.Tensor) -> nn.Parameter:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_dit.errors import InputError
+from moe_dit.runtime.errors import InputError
 
 
 @dataclass(frozen=True)

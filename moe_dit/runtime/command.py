@@ -5,8 +5,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from moe_dit.distributed import world
-from moe_dit.errors import InputError, Interrupted, Stop
+from moe_dit.runtime.errors import InputError, Interrupted, Stop
+from moe_dit.runtime.ranks import world
 
 
 class Parser(argparse.ArgumentParser):

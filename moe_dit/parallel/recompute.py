@@ -5,7 +5,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dit.parallel import moe_layers
+from moe_dit.parallel.expert_layers import moe_layers
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: str) -> list[nn.Module]:

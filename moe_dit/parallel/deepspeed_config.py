@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_dit.errors import InputError
-from moe_dit.recipe import MoE, Recipe
+from moe_dit.recipe import Recipe
+from moe_dit.runtime.errors import InputError
 
 # What decides the experiment stands in the recipe alone, so that a JSON can never change a result.
 RECIPE_DECIDES = {
@@ -71,13 +71,13 @@ def load_parallelism(file: str, recipe: Recipe, world_size: int) -> Parallelism:
 
 
 def _divide(file: str, config: dict, stage: int, ep_size: int, recipe: Recipe, world_size: int) -> Parallelism:
-    moe = recipe.model.moe
-    if ep_size > 1 and not isinstance(moe, MoE):
+    moe = recipe.token_choice
+    if ep_size > 1 and moe is None:
         raise InputError(
             f"{file}: expert_parallel.autoep_size is {ep_size}, but the network of recipe {recipe.name} has no experts "
             f"that ranks can share; give a --ds file with autoep_size 1"
         )
-    if isinstance(moe, MoE) and moe.num_experts % ep_size:
+    if moe is not None and moe.num_experts % ep_size:
         fitting = ", ".join(str(n) for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0)
         raise InputError(
             f"{file}: expert_parallel.autoep_size {ep_size} does not divide the {moe.num_experts} experts of recipe "

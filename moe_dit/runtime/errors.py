@@ -4,7 +4,7 @@
 class Stop(Exception):
     """A command cannot go on, and a person should read why, in one line.
 
-    Commands print it and exit with ``status`` (see :func:`moe_dit.command.run`); nothing else catches it.
+    Commands print it and exit with ``status`` (see :func:`moe_dit.runtime.command.run`); nothing else catches it.
 
     Args:
         message: the line to print: what is wrong, where, and what would be right.

@@ -1,10 +1,12 @@
-"""Ranks that end with their launcher.
+"""Being told to stop: by a signal, or by the end of the launcher that started this rank.
 
-A launcher that is killed outright (SIGKILL, out of memory) cannot end its ranks, which then hold GPUs and the run's
-folder with nobody knowing. DeepSpeed 0.19.8 and torchrun leave them be, so each rank watches its launcher itself.
+SIGTERM comes from a launcher or a preemption, SIGUSR1 from SLURM's --signal. A launcher that is killed outright
+(SIGKILL, out of memory) cannot end its ranks, which would then hold GPUs and the run's folder with nobody knowing:
+DeepSpeed 0.19.8 and torchrun leave them be, so each rank watches its launcher itself.
 """
 
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,20 @@ import psutil
 SECONDS_BETWEEN_LOOKS = 0.5
 _SCRIPTS = {"deepspeed", "ds", "torchrun"}
 _MODULES = {"deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"}
+
+
+class StopRequest:
+    """Notes the signals; the training loop asks. A second signal changes nothing: a save under way is finished."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self.asked = False
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.asked = True
 
 
 def launchers() -> list[psutil.Process]:

@@ -1,0 +1,129 @@
+"""From sample indices to images: a function of (model, settings, index), whatever rank or batch it is computed in.
+
+Sample i's noise and label are drawn from (seed, i) alone.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from data_prep.encode_latents import downsampling, load_vae
+from moe_dit.flow import build_flow
+from moe_dit.randomness import Stream, normal, uniform
+from moe_dit.recipe import Recipe
+from moe_dit.runtime.errors import InputError
+
+DECODE_BATCH = 16  # a VAE decoder at 256 x 256 needs far more memory per image than the network
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; resolved, so nothing is None but ``vae`` in pixel space."""
+
+    seed: int
+    method: str
+    steps: int
+    cfg_scale: float
+    cfg_interval: tuple[float, float]
+    labels: str
+    vae: str | None
+    latent_scale: float | None
+
+
+def resolve(args, recipe: "Recipe") -> Sampling:
+    """Flags over the recipe's defaults, checked."""
+
+    def choose(flag, default):
+        return default if flag is None else flag
+
+    defaults, latents = recipe.sampling, recipe.data.kind == "latents"
+    interval = choose(args.cfg_interval, defaults.cfg_interval)
+    sampling = Sampling(
+        seed=args.seed,
+        method=choose(args.method, defaults.method),
+        steps=choose(args.steps, defaults.steps),
+        cfg_scale=float(choose(args.cfg_scale, defaults.cfg_scale)),
+        cfg_interval=(float(interval[0]), float(interval[1])),
+        labels=choose(args.labels, defaults.labels),
+        vae=choose(args.vae, recipe.data.vae) if latents else None,
+        latent_scale=recipe.data.latent_scale if latents else None,
+    )
+    low, high = sampling.cfg_interval
+    for good, complaint in (
+        (args.num >= 1, f"--num is {args.num}; it should be at least 1"),
+        (args.batch is None or args.batch >= 1, f"--batch is {args.batch}; it should be at least 1"),
+        (0 <= args.seed < 2**63, f"--seed is {args.seed}; it should be at least 0 and below 2^63"),
+        (sampling.steps >= 1, f"--steps is {sampling.steps}; it should be at least 1"),
+        (0 <= sampling.cfg_scale < float("inf"), f"--cfg-scale is {sampling.cfg_scale}; it should be at least 0"),
+        (0 <= low <= high <= 1, f"--cfg-interval is {low} {high}; it should be 0 <= LO <= HI <= 1"),
+        (latents or args.vae is None, "--vae has no use: the model makes pixels; leave it out"),
+        (not latents or sampling.latent_scale is not None, "the model's recipe.yaml has no data.latent_scale; add it"),
+        (not latents or sampling.vae is not None, "the recipe names no VAE to decode its latents; give --vae"),
+    ):
+        if not good:
+            raise InputError(complaint)
+    return sampling
+
+
+def labels_for(indices: torch.Tensor, sampling: Sampling, num_classes: int) -> torch.Tensor:
+    """The label of each sample index, int64 [N]."""
+    if sampling.labels == "balanced":
+        return indices % num_classes
+    draws = uniform(sampling.seed, Stream.SAMPLE_LABEL, indices).double()
+    return (draws * num_classes).long()
+
+
+def load_decoder(sampling: Sampling, recipe: Recipe) -> nn.Module | None:
+    """The VAE that decodes the model's samples, float32, on the CPU; None in pixel space."""
+    if sampling.vae is None:
+        return None
+    vae = load_vae(sampling.vae).float()
+    if vae.config.latent_channels != recipe.model.in_channels:
+        raise InputError(
+            f"the VAE {sampling.vae} has {vae.config.latent_channels} latent channels and the model makes "
+            f"{recipe.model.in_channels}; give the VAE that encoded the training data with --vae"
+        )
+    return vae
+
+
+def image_size(recipe: Recipe, vae: nn.Module | None) -> int:
+    """Side of the images that the model's samples become."""
+    return recipe.model.input_size * (downsampling(vae) if vae is not None else 1)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] as uint8 of the same shape; the rounding that FID is computed on."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    recipe: Recipe,
+    sampling: Sampling,
+    vae: Any,
+    indices: torch.Tensor,
+) -> torch.Tensor:
+    """The samples of these indices (int64 [N] on the model's device): images uint8 [N, 3, H, W]."""
+    shape = (recipe.model.in_channels, recipe.model.input_size, recipe.model.input_size)
+    z = normal(sampling.seed, Stream.SAMPLE_NOISE, indices, shape)
+    # The sampler and the VAE stay in float32; bf16 is for the network's matrix products on a GPU.
+    bf16 = indices.is_cuda and recipe.precision != "fp32"
+    with torch.autocast(indices.device.type, torch.bfloat16, enabled=bf16):
+        x = build_flow(recipe).sample(
+            model,
+            z,
+            labels_for(indices, sampling, recipe.model.num_classes),
+            steps=sampling.steps,
+            method=sampling.method,
+            cfg_scale=sampling.cfg_scale,
+            cfg_interval=sampling.cfg_interval,
+        )
+    if vae is not None and sampling.latent_scale is not None:
+        parts = (x / sampling.latent_scale).split(DECODE_BATCH)
+        x = torch.cat([vae.decode(part).sample for part in parts])
+    if not torch.isfinite(x).all():
+        raise InputError("the model's samples are not finite; was it trained to divergence?", local=True)
+    return to_uint8(x)

@@ -1,0 +1,1 @@
+"""What every command needs around its work: command line, errors, progress, ranks, being told to stop, files."""

@@ -1,0 +1,26 @@
+"""What settings are made of: strict, frozen dataclasses that refuse unknown keys and wrong values.
+
+A settings class is declared ``@dataclass(frozen=True, config=STRICT)``. What one key's type cannot say, its method
+``problems`` does: it gives pairs (key, what is wrong with it), the key relative to the class.
+"""
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid")
+
+Count = Annotated[int, Field(strict=True, gt=0)]
+Natural = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, Field(strict=True)]
+NonNegative = Annotated[float, Field(strict=True, ge=0)]
+Positive = Annotated[float, Field(strict=True, gt=0)]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+Problem = tuple[str, str]
+
+
+def divisors(n: int) -> str:
+    """The divisors of n, for a message."""
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
