@@ -243,7 +243,8 @@ def training_inputs(recipe: Recipe, batch: dict[str, torch.Tensor], latent_scale
 
     Returns:
         x float32 [N, C, side, side] (latents: a draw from the posterior, scaled; pixels: in [-1, 1]), y int64 [N] with
-        dropped labels replaced by the null class, noise as x, and u float32 [N] uniform in [0, 1) for the time.
+        dropped labels replaced by the null class, noise as x, u float32 [N] uniform in [0, 1) for the time, and the
+        samples' position in the run.
     """
     seed, position = recipe.seed, batch["position"]
     if recipe.data.kind == "latents":
@@ -259,4 +260,5 @@ def training_inputs(recipe: Recipe, batch: dict[str, torch.Tensor], latent_scale
         "y": torch.where(dropped, recipe.model.num_classes, batch["y"]),
         "noise": normal(seed, Stream.NOISE, position, tuple(x.shape[1:])),
         "u": uniform(seed, Stream.TIME, position),
+        "position": position,
     }

@@ -118,7 +118,7 @@ class LooksConfig:
 class MetricsConfig:
     """Where a run's numbers go beside metrics.jsonl."""
 
-    sinks: list[str] = field(default_factory=lambda: ["tensorboard"])  # of moe_dit.metrics.SINKS
+    sinks: list[str] = field(default_factory=lambda: ["tensorboard"])  # of moe_dit.sinks.SINKS
 
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from moe_dit.data import training_inputs
 from moe_dit.export import load_export
 from moe_dit.flow import build_flow
 from moe_dit.models import FAMILIES
+from moe_dit.models.dropout import Dropout
 from moe_dit.reference import from_reference, model_section
 from moe_dit.reference.files import import_checkpoint
 from moe_dit.reference.weights import conversions
@@ -222,9 +223,8 @@ def dropouts(model) -> dict[int, float]:
     found: dict[int, float] = {}
     for i, block in enumerate(model.blocks):
         for module in block.modules():
-            p = module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "dropout", 0.0)
-            if isinstance(p, float) and p > 0:
-                found[i] = max(found.get(i, 0.0), p)
+            if isinstance(module, Dropout | torch.nn.Dropout) and module.p > 0:
+                found[i] = max(found.get(i, 0.0), module.p)
     return found
 
 
