@@ -29,8 +29,6 @@ class Stream(IntEnum):
     SAMPLE_NOISE = 8
     SAMPLE_LABEL = 9
     DROPOUT = 10
-    HELD_OUT_NOISE = 11
-    HELD_OUT_TIME = 12
 
 
 def philox(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from moe_dit.runtime.stopping import StopRequest, end_with_launcher
 if TYPE_CHECKING:
     from moe_dit.checkpoint import Checkpointer
     from moe_dit.engine import Engine
+    from moe_dit.looks import Looks
     from moe_dit.metrics import Metrics, Report
 
 # A continued run must be the same experiment: with these changed it would not be.
@@ -85,10 +86,15 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         _write_config(run, recipe, parallelism.json)
         write_json(run / "memory.json", held)
         metrics = Metrics(run, first_step, recipe)
+    looks = None
+    if recipe.looks.every:
+        from moe_dit.looks import Looks  # brings in evaluation, which a run without looks need not wait for
+
+        looks = Looks(recipe, run, device, parallelism.micro_batch_size)
     say(_headline(recipe, parallelism, manifest, checkpoint, engine))
     stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
     try:
-        last_step = _loop(engine, stream, checkpointer, metrics, request, run, first_step)
+        last_step = _loop(engine, stream, checkpointer, metrics, looks, request, run, first_step)
     finally:
         if metrics is not None:
             metrics.close()
@@ -107,6 +113,7 @@ def _loop(
     stream: Iterator[dict[str, torch.Tensor]],
     checkpointer: "Checkpointer",
     metrics: "Metrics | None",
+    looks: "Looks | None",
     request: StopRequest,
     run: Path,
     first_step: int,
@@ -126,12 +133,19 @@ def _loop(
             reports.push(step + 1, engine.learning_rate(step), engine.loss_names, result, engine.gradient_norm())
             step += 1
             save, stop, note = step % recipe.checkpoint.every == 0 or step == recipe.steps, False, ""
+            found: dict[int, dict] = {}
+            if looks is not None and step % recipe.looks.every == 0:
+                found[step], pictures = looks.look(engine, step)
+                reports.restart_clock()
+                for name, picture in pictures.items():
+                    if metrics is not None:
+                        metrics.picture(name, picture, step)
             # Before a save every report is looked at, so that nothing that is not finite can be saved.
-            while due := list(reports.take(everything=save or stop)):
+            while due := list(reports.take(everything=save or stop or bool(found))):
                 for report in due:
                     _check_finite(report, recipe, run)
                     stop = stop or report.stop
-                    note = metrics.add(report) if metrics is not None else ""
+                    note = metrics.add(report, found.get(report.step)) if metrics is not None else ""
             progress.advance(1, note)
             if save or stop:
                 if metrics is not None:

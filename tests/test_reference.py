@@ -11,8 +11,8 @@ import published
 import pytest
 import torch
 import yaml
-from conftest import ENV, ROOT
 from golden import check
+from helpers import ENV, ROOT
 from safetensors.torch import load_file
 
 from moe_dit import build_model, load_model, load_recipe

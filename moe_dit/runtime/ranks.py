@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -98,6 +99,12 @@ def from_rank_0(function: Callable[[], Any]) -> Any:
     if isinstance(outcome[0], InputError):
         raise outcome[0]
     return outcome[0]
+
+
+@cache
+def cpu_group() -> Any:
+    """A group of all ranks over gloo, for objects and CPU tensors; made once, by all ranks together."""
+    return torch.distributed.new_group(backend="gloo")
 
 
 def barrier() -> None:
