@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
-from moe_dit.data import batches, check_manifest, training_inputs
+from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.parallel.deepspeed_config import load_parallelism
 from moe_dit.recipe import Recipe
@@ -82,7 +82,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     say(_headline(recipe, parallelism, manifest, checkpoint, engine))
     stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
     try:
-        last_step = _loop(engine, stream, checkpointer, metrics, request, run, first_step)
+        last_step = _loop(engine, stream, Latents.of(recipe, manifest), checkpointer, metrics, request, run, first_step)
     finally:
         if metrics is not None:
             metrics.close()
@@ -99,6 +99,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
 def _loop(
     engine: "Engine",
     stream: Iterator[dict[str, torch.Tensor]],
+    latents: Latents,
     checkpointer: "Checkpointer",
     metrics: "Metrics | None",
     request: StopRequest,
@@ -114,7 +115,7 @@ def _loop(
             micro = []
             for _ in range(engine.parallelism.accumulation):
                 batch = {key: value.to(engine.device, non_blocking=True) for key, value in next(stream).items()}
-                micro.append(training_inputs(recipe, batch, recipe.data.latent_scale or 1.0))
+                micro.append(training_inputs(recipe, batch, latents))
             # A save that failed ends the run too, and every rank must know in the same step.
             result = engine.train_step(step, micro, stop=request.asked or checkpointer.failed())
             reports.push(step + 1, engine.learning_rate(step), result, engine.gradient_norm())
@@ -154,10 +155,11 @@ def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
 
 def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
     """Put what the shards decide into the recipe, so that a run's config.yaml says everything."""
-    path = str(manifest.folder.resolve())
-    return replace(
-        recipe, data=replace(recipe.data, path=path, latent_scale=recipe.data.latent_scale or manifest.scale)
-    )
+    data = replace(recipe.data, path=str(manifest.folder.resolve()))
+    if data.kind == "latents":
+        latents = Latents.of(recipe, manifest)
+        data = replace(data, latent_scale=latents.scale, latent_shift=latents.shift, vae=data.vae or manifest.vae)
+    return replace(recipe, data=data)
 
 
 def _resumed(recipe: Recipe, run: Path, resume: str) -> Path | None:

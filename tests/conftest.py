@@ -16,7 +16,7 @@ import torch
 
 from data_prep import digits
 from moe_dit import build_model, load_model, load_recipe
-from moe_dit.data import batches, training_inputs
+from moe_dit.data import Latents, batches, training_inputs
 from moe_dit.flow import Flow
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.ranks import World
@@ -104,7 +104,7 @@ def plain(latents):
     ema = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     history, norms = [], []
     for batch in batches(recipe, manifest, recipe.global_batch_size, 0, World()):
-        inputs = training_inputs(recipe, batch, manifest.scale)
+        inputs = training_inputs(recipe, batch, Latents.of(recipe, manifest))
         loss = Flow().loss(model, inputs["x"], inputs["y"], noise=inputs["noise"], t=inputs["u"])["loss"]
         adam.zero_grad()
         loss.backward()
