@@ -100,6 +100,8 @@ def write_shards(
     vae: str | None = None,
     vae_hash: str | None = None,
     scale: float | None = None,
+    shift: float | None = None,
+    posterior: bool | None = None,
 ) -> None:
     """Write every image below ``args.images`` to shards in ``args.out``; each rank calls it.
 
@@ -108,7 +110,7 @@ def write_shards(
         read: from a file's path to a tensor or bytes; runs in the reading processes.
         encode: from a batch of what ``read`` gives (tensors stacked, bytes listed) to each sample's members but
             ``cls``, as extension -> content.
-        kind, sample_shape, vae, scale: for the manifest.
+        kind, sample_shape, vae, scale, shift, posterior: for the manifest.
         batch: images handed to ``encode`` at once.
         vae_hash: hash of the VAE's weights; another one may not continue the folder.
 
@@ -146,6 +148,8 @@ def write_shards(
             "source": args.images,
             "vae": vae,
             "scale": scale,
+            "shift": shift,
+            "posterior": posterior,
             "sample_shape": sample_shape,
             "shards": records,
         }

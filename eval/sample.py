@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.encode_latents import hash_weights
+from data_prep.autoencoder import hash_weights
 from eval.features import (
     Extractor,
     fingerprint,

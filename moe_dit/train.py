@@ -5,12 +5,13 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_dit.data import batches, check_manifest, training_inputs
+from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import load_parallelism
@@ -75,6 +76,11 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         remove_unfinished(run / "checkpoints")
         return _resumed(recipe, run, resume)
 
+    looks = None
+    if recipe.looks.every:
+        from moe_dit.looks import Looks  # brings in evaluation, which a run without looks need not wait for
+
+        looks = Looks(recipe, run, device, parallelism.micro_batch_size)
     checkpoint = ranks.from_rank_0(open_run)
     engine = Engine(recipe, parallelism, device)
     checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
@@ -86,15 +92,11 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         _write_config(run, recipe, parallelism.json)
         write_json(run / "memory.json", held)
         metrics = Metrics(run, first_step, recipe)
-    looks = None
-    if recipe.looks.every:
-        from moe_dit.looks import Looks  # brings in evaluation, which a run without looks need not wait for
-
-        looks = Looks(recipe, run, device, parallelism.micro_batch_size)
     say(_headline(recipe, parallelism, manifest, checkpoint, engine))
     stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
+    micro_batches = _micro_batches(engine, stream, Latents.of(recipe, manifest))
     try:
-        last_step = _loop(engine, stream, checkpointer, metrics, looks, request, run, first_step)
+        last_step = _loop(engine, micro_batches, checkpointer, metrics, looks, request, run, first_step)
     finally:
         if metrics is not None:
             metrics.close()
@@ -108,9 +110,21 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     say(f"done: {last}")
 
 
+def _micro_batches(
+    engine: "Engine", stream: Iterator[dict[str, torch.Tensor]], latents: Latents
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """This rank's training inputs on its device, step by step."""
+    while True:
+        step = []
+        for batch in islice(stream, engine.parallelism.accumulation):
+            on_device = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
+            step.append(training_inputs(engine.recipe, on_device, latents))
+        yield step
+
+
 def _loop(
     engine: "Engine",
-    stream: Iterator[dict[str, torch.Tensor]],
+    micro_batches: Iterator[list[dict[str, torch.Tensor]]],
     checkpointer: "Checkpointer",
     metrics: "Metrics | None",
     looks: "Looks | None",
@@ -124,12 +138,8 @@ def _loop(
     recipe, reports, step = engine.recipe, Reports(engine.device), first_step
     with task("training", recipe.steps, first_step) as progress:
         while step < recipe.steps:
-            micro = []
-            for _ in range(engine.parallelism.accumulation):
-                batch = {key: value.to(engine.device, non_blocking=True) for key, value in next(stream).items()}
-                micro.append(training_inputs(recipe, batch, recipe.data.latent_scale or 1.0))
             # A save that failed ends the run too, and every rank must know in the same step.
-            result = engine.train_step(step, micro, stop=request.asked or checkpointer.failed())
+            result = engine.train_step(step, next(micro_batches), stop=request.asked or checkpointer.failed())
             reports.push(step + 1, engine.learning_rate(step), engine.loss_names, result, engine.gradient_norm())
             step += 1
             save, stop, note = step % recipe.checkpoint.every == 0 or step == recipe.steps, False, ""
@@ -176,10 +186,11 @@ def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
 
 def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
     """Put what the shards decide into the recipe, so that a run's config.yaml says everything."""
-    path = str(manifest.folder.resolve())
-    return replace(
-        recipe, data=replace(recipe.data, path=path, latent_scale=recipe.data.latent_scale or manifest.scale)
-    )
+    data = replace(recipe.data, path=str(manifest.folder.resolve()))
+    if data.kind == "latents":
+        latents = Latents.of(recipe, manifest)
+        data = replace(data, latent_scale=latents.scale, latent_shift=latents.shift, vae=data.vae or manifest.vae)
+    return replace(recipe, data=data)
 
 
 def _resumed(recipe: Recipe, run: Path, resume: str) -> Path | None:

@@ -13,7 +13,7 @@ from helpers import ENV, ROOT, STEPS, finish, start_training
 
 from data_prep import digits
 from moe_dit import build_model, load_recipe
-from moe_dit.data import batches, training_inputs
+from moe_dit.data import Latents, batches, training_inputs
 from moe_dit.flow import Flow
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.ranks import World
@@ -55,7 +55,7 @@ def plain(latents):
     ema = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     history, norms = [], []
     for batch in batches(recipe, manifest, recipe.global_batch_size, 0, World()):
-        inputs = training_inputs(recipe, batch, manifest.scale)
+        inputs = training_inputs(recipe, batch, Latents.of(recipe, manifest))
         loss = Flow().loss(model, inputs["x"], inputs["y"], noise=inputs["noise"], t=inputs["u"])["loss"]
         adam.zero_grad()
         loss.backward()

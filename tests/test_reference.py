@@ -16,7 +16,7 @@ from helpers import ENV, ROOT
 from safetensors.torch import load_file
 
 from moe_dit import build_model, load_model, load_recipe
-from moe_dit.data import training_inputs
+from moe_dit.data import Latents, training_inputs
 from moe_dit.export import load_export
 from moe_dit.flow import build_flow
 from moe_dit.models import FAMILIES
@@ -254,7 +254,7 @@ def test_a_tenth_of_the_labels_is_dropped(name):
     latents = recipe.data.kind == "latents"
     x = torch.zeros(n, 8, 1, 1, dtype=torch.float16) if latents else torch.zeros(n, 3, 1, 1, dtype=torch.uint8)
     batch = {"x": x, "y": torch.full((n,), 7), "position": torch.arange(n)}
-    y = training_inputs(recipe, batch, latent_scale=1.0)["y"]
+    y = training_inputs(recipe, batch, Latents())["y"]
     assert set(y.tolist()) == {7, 1000}
     assert (y == 1000).float().mean().item() == pytest.approx(0.1, abs=0.004)
 
