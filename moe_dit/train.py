@@ -20,6 +20,7 @@ from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError, Interrupted, Stop
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.stopping import StopRequest, end_with_launcher
+from moe_dit.schema import differences
 
 if TYPE_CHECKING:
     from moe_dit.checkpoint import Checkpointer
@@ -53,8 +54,11 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     # DeepSpeed takes seconds to import: bad input should not have to wait for it.
     from moe_dit.checkpoint import Checkpointer, name_of, remove_unfinished, set_latest
     from moe_dit.engine import Engine, start_ranks
+    from moe_dit.initial_weights import check_initial_weights, load_initial_weights
     from moe_dit.metrics import Metrics
 
+    if recipe.initial_weights is not None and _resumed(recipe, run, resume) is None:
+        check_initial_weights(recipe)  # a run that continues needs them no more
     end_with_launcher()
     device = ranks.device()
     start_ranks()
@@ -72,6 +76,8 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     engine = Engine(recipe, parallelism, device)
     checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
     first_step = checkpointer.load(engine, checkpoint) if checkpoint else 0
+    if recipe.initial_weights is not None and not checkpoint:
+        load_initial_weights(engine, Path(recipe.initial_weights))
     held, metrics = engine.bytes_held_by_rank(), None
     if world.rank == 0:
         if checkpoint and checkpoint.parent == checkpointer.folder:
@@ -153,11 +159,14 @@ def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
 
 
 def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
-    """Put what the shards decide into the recipe, so that a run's config.yaml says everything."""
-    path = str(manifest.folder.resolve())
-    return replace(
-        recipe, data=replace(recipe.data, path=path, latent_scale=recipe.data.latent_scale or manifest.scale)
+    """Put what the shards decide into the recipe, so that a run's config.yaml says everything; paths whole."""
+    data = replace(
+        recipe.data,
+        path=str(manifest.folder.resolve()),
+        latent_scale=recipe.data.latent_scale or manifest.scale,
     )
+    weights = None if recipe.initial_weights is None else str(Path(recipe.initial_weights).resolve())
+    return replace(recipe, data=data, initial_weights=weights)
 
 
 def _resumed(recipe: Recipe, run: Path, resume: str) -> Path | None:
@@ -179,21 +188,13 @@ def _check_same(recipe: Recipe, facts: dict, checkpoint: Path) -> None:
     """Refuse to continue another experiment, and a run that is longer than asked for."""
     ours, theirs = recipe.to_dict(), facts["recipe"]
     for key in SAME_ON_RESUME:
-        for path, new, old in _differences(ours.get(key), theirs.get(key), key):
+        for path, new, old in differences(ours.get(key), theirs.get(key), key):
             raise InputError(
                 f"{checkpoint} was trained with {path} {old}, not {new}; continue it with {old}, "
                 f"or give another --out for another experiment"
             )
     if facts["step"] > recipe.steps:
         raise InputError(f"{checkpoint} has done {facts['step']} steps, more than the {recipe.steps} asked for")
-
-
-def _differences(new, old, path: str):
-    if isinstance(new, dict) and isinstance(old, dict):
-        for key in sorted(new.keys() | old.keys()):
-            yield from _differences(new.get(key), old.get(key), f"{path}.{key}")
-    elif new != old:
-        yield path, new, old
 
 
 def _lock(run: Path):
@@ -221,7 +222,7 @@ def _write_config(run: Path, recipe: Recipe, ds_config: dict) -> None:
 
 def _headline(recipe: Recipe, parallelism, manifest: Manifest, checkpoint: Path | None, engine) -> str:
     ranks = f"{parallelism.world_size} ranks" if parallelism.world_size > 1 else "1 rank"
-    start = f"continuing {checkpoint}" if checkpoint else "from the start"
+    start = f"continuing {checkpoint}" if checkpoint else f"from {recipe.initial_weights or 'the start'}"
     return (
         f"{recipe.name} on {ranks} ({engine.device.type}, {'bf16' if engine.bf16 else 'fp32'}), ZeRO "
         f"{parallelism.zero_stage}, EP {parallelism.ep_size}, batch {recipe.global_batch_size} = "

@@ -43,6 +43,16 @@ def latents(tmp_path_factory) -> Path:
     return folder / "shards"
 
 
+@pytest.fixture(scope="session")
+def pixels(tmp_path_factory) -> Path:
+    """All digits as pixel shards."""
+    folder = tmp_path_factory.mktemp("pixels")
+    digits.write_images(folder / "images")
+    flags = f"--images {folder}/images --size 32 --out {folder}/shards"
+    subprocess.run([sys.executable, "-m", "data_prep.pack_pixels", *flags.split()], check=True, cwd=ROOT, env=ENV)
+    return folder / "shards"
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

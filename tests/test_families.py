@@ -1,26 +1,14 @@
 """Training of the other families: a pixel model is the same run on any topology; DiffMoE's ranks share thresholds."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENV, ROOT, finish, start_training
+from conftest import finish, start_training
 
-from data_prep import digits
 from moe_dit import load_model
 from moe_dit.export import export_checkpoint
-
-
-@pytest.fixture(scope="module")
-def pixels(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pixels")
-    digits.write_images(folder / "images")
-    flags = f"--images {folder}/images --size 32 --out {folder}/shards"
-    subprocess.run([sys.executable, "-m", "data_prep.pack_pixels", *flags.split()], check=True, cwd=ROOT, env=ENV)
-    return folder / "shards"
 
 
 def train(ranks: int, ds: str, shards: Path, run: Path, *flags: str) -> list[dict]:
