@@ -23,6 +23,7 @@ from moe_dit.models import Network
 from moe_dit.models.moe import MoE, SwiGLU
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.progress import say
 
 
 def upcycle_model(dense: Path, recipe: Recipe, folder: Path) -> None:
@@ -37,6 +38,7 @@ def upcycle_model(dense: Path, recipe: Recipe, folder: Path) -> None:
         InputError: no mixture of this recipe computes the dense model's function; nothing is written.
     """
     check_upcycling(dense, recipe)
+    say(f"drawing the mixture's new weights and filling in those of {dense}")  # minutes for billions of them
     save_export(upcycle(load_model(dense), recipe), recipe, folder)
 
 
