@@ -3,10 +3,6 @@
 The data are scikit-learn's 1,797 handwritten digits (UCI "Optical Recognition of Handwritten Digits", test part).
 """
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from data_prep.shards import positive
 from moe_dit.randomness import Stream, normal, permutation
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import explained, new_folder
 from moe_dit.runtime.progress import say, task
 
 EXAMPLES = """\
@@ -34,26 +31,12 @@ LEARNING_RATE = 3e-3
 KL_WEIGHT = 1e-4  # on the mean over latent values, beside the mean squared error over pixels
 
 
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder under a temporary name that gets its own when complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def write_images(out: Path) -> int:
     """Write the digits as out/LABEL/INDEX.png, RGB, 32x32, ink white on black; gives their number."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    with new_folder(out) as folder:
+    with explained(str(out)), new_folder(out) as folder:
         for index, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
             (folder / str(label)).mkdir(exist_ok=True)
             small = Image.fromarray(np.rint(values * (255 / 16)).astype(np.uint8))
@@ -127,7 +110,7 @@ def write_autoencoder(images: Path, out: Path, steps: int, seed: int) -> float:
     fit(vae, values, steps, seed)
     error, std = measure(vae, values)
     vae.register_to_config(scaling_factor=1 / std)
-    with new_folder(out) as folder:
+    with explained(str(out)), new_folder(out) as folder:
         vae.save_pretrained(folder)
     return error
 

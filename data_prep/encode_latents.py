@@ -1,20 +1,18 @@
-"""Class folders to latent shards: the posterior moments of a VAE, for each image and its mirror.
+"""Class folders to latent shards: what an autoencoder makes of each image and of its mirror.
 
-Moments, not samples, are kept, so that training draws a fresh latent each time; the mirror has its own, because a VAE
-does not commute with mirroring.
+Where it gives a posterior, the moments are kept, not a sample, so that training draws a fresh latent each time. The
+mirror has its own, because an autoencoder does not commute with mirroring.
 """
 
-import hashlib
 import io
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from data_prep.autoencoder import encode, hash_weights, latent_space, load_vae
 from data_prep.images import load_image
 from data_prep.shards import add_arguments, positive, write_shards
 from moe_dit.runtime import ranks
@@ -25,52 +23,10 @@ EXAMPLES = """\
   python -m data_prep.encode_latents --images imagenet/train --vae stabilityai/sd-vae-ft-mse --out shards
   torchrun --nproc_per_node 8 -m data_prep.encode_latents --images imagenet/train --vae my_vae --out shards
   srun python -m data_prep.encode_latents --images imagenet/train --vae my_vae --out shards --batch 64
+  python -m data_prep.encode_latents --images imagenet/train --vae ORG/PIPELINE/vae --size 512 --out shards
 
 The same command again continues after a stop, with any number of ranks.
 """
-
-
-def load_vae(name: str) -> Any:
-    """A diffusers AutoencoderKL from a local folder or the hub, float32, in eval mode; InputError where it is none."""
-    if Path(name).is_dir():
-        try:
-            kind = json.loads((Path(name) / "config.json").read_text())["_class_name"]
-        except (OSError, ValueError, KeyError, TypeError):
-            kind = None
-        if kind != "AutoencoderKL":
-            raise InputError(f"--vae {name} is not a diffusers AutoencoderKL folder (its config.json does not say so)")
-    elif Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise InputError(f"--vae {name}: no such folder")
-
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    try:
-        # Missing weights would only be warned of, and left random.
-        vae, info = diffusers.AutoencoderKL.from_pretrained(name, output_loading_info=True)
-    # Network, hub, JSON, safetensors and shape errors all mean the same here.
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        raise InputError(
-            f"--vae {name} cannot be loaded as a diffusers AutoencoderKL (a hub name or a local folder): {reason}"
-        ) from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise InputError(f"--vae {name}: weights are missing or of other shapes, e.g. {info['missing_keys'][:1]}")
-    return vae.eval().requires_grad_(False)
-
-
-def downsampling(vae: Any) -> int:
-    """Image pixels a latent pixel, along a side: each stage but the last halves."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def hash_weights(vae: Any) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.contiguous().numpy())
-    return digest.hexdigest()
 
 
 def read_pixels(path: str, size: int) -> torch.Tensor:
@@ -79,32 +35,31 @@ def read_pixels(path: str, size: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def encode_moments(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Posterior moments, cat(mean, log variance) along the channels, not scaled.
+def encode_with_mirrors(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """What shards keep of images (see :func:`data_prep.autoencoder.encode`) and of their mirrors.
 
     Args:
-        vae: an AutoencoderKL.
+        vae: an autoencoder.
         pixels: uint8 [N, 3, H, W] in [0, 255].
 
     Returns:
-        float16 [N, 2, 2 * latent_channels, h, w] on the CPU: [:, 0] of the images, [:, 1] of their mirrors.
+        float16 [N, 2, C or 2 C, h, w] on the CPU: [:, 0] of the images, [:, 1] of their mirrors.
     """
     images = pixels.to(vae.device, non_blocking=True).float() / 127.5 - 1
-    moments = [vae.encode(x).latent_dist.parameters for x in (images, images.flip(-1))]
-    return torch.stack(moments, dim=1).half().cpu()
+    return torch.stack([encode(vae, x) for x in (images, images.flip(-1))], dim=1).half().cpu()
 
 
 def make_encoder(vae: Any) -> Callable[[torch.Tensor], list[dict[str, bytes]]]:
-    def encode(pixels):
+    def members(pixels):
         try:
-            moments = encode_moments(vae, pixels)
+            latents = encode_with_mirrors(vae, pixels)
         except torch.OutOfMemoryError as error:
             raise InputError(f"--batch {len(pixels)} does not fit in the GPU's memory", local=True) from error
-        if not moments.isfinite().all():
-            raise InputError("the VAE gives moments that are not finite in float16; is --vae right?", local=True)
-        return [{"latent.npy": _npy(image), "latent_flip.npy": _npy(mirror)} for image, mirror in moments.numpy()]
+        if not latents.isfinite().all():
+            raise InputError("the VAE gives latents that are not finite in float16; is --vae right?", local=True)
+        return [{"latent.npy": _npy(image), "latent_flip.npy": _npy(mirror)} for image, mirror in latents.numpy()]
 
-    return encode
+    return members
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -116,14 +71,16 @@ def _npy(array: np.ndarray) -> bytes:
 def main() -> None:
     parser = Parser("Encode class folders of images to latent shards; continues after a stop.", EXAMPLES)
     add_arguments(parser)
-    parser.add_argument("--vae", required=True, metavar="NAME_or_DIR", help="AutoencoderKL: hub name or local folder")
+    parser.add_argument(
+        "--vae", required=True, metavar="NAME_or_DIR", help="a diffusers autoencoder: hub name or local folder"
+    )
     parser.add_argument("--batch", type=positive, default=32, help="images encoded at once, a rank (32)")
     args = parser.parse_args()
 
     vae = load_vae(args.vae)
-    factor = downsampling(vae)
-    if args.size % factor:
-        raise InputError(f"--size {args.size} is not a multiple of {factor}, the downsampling factor of --vae")
+    space = latent_space(vae)
+    if args.size % space.factor:
+        raise InputError(f"--size {args.size} is not a multiple of {space.factor}, the downsampling factor of --vae")
     vae_hash = hash_weights(vae)
     vae.to(ranks.device())
     # The same kernels each time, so that a continued run writes the bytes an uninterrupted one would.
@@ -133,11 +90,13 @@ def main() -> None:
         partial(read_pixels, size=args.size),
         make_encoder(vae),
         kind="latents",
-        sample_shape=[2 * vae.config.latent_channels, args.size // factor, args.size // factor],
+        sample_shape=[space.stored_channels, args.size // space.factor, args.size // space.factor],
         batch=args.batch,
         vae=args.vae,
         vae_hash=vae_hash,
-        scale=vae.config.scaling_factor,
+        scale=space.scale,
+        shift=space.shift,
+        posterior=space.posterior,
     )
 
 

@@ -27,6 +27,7 @@ from moe_dit import randomness
 from moe_dit.manifest import FORMAT, MANIFEST
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import explained, new_file, remove_unfinished, write_json
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.ranks import from_rank_0, world
 
@@ -99,6 +100,8 @@ def write_shards(
     vae: str | None = None,
     vae_hash: str | None = None,
     scale: float | None = None,
+    shift: float | None = None,
+    posterior: bool | None = None,
 ) -> None:
     """Write every image below ``args.images`` to shards in ``args.out``; each rank calls it.
 
@@ -107,7 +110,7 @@ def write_shards(
         read: from a file's path to a tensor or bytes; runs in the reading processes.
         encode: from a batch of what ``read`` gives (tensors stacked, bytes listed) to each sample's members but
             ``cls``, as extension -> content.
-        kind, sample_shape, vae, scale: for the manifest.
+        kind, sample_shape, vae, scale, shift, posterior: for the manifest.
         batch: images handed to ``encode`` at once.
         vae_hash: hash of the VAE's weights; another one may not continue the folder.
 
@@ -145,6 +148,8 @@ def write_shards(
             "source": args.images,
             "vae": vae,
             "scale": scale,
+            "shift": shift,
+            "posterior": posterior,
             "sample_shape": sample_shape,
             "shards": records,
         }
@@ -204,30 +209,13 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> bool:
         if any(folder.glob("*.tar")) or (folder / MANIFEST).exists():
             raise InputError(f"{folder} holds shards that this command did not begin; give another --out")
         _write_json(path, settings)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    remove_unfinished(folder)
     return (folder / MANIFEST).exists()
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with _replacing(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A binary file under a temporary name that gets its own when whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}", local=True) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with explained(str(path)):
+        write_json(path, value)
 
 
 class _Files(torch.utils.data.Dataset):
@@ -270,7 +258,7 @@ def _write_my_shards(args, kind, paths, labels, read, encode, batch) -> list[dic
     where = f" (rank 0 of {world().size})" if world().size > 1 else ""
     with task(f"writing samples{where}", total, done=total - sum(map(len, todo.values()))) as progress:
         for name, indices in todo.items():
-            with _replacing(args.out / name) as file, _tar(file) as tar:
+            with explained(str(args.out / name)), new_file(args.out / name) as file, _tar(file) as tar:
                 for i in range(0, len(indices), batch):
                     samples = next(loaded)
                     if isinstance(samples, InputError):

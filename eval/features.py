@@ -10,7 +10,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from data_prep.images import EXTENSIONS, center_crop, list_images
 from moe_dit.data import ShardReader
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import new_file
 from moe_dit.runtime.progress import say, task
 
 PUBLISHED_INCEPTION = "6726825d"  # start of the SHA-256 of torch-fidelity's weights, the TensorFlow ones of 2015-12-05
@@ -347,9 +348,8 @@ def _fitted(network: FittedCNN, accuracy: float, device: torch.device) -> Extrac
 
 def save_fitted(extractor: Extractor, path: Path) -> None:
     """Write a fitted extractor, so that samples and reference meet the very same one."""
-    network = extractor.network
-    state = {"state": network.state_dict(), "classes": network.num_classes, "accuracy": extractor.held_out_accuracy}
-    write_atomically(path, lambda file: torch.save(state, file))
+    with new_file(path) as file:
+        torch.save(fitted_state(extractor), file)
 
 
 def load_fitted(path: Path, device: torch.device) -> Extractor:
@@ -358,14 +358,17 @@ def load_fitted(path: Path, device: torch.device) -> Extractor:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: these features cannot be scored; sample them again") from None
+    return fitted_from_state(saved, device)
+
+
+def fitted_state(extractor: Extractor) -> dict:
+    """A fitted extractor as plain values and tensors."""
+    network = extractor.network
+    return {"state": network.state_dict(), "classes": network.num_classes, "accuracy": extractor.held_out_accuracy}
+
+
+def fitted_from_state(saved: dict, device: torch.device) -> Extractor:
+    """The extractor of :func:`fitted_state`."""
     network = FittedCNN(saved["classes"])
     network.load_state_dict(saved["state"])
     return _fitted(network, saved["accuracy"], device)
-
-
-def write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Write a file under a temporary name, then rename it: a stop leaves the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-    os.replace(temporary, path)

@@ -3,24 +3,22 @@
 Sample i's noise and label are drawn from (seed, i) alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from data_prep.encode_latents import downsampling, load_vae
+from data_prep.autoencoder import decode, latent_space, load_vae
 from moe_dit.flow import build_flow
 from moe_dit.randomness import Stream, normal, uniform
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
 
-DECODE_BATCH = 16  # a VAE decoder at 256 x 256 needs far more memory per image than the network
-
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; resolved, so nothing is None but ``vae`` in pixel space."""
+    """How to sample; resolved, so nothing is None but what concerns latents in pixel space."""
 
     seed: int
     method: str
@@ -30,26 +28,32 @@ class Sampling:
     labels: str
     vae: str | None
     latent_scale: float | None
+    latent_shift: float | None  # None in exports made before there was one: 0
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, seed: int) -> "Sampling":
+        """A recipe's own."""
+        settings, latents = recipe.sampling, recipe.data.kind == "latents"
+        return cls(
+            seed=seed,
+            method=settings.method,
+            steps=settings.steps,
+            cfg_scale=settings.cfg_scale,
+            cfg_interval=(settings.cfg_interval[0], settings.cfg_interval[1]),
+            labels=settings.labels,
+            vae=recipe.data.vae if latents else None,
+            latent_scale=recipe.data.latent_scale if latents else None,
+            latent_shift=recipe.data.latent_shift if latents else None,
+        )
 
 
 def resolve(args, recipe: "Recipe") -> Sampling:
     """Flags over the recipe's defaults, checked."""
-
-    def choose(flag, default):
-        return default if flag is None else flag
-
-    defaults, latents = recipe.sampling, recipe.data.kind == "latents"
-    interval = choose(args.cfg_interval, defaults.cfg_interval)
-    sampling = Sampling(
-        seed=args.seed,
-        method=choose(args.method, defaults.method),
-        steps=choose(args.steps, defaults.steps),
-        cfg_scale=float(choose(args.cfg_scale, defaults.cfg_scale)),
-        cfg_interval=(float(interval[0]), float(interval[1])),
-        labels=choose(args.labels, defaults.labels),
-        vae=choose(args.vae, recipe.data.vae) if latents else None,
-        latent_scale=recipe.data.latent_scale if latents else None,
-    )
+    latents = recipe.data.kind == "latents"
+    flags = {key: getattr(args, key) for key in ("method", "steps", "cfg_scale", "labels")}
+    flags |= {"vae": args.vae if latents else None, "cfg_interval": args.cfg_interval and tuple(args.cfg_interval)}
+    given = {key: value for key, value in flags.items() if value is not None}
+    sampling = replace(Sampling.of_recipe(recipe, args.seed), **given)
     low, high = sampling.cfg_interval
     for good, complaint in (
         (args.num >= 1, f"--num is {args.num}; it should be at least 1"),
@@ -79,10 +83,11 @@ def load_decoder(sampling: Sampling, recipe: Recipe) -> nn.Module | None:
     """The VAE that decodes the model's samples, float32, on the CPU; None in pixel space."""
     if sampling.vae is None:
         return None
-    vae = load_vae(sampling.vae).float()
-    if vae.config.latent_channels != recipe.model.in_channels:
+    vae = load_vae(sampling.vae)
+    channels = latent_space(vae).channels
+    if channels != recipe.model.in_channels:
         raise InputError(
-            f"the VAE {sampling.vae} has {vae.config.latent_channels} latent channels and the model makes "
+            f"the VAE {sampling.vae} has {channels} latent channels and the model makes "
             f"{recipe.model.in_channels}; give the VAE that encoded the training data with --vae"
         )
     return vae
@@ -90,7 +95,7 @@ def load_decoder(sampling: Sampling, recipe: Recipe) -> nn.Module | None:
 
 def image_size(recipe: Recipe, vae: nn.Module | None) -> int:
     """Side of the images that the model's samples become."""
-    return recipe.model.input_size * (downsampling(vae) if vae is not None else 1)
+    return recipe.model.input_size * (latent_space(vae).factor if vae is not None else 1)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -122,8 +127,7 @@ def generate(
             cfg_interval=sampling.cfg_interval,
         )
     if vae is not None and sampling.latent_scale is not None:
-        parts = (x / sampling.latent_scale).split(DECODE_BATCH)
-        x = torch.cat([vae.decode(part).sample for part in parts])
+        x = decode(vae, x / sampling.latent_scale + (sampling.latent_shift or 0.0))
     if not torch.isfinite(x).all():
         raise InputError("the model's samples are not finite; was it trained to divergence?", local=True)
     return to_uint8(x)

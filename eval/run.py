@@ -28,7 +28,7 @@ def main() -> None:
     add("--samples", type=Path, metavar="SAMPLES", help="keep the features here, so that a stopped run continues")
     add("--out", type=Path, metavar="FILE.json", help="default SAMPLES/metrics.json, or nowhere without --samples")
     args = parser.parse_args()
-    here = ranks.start(timedelta(hours=12))
+    world = ranks.start(timedelta(hours=12))
 
     def prepare() -> Path:
         check_out(args.out)
@@ -44,11 +44,11 @@ def main() -> None:
         sample(args, samples, "features")
         # The reference takes rank 0 long: nobody should wait for it.
         ranks.stop()
-        if here.rank == 0:
+        if world.rank == 0:
             result = score(samples, args.reference, args.inception)
             present(result, args.out or (args.samples / "metrics.json" if args.samples else None))
     finally:
-        if here.rank == 0 and args.samples is None:
+        if world.rank == 0 and args.samples is None:
             shutil.rmtree(samples, ignore_errors=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.encode_latents import hash_weights
+from data_prep.autoencoder import hash_weights
 from eval.features import (
     Extractor,
     fingerprint,
@@ -22,7 +22,6 @@ from eval.features import (
     load_fitted,
     reference_images,
     save_fitted,
-    write_atomically,
 )
 from eval.generate import generate, image_size, labels_for, load_decoder, resolve
 from eval.sample_folder import GRID, image_name, model_fingerprint, open_folder, saved_indices, write_grid, write_image
@@ -30,6 +29,7 @@ from moe_dit.export import load_export
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import new_file
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.ranks import from_rank_0
 
@@ -103,7 +103,7 @@ def sample(args, out: Path, save: str) -> None:
 
 def _sample_missing(args, out, generate_batch, labels: list[int], extractor: Extractor | None) -> None:
     """Sample this rank's batches that are not whole yet; generate_batch gives the images of indices."""
-    here, device = ranks.world(), ranks.device()
+    world, device = ranks.world(), ranks.device()
     if extractor is None:
         done = set(os.listdir(out / "images"))
         missing = {i for i in range(args.num) if image_name(i, labels[i]) not in done}
@@ -112,12 +112,12 @@ def _sample_missing(args, out, generate_batch, labels: list[int], extractor: Ext
     if len(missing) < args.num:
         say(f"{args.num - len(missing)} of {args.num} samples are there; {len(missing)} to go")
     batches = torch.arange(args.num).split(args.batch or (256 if device.type == "cuda" else 64))
-    share = [batches[k] for k in here.share(len(batches))]
+    share = [batches[k] for k in world.share(len(batches))]
     to_do = [batch for batch in share if not missing.isdisjoint(batch.tolist())]
     total = sum(len(batch) for batch in share)
     # Every rank must have looked before one of them adds files.
     ranks.barrier()
-    description = "sampling" if here.size == 1 else f"sampling (rank 0 of {here.size})"
+    description = "sampling" if world.size == 1 else f"sampling (rank 0 of {world.size})"
     writes: list[Any] = []
     with (
         task(description, total, total - sum(len(batch) for batch in to_do)) as progress,
@@ -148,7 +148,8 @@ def _write_features(out: Path, extractor: Extractor, images: torch.Tensor, batch
     arrays: dict[str, Any] = {"features": features.numpy(), "logits": logits.numpy(), "indices": batch.numpy()}
     arrays["labels"] = np.array([labels[i] for i in batch.tolist()])
     name = f"batch_{int(batch[0]):06d}.npz"  # the first index of the batch
-    write_atomically(out / "features" / name, lambda file: np.savez(file, **arrays))
+    with new_file(out / "features" / name) as file:
+        np.savez(file, **arrays)
 
 
 def _check_source(args, device: torch.device) -> None:

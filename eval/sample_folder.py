@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 from torchvision.utils import make_grid
 
-from eval.features import read_image, sample_images, write_atomically
+from eval.features import read_image, sample_images
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import new_file, remove_unfinished, write_json
 
 GRID = 100  # images shown in samples.png
 
@@ -47,9 +48,8 @@ def open_folder(out: Path, settings: dict[str, Any]) -> None:
     try:
         for name in ("images",) if settings["save"] == "images" else ("features", "preview"):
             (out / name).mkdir(parents=True, exist_ok=True)
-            for leftover in (out / name).glob(".*.tmp"):  # of a run that was killed
-                leftover.unlink()
-        write_atomically(file, lambda opened: opened.write((json.dumps(settings, indent=2) + "\n").encode()))
+            remove_unfinished(out / name)
+        write_json(file, settings, indent=2)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}; give another --out") from None
 
@@ -61,7 +61,8 @@ def image_name(index: int, label: int) -> str:
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write uint8 [H, W, 3] as PNG, atomically."""
-    write_atomically(path, lambda file: Image.fromarray(image).save(file, format="PNG"))
+    with new_file(path) as file:
+        Image.fromarray(image).save(file, format="PNG")
 
 
 def saved_indices(folder: Path) -> set[int]:

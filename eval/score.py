@@ -17,6 +17,7 @@ import torch
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import write_json
 from moe_dit.runtime.progress import say
 
 EXAMPLES = """\
@@ -241,11 +242,8 @@ def present(result: dict[str, Any], out: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from eval.features import write_atomically
-
     if out is not None:
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        write_atomically(out, lambda file: file.write(text.encode()))
+        write_json(out, result, indent=2, allow_nan=False)
         say(f"scores in {out}")
     console = Console()
     if console.is_terminal:

@@ -7,7 +7,6 @@ renamed when complete; RUN/checkpoints/latest names the newest complete one and 
 """
 
 import json
-import os
 import pickle
 import shutil
 import threading
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from moe_dit.engine import Engine
 from moe_dit.runtime.errors import InputError, Stop
+from moe_dit.runtime.files import publish_folder, remove_folder, write_json, write_text
 from moe_dit.runtime.progress import say
 from moe_dit.runtime.ranks import world
 
@@ -95,7 +95,7 @@ class Checkpointer:
                 state[f"{kind}/{piece.name}"] = FlatSlice(tensor.to("cpu", copy=True), piece.start, piece.numel)
         if world().rank == 0:
             state |= {f"buffer/{name}": value.to("cpu", copy=True) for name, value in engine.buffers().items()}
-        facts = {
+        description = {
             "format": FORMAT,
             "step": step,
             "position": step * engine.recipe.global_batch_size,
@@ -104,7 +104,7 @@ class Checkpointer:
             "zero_stage": engine.parallelism.zero_stage,
             "recipe": engine.recipe.to_dict(),
         }
-        self._writer = threading.Thread(target=self._write, args=(state, facts), name="checkpoint")
+        self._writer = threading.Thread(target=self._write, args=(state, description), name="checkpoint")
         self._writer.start()
 
     def wait(self) -> None:
@@ -123,13 +123,13 @@ class Checkpointer:
         """Whether a save has failed on this rank, without waiting for one that is under way."""
         return self._error is not None
 
-    def _write(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
-        final = self.folder / name_of(facts["step"])
+    def _write(self, state: dict[str, Any], description: dict[str, Any]) -> None:
+        final = self.folder / name_of(description["step"])
         temporary = self.folder / f".{final.name}.tmp"
         try:
             self._on_rank_0(lambda: _make_empty(temporary))
             dcp.save(state, storage_writer=FileSystemWriter(temporary), process_group=self.group)
-            self._on_rank_0(lambda: self._publish(facts, temporary, final))
+            self._on_rank_0(lambda: self._publish(description, temporary, final))
         except (Exception, CheckpointException) as error:
             if world().rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -152,23 +152,15 @@ class Checkpointer:
         if outcome[0] is not None:
             raise OSError(outcome[0])
 
-    def _publish(self, facts: dict[str, Any], temporary: Path, final: Path) -> None:
+    def _publish(self, description: dict[str, Any], temporary: Path, final: Path) -> None:
         """Check what was written, give it its name, let ``latest`` say so, and prune."""
-        with open(temporary / "state.json", "w") as file:
-            json.dump(facts, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_json(temporary / "state.json", description)
         check_complete(temporary)
-        if final.exists():  # a run that was taken back to an earlier step
-            shutil.rmtree(final)
-        os.replace(temporary, final)
+        publish_folder(temporary, final)  # one that is there is of a run that was taken back to an earlier step
         set_latest(self.folder, final.name)
         for old in complete_checkpoints(self.folder)[: -self.keep]:
             if not self.milestone_every or step_of(old) % self.milestone_every:
-                # Renamed first: a kill in the middle must not leave half a checkpoint under a checkpoint's name.
-                rubbish = old.with_name(f".{old.name}.tmp")
-                os.replace(old, rubbish)
-                shutil.rmtree(rubbish)
+                remove_folder(old)
 
     def load(self, engine: Engine, checkpoint: Path) -> int:
         """Fill the engine's state from a checkpoint, whatever topology wrote it; returns its step.
@@ -176,7 +168,7 @@ class Checkpointer:
         Raises:
             InputError: the checkpoint is unreadable or of another network; the engine is as it was.
         """
-        facts = read_facts(checkpoint)
+        description = read_description(checkpoint)
         pieces = list(engine.pieces())
         targets: dict[str, Any] = {
             f"{kind}/{piece.name}": FlatSlice(torch.empty(tensor.shape), piece.start, piece.numel)
@@ -192,8 +184,8 @@ class Checkpointer:
                     tensor.copy_(targets[f"{kind}/{piece.name}"].data_1d)
             for name, value in buffers.items():
                 value.copy_(plain[f"buffer/{name}"])
-        engine.set_step(facts["step"])
-        return facts["step"]
+        engine.set_step(description["step"])
+        return description["step"]
 
 
 def name_of(step: int) -> str:
@@ -238,8 +230,7 @@ def check_complete(checkpoint: Path) -> None:
 
 def set_latest(folder: Path, name: str) -> None:
     """Let ``latest`` name a checkpoint, in one indivisible step."""
-    (folder / ".latest.tmp").write_text(name + "\n")
-    os.replace(folder / ".latest.tmp", folder / "latest")
+    write_text(folder / "latest", name + "\n")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -268,7 +259,7 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path | None:
         candidates = [path for path in candidates if path.name <= last]
     for checkpoint in reversed(candidates):
         try:
-            read_facts(checkpoint)
+            read_description(checkpoint)
             check_complete(checkpoint)
             return checkpoint
         except (InputError, OSError, ValueError, CheckpointException, pickle.UnpicklingError, EOFError) as error:
@@ -278,19 +269,13 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path | None:
     return None
 
 
-def remove_unfinished(run: Path) -> None:
-    """Remove what a killed save left behind."""
-    for leftover in (run / "checkpoints").glob(".step_*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def read_facts(checkpoint: Path) -> dict[str, Any]:
+def read_description(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's state.json: step, position, recipe and the topology that wrote it."""
     try:
-        facts = json.loads((checkpoint / "state.json").read_text())
-        if facts["format"] != FORMAT:
-            raise InputError(f"{checkpoint} has format {facts['format']}; this version reads {FORMAT}")
-        return facts
+        description = json.loads((checkpoint / "state.json").read_text())
+        if description["format"] != FORMAT:
+            raise InputError(f"{checkpoint} has format {description['format']}; this version reads {FORMAT}")
+        return description
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{checkpoint} is not a readable checkpoint: state.json: {error}") from None
 

@@ -34,23 +34,54 @@ def check_manifest(manifest: Manifest, recipe: Recipe) -> None:
     model, data = recipe.model, recipe.data
     if manifest.kind != data.kind:
         raise InputError(f"{manifest.folder} holds {manifest.kind}, but recipe {recipe.name} trains on {data.kind}")
-    channels = model.in_channels * (2 if manifest.kind == "latents" else 1)
-    want = [channels, model.input_size, model.input_size]
+    moments = manifest.kind == "latents" and manifest.posterior
+    want = [model.in_channels * (2 if moments else 1), model.input_size, model.input_size]
     if list(manifest.sample_shape) != want:
+        means = "mean and log variance of " if moments else ""
+        hint = "encode images of the size that fits"
+        if manifest.sample_shape[0] != want[0]:
+            hint = f"encode with a VAE of {model.in_channels} channels, or change model.in_channels"
         raise InputError(
             f"{manifest.folder} holds samples of shape {manifest.sample_shape}, but recipe {recipe.name} "
-            f"takes {want}; encode images of the size that fits"
+            f"takes {want} ({means}model.in_channels, model.input_size twice); {hint}"
         )
     if len(manifest.classes) > model.num_classes:
         raise InputError(
             f"{manifest.folder} has {len(manifest.classes)} classes, but model.num_classes of recipe {recipe.name} "
             f"is {model.num_classes}"
         )
+    if manifest.kind != "latents":
+        return
     if data.latent_scale and manifest.scale and not np.isclose(data.latent_scale, manifest.scale):
         raise InputError(
             f"{manifest.folder} was encoded by a VAE of scale {manifest.scale}, but data.latent_scale of recipe "
             f"{recipe.name} is {data.latent_scale}"
         )
+    if data.latent_shift is not None and manifest.scale and not np.isclose(data.latent_shift, manifest.shift):
+        raise InputError(
+            f"{manifest.folder} was encoded by a VAE of shift {manifest.shift}, but data.latent_shift of recipe "
+            f"{recipe.name} is {data.latent_shift}"
+        )
+    if not data.latent_scale and not manifest.scale:
+        raise InputError(
+            f"{manifest.folder} was encoded by a VAE that names no scale of its latents; set data.latent_scale to 1 / "
+            f"their standard deviation (and data.latent_shift to their mean)"
+        )
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What stored latents are, and how they become the network's input: (latent - shift) * scale."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+    posterior: bool = True  # stored as moments, from which a latent is drawn
+
+    @classmethod
+    def of(cls, recipe: Recipe, manifest: Manifest) -> "Latents":
+        """Those of shards; scale and shift as the recipe says, or else the manifest."""
+        scale, shift = recipe.data.latent_scale or manifest.scale, recipe.data.latent_shift
+        return cls(scale or 1.0, manifest.shift if shift is None else shift, manifest.posterior)
 
 
 class ShardReader:
@@ -156,8 +187,9 @@ def _order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 class TrainingSamples(Dataset):
-    """The run's samples by position. A batch is a dict of "x" (moments float16 or pixels uint8), "y" and "position".
+    """The run's samples by position.
 
+    A batch is a dict of "x" (moments or latents float16, pixels uint8), "y" and "position".
     Errors come back as values, since a DataLoader would bury an exception's one line in a worker's traceback.
     """
 
@@ -234,23 +266,27 @@ def batches(recipe: Recipe, manifest: Manifest, micro_batch_size: int, first_ste
         yield batch
 
 
-def training_inputs(recipe: Recipe, batch: dict[str, torch.Tensor], latent_scale: float) -> dict[str, torch.Tensor]:
+def training_inputs(recipe: Recipe, batch: dict[str, torch.Tensor], latents: Latents) -> dict[str, torch.Tensor]:
     """A batch as the network's training inputs, everything random drawn from each sample's position.
 
     Args:
         batch: from :func:`batches`, on the device that computes.
-        latent_scale: factor on latents.
+        latents: what latents in the batch are; of no concern to pixels.
 
     Returns:
-        x float32 [N, C, side, side] (latents: a draw from the posterior, scaled; pixels: in [-1, 1]), y int64 [N] with
-        dropped labels replaced by the null class, noise as x, and u float32 [N] uniform in [0, 1) for the time.
+        x float32 [N, C, side, side] (latents: shifted and scaled, where there is a posterior a draw from it; pixels:
+        in [-1, 1]), y int64 [N] with dropped labels replaced by the null class, noise as x, u float32 [N] uniform in
+        [0, 1) for the time, and the samples' position in the run.
     """
     seed, position = recipe.seed, batch["position"]
     if recipe.data.kind == "latents":
-        mean, log_variance = batch["x"].float().chunk(2, dim=1)
-        draw = normal(seed, Stream.LATENT, position, tuple(mean.shape[1:]))
-        # The clamp is diffusers' own (DiagonalGaussianDistribution).
-        x = (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * draw) * latent_scale
+        x = batch["x"].float()
+        if latents.posterior:
+            mean, log_variance = x.chunk(2, dim=1)
+            draw = normal(seed, Stream.LATENT, position, tuple(mean.shape[1:]))
+            # The clamp is diffusers' own (DiagonalGaussianDistribution).
+            x = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * draw
+        x = (x - latents.shift) * latents.scale
     else:
         x = batch["x"].float() / 127.5 - 1
     dropped = uniform(seed, Stream.LABEL_DROP, position) < recipe.flow.label_dropout
@@ -259,4 +295,5 @@ def training_inputs(recipe: Recipe, batch: dict[str, torch.Tensor], latent_scale
         "y": torch.where(dropped, recipe.model.num_classes, batch["y"]),
         "noise": normal(seed, Stream.NOISE, position, tuple(x.shape[1:])),
         "u": uniform(seed, Stream.TIME, position),
+        "position": position,
     }

@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +24,19 @@ import deepspeed
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 from moe_dit.build import build_model
+from moe_dit.ema import EMA
 from moe_dit.flow import build_flow
 from moe_dit.models.diffmoe import ExpertChoiceMoE
+from moe_dit.models.dropout import dropouts, set_dropout_draws
 from moe_dit.models.initialization import initialize
-from moe_dit.optimizer import AdamWithEMA
+from moe_dit.optimizer import optimizer_kind, prepare_state, set_step
 from moe_dit.parallel.compile import compile_dense_parts
 from moe_dit.parallel.deepspeed_config import Parallelism, for_deepspeed
 from moe_dit.parallel.expert_layers import apply_expert_parallelism, moe_layers
 from moe_dit.parallel.recompute import apply_activation_checkpointing
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
+from moe_dit.schedule import learning_rate
 
 # Every run would start with a page of DeepSpeed's notes on our choosing our own optimizer and parallelism; and 0.19.8
 # calls collectives by names that torch 2.14 deprecates.
@@ -45,9 +49,8 @@ def start_ranks() -> None:
     # DeepSpeed 0.19.8 compiles a shared-memory op for CPU inference whenever it starts on CPUs: 20 s of a compiler
     # that a machine may lack, for a collective that training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    ranks.set_rendezvous()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    ranks.start(alone=True)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Piece:
         numel: elements of the whole logical weight.
         start: where the slice begins in it, flattened.
         tensors: float32 views [n] by kind: "weight" (the master copy), "exp_avg", "exp_avg_sq", "ema" and, where the
-            recipe has a second average, "ema2".
+            recipe has a second average, "ema2". The keys between are the optimizer's.
     """
 
     name: str
@@ -76,6 +79,8 @@ class Engine:
         parallelism: how; its world size is the number of ranks that have joined.
         device: where this rank computes.
     """
+
+    loss_names: list[str]  # of train_step's "terms", from the first step on
 
     def __init__(self, recipe: Recipe, parallelism: Parallelism, device: torch.device):
         self.recipe, self.parallelism, self.device = recipe, parallelism, device
@@ -95,42 +100,39 @@ class Engine:
             compile_dense_parts(model)
         apply_activation_checkpointing(model, recipe.activation_checkpointing)
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-        optimizer = recipe.optimizer
+        kind = optimizer_kind(recipe.optimizer.name)
 
         def make_optimizer(parameters):
             parameters = list(parameters)
             groups = split_params_into_different_moe_groups_for_optimizer({"params": parameters, "name": "weights"})
-            return AdamWithEMA(
-                [group for group in groups if group["params"]],
-                ema_decays=recipe.ema.decays,
-                lr=optimizer.lr,
-                betas=tuple(optimizer.betas),
-                weight_decay=optimizer.weight_decay,
-                fused=device.type == "cuda",
-            )
+            return kind.build([group for group in groups if group["params"]], recipe.optimizer, device.type == "cuda")
 
         config = for_deepspeed(parallelism, recipe, self.bf16)
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer, config=config)
+        self.deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer, config=config)
         # DeepSpeed casts buffers with the weights, but rotary tables and balance biases are float32 quantities.
         for name, buffer in buffers.items():
             module, _, key = name.rpartition(".")
             self.model.get_submodule(module)._buffers[key] = buffer.to(device)
         self.layers = moe_layers(self.model)
         self.thresholds = [m.expert_threshold for m in self.model.modules() if isinstance(m, ExpertChoiceMoE)]
-        self._zero = self.deepspeed.optimizer
-        self._adam: AdamWithEMA = getattr(self._zero, "optimizer", self._zero)
-        self._adam.prepare(self._flat_weights())
+        self._dropouts = dropouts(self.model)
+        self._zero = self.deepspeed_engine.optimizer
+        self._optimizer: torch.optim.Optimizer = getattr(self._zero, "optimizer", self._zero)
+        self._state_keys = kind.state
+        masters = self._flat_weights()
+        prepare_state(self._optimizer, kind, masters)
+        self.ema = EMA(masters, recipe.ema.decays)
+        self._state_of = self._state_by_flat_weight()
         self._gradient_norm: torch.Tensor | None = None
 
     @property
     def model(self) -> torch.nn.Module:
         """The network inside DeepSpeed's engine."""
-        return self.deepspeed.module
+        return self.deepspeed_engine.module
 
     def learning_rate(self, step: int) -> float:
-        """The rate of step ``step`` (counted from 0): linear warm-up, then constant."""
-        warmup = self.recipe.optimizer.warmup_steps
-        return self.recipe.optimizer.lr * min(1.0, (step + 1) / warmup if warmup else 1.0)
+        """The rate of step ``step``, counted from 0."""
+        return learning_rate(self.recipe.optimizer, step, self.recipe.steps)
 
     def train_step(
         self, step: int, micro_batches: list[dict[str, torch.Tensor]], stop: bool = False
@@ -139,40 +141,44 @@ class Engine:
 
         Args:
             step: counted from 0.
-            micro_batches: ``parallelism.accumulation`` batches of x, y, noise and u (data.training_inputs).
+            micro_batches: ``parallelism.accumulation`` batches of x, y, noise, u and position (data.training_inputs).
             stop: this rank was told to stop; the result tells every rank.
 
         Returns:
-            On the device, alike on all ranks: "loss", the mean over the global batch; "stop", the number of ranks that
-            were told to stop; "load" [layers, experts], tokens by expert (no layers in a network without token choice).
+            On the device, alike on all ranks: "terms" [n], means over the global batch of the loss and, where it is a
+            sum, of its parts (:attr:`loss_names` names them); "stop", the number of ranks that were told to stop;
+            "load" [layers, experts], tokens by expert (no layers in a network without token choice).
         """
-        # Dropout alone draws from torch's own generator: a resumed run repeats it with as many ranks as before.
-        torch.manual_seed((self.recipe.seed << 32) + step * self.parallelism.world_size + ranks.world().rank)
         for group in self._zero.param_groups:
             group["lr"] = self.learning_rate(step)
-        parallelism, loss_sum = self.parallelism, torch.zeros((), device=self.device)
+        parallelism, parts = self.parallelism, []
         for batch in micro_batches:
-            loss = self.flow.loss(
-                self.deepspeed, batch["x"], batch["y"], noise=batch["noise"], t=self.flow.times(batch["u"])
-            )["loss"]
-            self.deepspeed.backward(loss)
-            if parallelism.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+            set_dropout_draws(self._dropouts, self.recipe.seed, batch["position"])
+            t = self.flow.times(batch["u"])
+            losses = self.flow.loss(self.deepspeed_engine, batch["x"], batch["y"], noise=batch["noise"], t=t)
+            self.loss_names = list(losses)
+            self.deepspeed_engine.backward(losses["loss"])
+            if parallelism.zero_stage == 0 and self.deepspeed_engine.is_gradient_accumulation_boundary():
                 self._clip_without_zero()
-            self.deepspeed.step()
-            loss_sum += loss.detach()
+            self.deepspeed_engine.step()
+            parts.append(torch.stack([loss.detach() for loss in losses.values()]))
+        if self.deepspeed_engine.was_step_applied():
+            self.ema.update()
         loads = [layer.tokens_per_expert for layer in self.layers]
-        report = torch.cat([torch.stack([loss_sum, torch.full_like(loss_sum, float(stop))]), *loads])
+        terms = sum(parts[1:], parts[0])
+        report = torch.cat([terms, terms.new_full((1,), float(stop)), *loads])
         deepspeed.comm.all_reduce(report)
         for load in loads:
             load.zero_()
-        report[0] /= len(micro_batches) * parallelism.world_size
-        load = report[2:].view(len(loads), len(report[2:]) // max(1, len(loads)))
+        n = len(terms)
+        report[:n] /= len(micro_batches) * parallelism.world_size
+        load = report[n + 1 :].view(len(loads), len(report[n + 1 :]) // max(1, len(loads)))
         for threshold in self.thresholds:  # ranks saw different tokens; as published, they go on with the mean
             deepspeed.comm.all_reduce(threshold)
             threshold /= parallelism.world_size
         if self.recipe.balance.rate:
             self._balance(load)
-        return {"loss": report[0], "stop": report[1], "load": load}
+        return {"terms": report[:n], "stop": report[n], "load": load}
 
     def _balance(self, load: torch.Tensor) -> None:
         """DeepSeek-V3's bias update (arXiv:2412.19437, eq. 16): towards experts that got fewer tokens than the mean."""
@@ -203,7 +209,7 @@ class Engine:
 
     def gradient_norm(self) -> float | torch.Tensor:
         """Norm of the last step's gradient over all weights, before clipping."""
-        norm = self._gradient_norm if self.parallelism.zero_stage == 0 else self.deepspeed.get_global_grad_norm()
+        norm = self._gradient_norm if self.parallelism.zero_stage == 0 else self.deepspeed_engine.get_global_grad_norm()
         return float("nan") if norm is None else norm
 
     def bytes_held(self) -> dict[str, int]:
@@ -213,7 +219,8 @@ class Engine:
         )
         flat = self._flat_weights()
         master = 0 if self.parallelism.zero_stage == 0 else sum(w.numel() * w.element_size() for w in flat)
-        state = sum(self._adam.state[w][key].numel() * 4 for w in flat for key in self._adam.state_keys)
+        kept = len(self._state_keys) + len(self.ema.averages)
+        state = sum(w.numel() * 4 * kept for w in flat)
         return {"weights": weights, "master": master, "state": state}
 
     def bytes_held_by_rank(self) -> list[dict[str, int]]:
@@ -224,8 +231,32 @@ class Engine:
 
     def set_step(self, step: int) -> None:
         """Say how many steps the loaded state has seen, and renew what is derived from the master weights."""
-        self._adam.set_step(step)
+        set_step(self._optimizer, step)
         self._copy_master_to_model()
+
+    @contextmanager
+    def averaged_weights(self, name: str = "ema") -> Iterator[Any]:
+        """Compute with an average of the weights, in eval mode, for the length of the block; gives the network to call.
+
+        All ranks enter and leave together, and inside all call the network equally often. Afterwards everything is as
+        before, to the last bit.
+        """
+        masters = [weight.detach() for weight in self.ema.weights]
+        kept = [weight.clone() for weight in masters]
+        counters = [(layer.tokens_per_expert, layer.tokens_per_expert.clone()) for layer in self.layers]
+        with torch.no_grad():
+            torch._foreach_copy_(masters, self.ema.averages[name])
+            self._copy_master_to_model()
+        self.deepspeed_engine.eval()
+        try:
+            yield self.deepspeed_engine
+        finally:
+            self.deepspeed_engine.train()
+            with torch.no_grad():
+                torch._foreach_copy_(masters, kept)
+                self._copy_master_to_model()
+                for counter, value in counters:
+                    counter.copy_(value)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Persistent buffers (balance biases), alike on all ranks, by logical name."""
@@ -257,38 +288,48 @@ class Engine:
                 return list(getattr(self._zero, attribute))
         if hasattr(self._zero, "fp32_groups_flat_partition"):  # DeepSpeed's bf16 optimizer: no ZeRO, bf16 weights
             return list(self._zero.fp32_groups_flat_partition)
-        return [weight for group in self._adam.param_groups for weight in group["params"]]
+        return [weight for group in self._optimizer.param_groups for weight in group["params"]]
+
+    def _state_by_flat_weight(self) -> dict[int, dict[str, torch.Tensor]]:
+        """All that training keeps of each flat weight, by its id: itself, the optimizer's state, the averages."""
+        return {
+            id(flat): {
+                "weight": flat.detach(),
+                **{key: self._optimizer.state[flat][key] for key in self._state_keys},
+                **{name: averages[i] for name, averages in self.ema.averages.items()},
+            }
+            for i, flat in enumerate(self.ema.weights)
+        }
 
     def _local_slices(self, weight: Any, owned_only: bool) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        keys = self._adam.state_keys
+        """Where in a rank's own weight the slices begin whose state it holds, and their state."""
         if hasattr(weight, "ds_tensor"):  # ZeRO 3: equal parts of the weight, the last one padded
             part = weight.ds_tensor.numel()
             start = part * torch.distributed.get_rank(weight.ds_process_group)
             n = min(part, weight.ds_numel - start)
             if n > 0:
-                views = {"weight": self._zero3_slice(weight, None), **{k: self._zero3_slice(weight, k) for k in keys}}
-                yield start, {kind: view[:n] for kind, view in views.items()}
+                group, first, _ = self._zero.grad_position[self._zero.get_param_id(weight)]
+                state = self._state_of[id(self._zero.fp32_partitioned_groups_flat[group])]
+                yield start, {kind: tensor.narrow(0, first, n) for kind, tensor in state.items()}
         elif hasattr(weight, "_hp_mapping"):  # ZeRO 1 and 2: parts of a flat tensor of many weights
             mapping = weight._hp_mapping
             if mapping is not None:
-                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                flat = self._flat_weights()[mapping.param_group_index]
-                # optimizer.state rather than DeepSpeed's linked fragments: 0.19.8 links them after the first group's
-                # step only, and finds nothing for the other groups.
-                state = {"weight": flat.detach(), **{key: self._adam.state[flat][key] for key in keys}}
-                yield there.start, {kind: tensor.narrow(0, here.start, here.numel) for kind, tensor in state.items()}
+                # Our own table rather than DeepSpeed's linked fragments: 0.19.8 links them after the first group's step
+                # only, and finds nothing for the other groups.
+                in_flat, in_weight = mapping.hp_fragment_address, mapping.lp_fragment_address
+                state = self._state_of[id(self._flat_weights()[mapping.param_group_index])]
+                yield (
+                    in_weight.start,
+                    {kind: tensor.narrow(0, in_flat.start, in_flat.numel) for kind, tensor in state.items()},
+                )
         else:  # no ZeRO: every rank of the weight's group holds it all
             group = self._replicas(weight)
             rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
             n = weight.numel()
             first, last = (n * rank // size, n * (rank + 1) // size) if owned_only else (0, n)
             if last > first:
-                state = {"weight": weight.detach(), **{key: self._adam.state[weight][key] for key in keys}}
+                state = self._state_of[id(weight)]
                 yield first, {kind: tensor.view(-1)[first:last] for kind, tensor in state.items()}
-
-    def _zero3_slice(self, weight: Any, key: str | None) -> torch.Tensor:
-        part = self._zero._get_fp32_opt_state_partition(weight, release_swap_buffers=False, optim_state_key=key)[0]
-        return part.detach()
 
     def _replicas(self, weight: Any) -> Any:
         if hasattr(weight, "first_expert"):

@@ -1,22 +1,21 @@
 """Exports: one folder with config.json, safetensors and recipe.yaml, loadable without DeepSpeed."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from moe_dit.build import build_model, load_model
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import load_recipe, parse_recipe
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import explained, new_folder, write_yaml
 
 RECIPE_FILE = "recipe.yaml"
+MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", RECIPE_FILE)
 
 
 @contextmanager
@@ -24,21 +23,11 @@ def new_model_folder(folder: Path, recipe: Recipe) -> Iterator[Path]:
     """A folder to write a model into; with its recipe it appears under its name only when complete.
 
     Raises:
-        InputError: the folder exists and is not a model that may be replaced.
+        InputError: the folder exists and holds other things than a model, or cannot be written.
     """
-    if folder.exists() and not (folder / RECIPE_FILE).is_file():
-        raise InputError(f"{folder} exists and is not an exported model; give another --out")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with explained(f"the model folder {folder}"), new_folder(folder, MODEL_FILES) as temporary:
         yield temporary
-        (temporary / RECIPE_FILE).write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_yaml(temporary / RECIPE_FILE, recipe.to_dict())
 
 
 def save_export(model: Any, recipe: Recipe, folder: Path) -> None:
@@ -63,12 +52,12 @@ def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> No
         weights: "ema", "ema2" (the second average) or "model" (the float32 master weights).
         folder: where to write.
     """
-    from moe_dit.checkpoint import find_checkpoint, read_facts, read_state
+    from moe_dit.checkpoint import find_checkpoint, read_description, read_state
 
     checkpoint = find_checkpoint(run_or_checkpoint)
     if checkpoint is None:
         raise InputError(f"{run_or_checkpoint} has no checkpoint; give a run folder or one of its checkpoints")
-    recipe = parse_recipe(read_facts(checkpoint)["recipe"], str(checkpoint))
+    recipe = parse_recipe(read_description(checkpoint)["recipe"], str(checkpoint))
     if weights == "ema2" and recipe.ema.second_decay is None:
         raise InputError(f"{checkpoint} keeps one average only: its recipe has no ema.second_decay; give --weights ema")
     model = build_model(recipe, device="meta").to_empty(device="cpu")

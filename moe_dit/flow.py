@@ -61,15 +61,26 @@ class Flow:
             "loss", a float32 scalar; where the network in training adds losses of its own (DiffMoE's "capacity_loss"),
             also its parts: "mse" and theirs by name.
         """
-        noise = noise * self.noise_scale
-        z = _per_sample(t, x) * x + _per_sample(1 - t, x) * noise
-        # With data prediction the target takes the clamped denominator too, so that a perfect network has loss 0.
-        target = x - noise if self.prediction == "velocity" else self._towards(x, z, t)
-        mse = (self.velocity(model, z, t, y) - target).square().mean()
+        mse = self._squares(model, x, y, noise, t).mean()
         auxiliary: dict[str, torch.Tensor] = getattr(model, "auxiliary_losses", dict)()
         if not auxiliary:
             return {"loss": mse}
         return {"loss": mse + torch.stack(list(auxiliary.values())).sum(), "mse": mse, **auxiliary}
+
+    def errors(
+        self, model: Any, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """Each sample's mean squared error of the velocity, float32 [N]; arguments as :meth:`loss`'s."""
+        return self._squares(model, x, y, noise, t).flatten(1).mean(1)
+
+    def _squares(
+        self, model: Any, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        noise = noise * self.noise_scale
+        z = _per_sample(t, x) * x + _per_sample(1 - t, x) * noise
+        # With data prediction the target takes the clamped denominator too, so that a perfect network has loss 0.
+        target = x - noise if self.prediction == "velocity" else self._towards(x, z, t)
+        return (self.velocity(model, z, t, y) - target).square()
 
     def times(self, uniform: torch.Tensor) -> torch.Tensor:
         """Training times, float32 [N], from uniform draws in [0, 1)."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moe_dit.engine import Engine
 
 # What acts in training alone: a network with other values of these computes the same function.
-TRAINING_KEYS = {"attn_dropout", "proj_dropout", "moe.dropout", "capacity_loss_weight"}
+TRAINING_KEYS = {"attn_dropout", "proj_dropout", "moe.dropout", "moe.auxiliary_losses", "capacity_loss_weight"}
 
 
 def check_initial_weights(recipe: Recipe) -> None:
@@ -56,13 +56,13 @@ def check_same_network(settings: NetworkConfig, recipe: Recipe, folder: Path, ig
         settings: the folder's (:func:`moe_dit.build.load_settings`).
         recipe: to hold it against.
         folder: its name, for the message.
-        ignored: keys of the ``model`` section that may differ, besides those that act in training alone.
+        ignored: keys and sections of the ``model`` section that may differ, besides those that act in training alone.
     """
     ours, theirs = recipe.to_dict()["model"], asdict(settings)
     if ours["family"] != theirs["family"]:
         raise InputError(f"{folder} is a {theirs['family']} network, but recipe {recipe.name} is {ours['family']}")
     for key, our, their in differences(ours, theirs):
-        if key not in TRAINING_KEYS | ignored:
+        if not any(f"{key}.".startswith(f"{free}.") for free in TRAINING_KEYS | ignored):
             raise InputError(
                 f"{folder} is of another network than recipe {recipe.name}: its {key} is {their}, the recipe's "
                 f"model.{key} {our}; they should be equal"

@@ -20,9 +20,12 @@ class Manifest:
     kind: str  # "latents" or "pixels"
     samples: int
     classes: list[str]
-    sample_shape: list[int]  # latents: moments, twice the channels
-    scale: float | None  # the VAE's scaling factor
+    sample_shape: list[int]  # as stored; latents of a posterior: moments, twice the channels
+    scale: float | None  # of latents: the network's input is (latent - shift) * scale
     shards: list[dict[str, Any]]  # name, samples, bytes, sha256
+    shift: float = 0.0
+    posterior: bool = True  # latents: moments to draw from, else the latents themselves
+    vae: str | None = None  # what encoded latents: a hub name or a folder
 
 
 def read_manifest(folder: str | Path, check_sizes: bool = True) -> Manifest:
@@ -42,7 +45,14 @@ def read_manifest(folder: str | Path, check_sizes: bool = True) -> Manifest:
         if found[0] != FORMAT or found[1] not in KINDS:
             raise InputError(f"{path}: format is {found[0]!r} and kind {found[1]!r}; expected {FORMAT!r} and {KINDS}")
         keys = ("kind", "samples", "classes", "sample_shape", "scale", "shards")
-        manifest = Manifest(folder, *(values[key] for key in keys))
+        manifest = Manifest(
+            folder,
+            **{key: values[key] for key in keys},
+            # Older manifests lack these.
+            shift=float(values.get("shift") or 0.0),
+            posterior=values.get("posterior") is not False,
+            vae=values.get("vae"),
+        )
         total = sum(shard["samples"] for shard in manifest.shards)
         if total != manifest.samples or not total:
             raise InputError(f"{path}: says {manifest.samples} samples, but its shards have {total}")

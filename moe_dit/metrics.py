@@ -1,4 +1,4 @@
-"""A run's record: metrics.jsonl, TensorBoard and the line behind the progress bar, without making a GPU wait."""
+"""A run's record: metrics.jsonl, its sinks and the line behind the progress bar, without making a GPU wait."""
 
 import json
 import time
@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
+from moe_dit.recipe import Recipe
+from moe_dit.runtime.files import write_text
 from moe_dit.runtime.progress import say
+from moe_dit.sinks import open_sinks
 
 LOAD_EVERY = 50  # steps between records of every expert's load
 
@@ -22,43 +25,62 @@ class Report:
 
     step: int  # counted from 1
     lr: float
-    loss: float
+    losses: dict[str, float]  # "loss", and its parts where it is a sum
     stop: bool  # some rank was told to stop
     grad_norm: float
     load: torch.Tensor  # [layers, experts] tokens
+    seconds: float  # that the step took
 
 
 class Reports:
     """Brings each step's numbers to the host without making it wait for a GPU.
 
     A step's copy is started when the step is queued and looked at ``lag`` steps later, when it has long arrived; every
-    rank looks at the same moment, so that all can act on what they read.
+    rank looks at the same moment, so that all can act on what they read. Times are taken where the work is done: on the
+    GPU by its own events, so that a late look does not change them.
     """
 
     def __init__(self, device: torch.device):
         self.lag = 2 if device.type == "cuda" else 0
+        self._on_gpu = device.type == "cuda"
         self._queue: deque = deque()
+        self.restart_clock()
 
-    def push(self, step: int, lr: float, result: dict[str, torch.Tensor], grad_norm: float | torch.Tensor) -> None:
-        """Start bringing over a step's result (of Engine.train_step)."""
-        load, loss = result["load"], result["loss"]
-        norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=loss.device)
-        numbers = torch.cat([torch.stack([loss, result["stop"], norm]), load.flatten()])
+    def restart_clock(self) -> None:
+        """Count the next step's time from now: what came before (a save, a look) is no part of it."""
+        self._last = self._now()
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def push(
+        self, step: int, lr: float, names: list[str], result: dict[str, torch.Tensor], grad_norm: float | torch.Tensor
+    ) -> None:
+        """Start bringing over a step's result (of Engine.train_step); ``names`` are its losses'."""
+        load, terms = result["load"], result["terms"]
+        norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=terms.device)
+        numbers = torch.cat([terms, torch.stack([result["stop"], norm]), load.flatten()])
         host = torch.empty(numbers.shape, pin_memory=numbers.is_cuda).copy_(numbers, non_blocking=True)
-        arrived = None
-        if numbers.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._queue.append((step, lr, host, load.shape, arrived))
+        before, self._last = self._last, self._now()
+        self._queue.append((step, lr, names, host, load.shape, before, self._last))
 
     def take(self, everything: bool = False) -> Iterator[Report]:
         """The reports that are due, in order; all of them, waiting for the GPU, with ``everything``."""
         while len(self._queue) > (0 if everything else self.lag):
-            step, lr, host, shape, arrived = self._queue.popleft()
-            if arrived is not None:
+            step, lr, names, host, shape, before, arrived = self._queue.popleft()
+            if self._on_gpu:
                 arrived.synchronize()
-            loss, stop, norm = host[:3].tolist()
-            yield Report(step, lr, loss, stop > 0, norm, host[3:].view(shape))
+                seconds = before.elapsed_time(arrived) / 1000
+            else:
+                seconds = arrived - before
+            n = len(names)
+            losses = dict(zip(names, host[:n].tolist(), strict=True))
+            stop, norm = host[n : n + 2].tolist()
+            yield Report(step, lr, losses, stop > 0, norm, host[n + 2 :].view(shape), seconds)
 
 
 def imbalance(load: torch.Tensor) -> float:
@@ -72,41 +94,47 @@ class Metrics:
     Args:
         run: the run's folder.
         first_step: steps done before; records beyond it (of steps that will be repeated) are dropped.
-        images: samples in a step.
+        recipe: its global batch size makes a speed of a step's time.
     """
 
     SECONDS_BETWEEN_FLUSHES = 1.0
 
-    def __init__(self, run: Path, first_step: int, images: int):
-        self.path, self.images = run / "metrics.jsonl", images
+    def __init__(self, run: Path, first_step: int, recipe: Recipe):
+        self.path, self.images = run / "metrics.jsonl", recipe.global_batch_size
         self._keep_until(first_step)
         self._file = open(self.path, "a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+        self._sinks = open_sinks(recipe, run, first_step)
         self._load: torch.Tensor | None = None
-        self._time = self._flushed = time.perf_counter()
+        self._flushed = time.perf_counter()
 
-    def add(self, report: Report) -> str:
-        """Record a step; returns a note for the progress bar."""
-        now = time.perf_counter()
-        speed, self._time = self.images / (now - self._time), now
+    def add(self, report: Report, look: dict[str, Any] | None = None) -> str:
+        """Record a step, and what a look after it found; returns a note for the progress bar."""
+        loss = report.losses["loss"]
         record: dict[str, Any] = {
             "step": report.step,
-            "loss": report.loss,
+            "loss": loss,
             "lr": report.lr,
             "grad_norm": report.grad_norm,
-            "images_per_second": round(speed, 2),
+            "images_per_second": round(self.images / report.seconds, 2),
             "moe_imbalance": round(imbalance(report.load), 4),
         }
-        for key, value in record.items():
-            if key != "step":
-                self._board.add_scalar(f"train/{key}", value, report.step)
+        record |= {name: value for name, value in report.losses.items() if name != "loss"}
+        record |= look or {}
+        numbers = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
+        for sink in self._sinks:
+            sink.numbers(numbers, report.step)
         self._load = report.load if self._load is None else self._load + report.load
         if report.step % LOAD_EVERY == 0 and self._load.numel():
             record |= self._expert_load(report.step)
         self._file.write(json.dumps(record) + "\n")
-        if now - self._flushed > self.SECONDS_BETWEEN_FLUSHES:
+        if time.perf_counter() - self._flushed > self.SECONDS_BETWEEN_FLUSHES:
             self.flush()
-        return f"loss {report.loss:.4f}  {speed:.0f} images/s  imbalance {record['moe_imbalance']:.2f}"
+        return f"loss {loss:.4f}  {record['images_per_second']:.0f} images/s  imbalance {record['moe_imbalance']:.2f}"
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """Give a picture, uint8 [H, W, 3], to the sinks."""
+        for sink in self._sinks:
+            sink.picture(name, image, step)
 
     def _expert_load(self, step: int) -> dict[str, Any]:
         """Every expert's share since the last such record; a dead expert got no token in all that time."""
@@ -124,9 +152,11 @@ class Metrics:
         self._file.flush()
 
     def close(self) -> None:
+        """Write everything out."""
         self.flush()
         self._file.close()
-        self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
     def _keep_until(self, step: int) -> None:
         """Drop records after ``step``, and a last line that a kill cut short."""
@@ -139,6 +169,4 @@ class Metrics:
                     kept.append(line + "\n")
             except ValueError:
                 continue
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(kept))

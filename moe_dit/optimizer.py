@@ -1,53 +1,69 @@
-"""AdamW that also keeps the exponential moving average of the weights, as one more piece of its state.
+"""The optimizers that a recipe can name.
 
-DeepSpeed's ZeRO hands an optimizer flat float32 slices of the master weights, so an EMA kept here is sharded, float32
-and exact, without a line of code that knows of ZeRO.
+DeepSpeed's ZeRO hands an optimizer flat float32 slices of the master weights, and a checkpoint keeps its state by
+weight, whatever the topology. So an optimizer must work element by element: the update of one element may depend on
+that element's gradient and state alone. torch's AdamW, Adamax, SGD with momentum and most others do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from moe_dit.recipe import OptimizerConfig
+from moe_dit.runtime.errors import InputError
 
-class AdamWithEMA(torch.optim.AdamW):
-    """torch's AdamW whose state holds, beside exp_avg and exp_avg_sq, one average of the weights for each decay.
 
-    Args:
-        params: parameters or parameter groups.
-        ema_decays: state key ("ema", ...) to decay d; after each step average = d * average + (1 - d) * weight.
+@dataclass(frozen=True)
+class OptimizerKind:
+    """How an optimizer is made, and what of it a checkpoint keeps.
+
+    Attributes:
+        build: makes it of parameter groups, the recipe's section, and whether the weights are on a GPU.
+        state: keys of the tensors that it keeps for each weight, shaped like it; they begin as zeros. What else it
+            keeps must follow from the number of steps, in its state's "step".
     """
 
-    def __init__(self, params, *, ema_decays: dict[str, float], **adamw):
-        super().__init__(params, **adamw)
-        self.ema_decays = ema_decays
+    build: Callable[[list[dict], OptimizerConfig, bool], torch.optim.Optimizer]
+    state: tuple[str, ...]
 
-    @property
-    def state_keys(self) -> tuple[str, ...]:
-        """Names of the tensors kept for each weight, all shaped like it."""
-        return ("exp_avg", "exp_avg_sq", *self.ema_decays)
 
-    def prepare(self, weights: Iterable[torch.Tensor]) -> None:
-        """Create the state of these weights now: zero moments, averages equal to the weights."""
-        for weight in weights:
-            self.state[weight] = {
-                "step": torch.zeros((), device=weight.device if self.defaults["fused"] else "cpu"),
-                "exp_avg": torch.zeros_like(weight, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(weight, requires_grad=False),
-                **{key: weight.detach().clone() for key in self.ema_decays},
-            }
+def _adamw(groups: list[dict], config: OptimizerConfig, on_gpu: bool) -> torch.optim.Optimizer:
+    first, second = config.betas
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(first, second), weight_decay=config.weight_decay, fused=on_gpu
+    )
 
-    def set_step(self, step: int) -> None:
-        """Set the number of steps taken, which bias correction needs."""
-        for state in self.state.values():
-            state["step"].fill_(step)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = super().step(closure)
-        for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.numel()]
-            for key, decay in self.ema_decays.items():
-                averages = [self.state[weight][key] for weight in weights]
-                if averages:
-                    torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - decay)
-        return loss
+OPTIMIZERS = {"adamw": OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq"))}
+
+# What people ask for and cannot have here, and why.
+REFUSED = {
+    "muon": "Muon orthogonalises whole matrices, of which a rank holds a slice",
+    "lamb": "LAMB scales by the norm of a whole weight, of which a rank holds a slice",
+    "adafactor": "Adafactor factors whole matrices, of which a rank holds a slice",
+}
+
+
+def optimizer_kind(name: str) -> OptimizerKind:
+    """Look an optimizer up by its name in a recipe; InputError where there is none."""
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    reason = REFUSED.get(name.lower(), "there is no such optimizer here")
+    raise InputError(f"optimizer.name is {name!r}: {reason}; choose one of {', '.join(OPTIMIZERS)}")
+
+
+def prepare_state(optimizer: torch.optim.Optimizer, kind: OptimizerKind, weights: Iterable[torch.Tensor]) -> None:
+    """Create the state of these weights now, as it is before the first step, so that a checkpoint can fill it."""
+    for weight in weights:
+        state: dict[str, Any] = {key: torch.zeros_like(weight, requires_grad=False) for key in kind.state}
+        on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+        state["step"] = torch.zeros((), device=weight.device if on_device else "cpu")
+        optimizer.state[weight] = state
+
+
+def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the number of steps taken, which bias corrections need."""
+    for state in optimizer.state.values():
+        state["step"].fill_(step)

@@ -13,7 +13,7 @@ import torch
 
 from moe_dit.build import build_model
 from moe_dit.models.moe import MoE
-from moe_dit.optimizer import AdamWithEMA
+from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import Parallelism
 from moe_dit.parallel.recompute import apply_activation_checkpointing
 from moe_dit.recipe import Recipe
@@ -90,7 +90,7 @@ def make_plan(
         parts = sum(_padded(sum(sizes), ALIGNMENT * ranks) // ranks for sizes, ranks in groups)
         weights, gradients = local, parts if stage == 2 else local
         masters = parts if stage else local
-    states = len(AdamWithEMA([torch.zeros(1)], ema_decays=recipe.ema.decays).state_keys)
+    states = len(optimizer_kind(recipe.optimizer.name).state) + len(recipe.ema.decays)
     kept = kept or dict.fromkeys(MODES, 0.0)
     return Plan(
         weights=weights * size,

@@ -28,6 +28,7 @@ class Stream(IntEnum):
     WEIGHT = 7
     SAMPLE_NOISE = 8
     SAMPLE_LABEL = 9
+    DROPOUT = 10
 
 
 def philox(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
@@ -42,6 +43,11 @@ def philox(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tens
     return [c0, c1, c2, c3]
 
 
+def _key(seed: int, stream: Stream) -> tuple[int, int]:
+    """Philox's key of a seed's stream."""
+    return seed & _MASK, ((seed >> 32) & _MASK) ^ int(stream)
+
+
 def _words(seed: int, stream: Stream, positions: torch.Tensor, block0: int, blocks: int, sub: int = 0) -> torch.Tensor:
     """32-bit words as int64 [N, blocks, 4]: one counter for each position and block of four elements."""
     positions = positions.to(torch.int64)
@@ -51,7 +57,7 @@ def _words(seed: int, stream: Stream, positions: torch.Tensor, block0: int, bloc
     c1 = torch.full_like(c0, sub)
     c2 = (positions & _MASK)[:, None].expand_as(c0)
     c3 = (positions >> 32)[:, None].expand_as(c0)
-    return torch.stack(philox([c0, c1, c2, c3], (seed & _MASK, ((seed >> 32) & _MASK) ^ int(stream))), dim=-1)
+    return torch.stack(philox([c0, c1, c2, c3], _key(seed, stream)), dim=-1)
 
 
 def _to_uniform(words: torch.Tensor) -> torch.Tensor:
@@ -79,6 +85,27 @@ def uniform(seed: int, stream: Stream, positions: torch.Tensor, shape: tuple[int
 def normal(seed: int, stream: Stream, positions: torch.Tensor, shape: tuple[int, ...] = ()) -> torch.Tensor:
     """Unit normal draws: float32 [N, *shape], row n belonging to positions[n] (int64 [N], its device)."""
     return _draw(_to_normal, seed, stream, positions, shape)
+
+
+def keep_mask(
+    seed: int, layer: int, positions: torch.Tensor, rows: torch.Tensor, channels: int, p: float
+) -> torch.Tensor:
+    """What dropout keeps: bool [R, channels], False with probability p.
+
+    Args:
+        layer: a 32-bit number of the layer that drops.
+        positions: int64 [R], the sample that a row belongs to.
+        rows: int64 [R], which of the sample's rows it is; rows * ceil(channels / 8) must stay below 2^32.
+        channels: values in a row; each takes 16 bits, so p is met to 2^-17.
+    """
+    per_row = -(-channels // 8)
+    c0 = rows[:, None] * per_row + torch.arange(per_row, device=rows.device)
+    c1 = torch.full_like(c0, layer)
+    c2 = (positions & _MASK)[:, None].expand_as(c0)
+    c3 = (positions >> 32)[:, None].expand_as(c0)
+    words = torch.stack(philox([c0, c1, c2, c3], _key(seed, Stream.DROPOUT)), dim=-1)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, :channels]
+    return halves >= round(p * 2**16)
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:

@@ -53,7 +53,7 @@ class DataConfig:
     horizontal_flip: Fraction  # probability
     latent_scale: Positive | None = None  # factor on latents; null: the VAE's own, from the shards' manifest
     latent_shift: Number | None = None  # taken from latents before the factor; null: the VAE's own, likewise
-    vae: str | None = None  # hub name or folder of the VAE that decodes samples
+    vae: str | None = None  # hub name or folder of the VAE that decodes samples; null: the one that encoded the shards
     workers: Natural = 4  # loader processes a rank
 
 
@@ -118,7 +118,7 @@ class LooksConfig:
 class MetricsConfig:
     """Where a run's numbers go beside metrics.jsonl."""
 
-    sinks: list[str] = field(default_factory=lambda: ["tensorboard"])  # of moe_dit.metrics.SINKS
+    sinks: list[str] = field(default_factory=lambda: ["tensorboard"])  # of moe_dit.sinks.SINKS
 
 
 if TYPE_CHECKING:

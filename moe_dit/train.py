@@ -1,23 +1,25 @@
 """The training loop: from a recipe and a DeepSpeed JSON to a run folder, continuing where it stopped."""
 
 import fcntl
-import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import yaml
 
-from moe_dit.data import batches, check_manifest, training_inputs
+from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.manifest import Manifest, read_manifest
+from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import load_parallelism
 from moe_dit.recipe import Recipe
+from moe_dit.recipe_file import parse_recipe
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError, Interrupted, Stop
+from moe_dit.runtime.files import remove_unfinished, write_json, write_yaml
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.stopping import StopRequest, end_with_launcher
 from moe_dit.schema import differences
@@ -25,6 +27,7 @@ from moe_dit.schema import differences
 if TYPE_CHECKING:
     from moe_dit.checkpoint import Checkpointer
     from moe_dit.engine import Engine
+    from moe_dit.looks import Looks
     from moe_dit.metrics import Metrics, Report
 
 # A continued run must be the same experiment: with these changed it would not be.
@@ -46,17 +49,20 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         Stop: the loss is not finite any more, or a checkpoint could not be written.
     """
     world = ranks.world()
+    optimizer_kind(recipe.optimizer.name)
     parallelism = load_parallelism(ds_file, recipe, world.size)
     manifest = read_manifest(recipe.data.path)
     check_manifest(manifest, recipe)
     recipe = _resolve(recipe, manifest)
 
-    # DeepSpeed takes seconds to import: bad input should not have to wait for it.
-    from moe_dit.checkpoint import Checkpointer, name_of, remove_unfinished, set_latest
+    # DeepSpeed and TensorBoard take seconds to import: bad input should not have to wait for them.
+    from moe_dit.checkpoint import Checkpointer, name_of, set_latest
     from moe_dit.engine import Engine, start_ranks
     from moe_dit.initial_weights import check_initial_weights, load_initial_weights
     from moe_dit.metrics import Metrics
+    from moe_dit.sinks import check_sinks
 
+    check_sinks(recipe)
     if recipe.initial_weights is not None and _resumed(recipe, run, resume) is None:
         check_initial_weights(recipe)  # a run that continues needs them no more
     end_with_launcher()
@@ -70,8 +76,14 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         _resumed(recipe, run, resume)  # refuse before the folder is touched
         locks.append(_lock(run))
         remove_unfinished(run)
+        remove_unfinished(run / "checkpoints")
         return _resumed(recipe, run, resume)
 
+    looks = None
+    if recipe.looks.every:
+        from moe_dit.looks import Looks  # brings in evaluation, which a run without looks need not wait for
+
+        looks = Looks(recipe, run, device, parallelism.micro_batch_size)
     checkpoint = ranks.from_rank_0(open_run)
     engine = Engine(recipe, parallelism, device)
     checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
@@ -83,12 +95,13 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         if checkpoint and checkpoint.parent == checkpointer.folder:
             set_latest(checkpointer.folder, checkpoint.name)
         _write_config(run, recipe, parallelism.json)
-        (run / "memory.json").write_text(json.dumps(held, indent=1) + "\n")
-        metrics = Metrics(run, first_step, recipe.global_batch_size)
+        write_json(run / "memory.json", held)
+        metrics = Metrics(run, first_step, recipe)
     say(_headline(recipe, parallelism, manifest, checkpoint, engine))
     stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
+    micro_batches = _micro_batches(engine, stream, Latents.of(recipe, manifest))
     try:
-        last_step = _loop(engine, stream, checkpointer, metrics, request, run, first_step)
+        last_step = _loop(engine, micro_batches, checkpointer, metrics, looks, request, run, first_step)
     finally:
         if metrics is not None:
             metrics.close()
@@ -102,11 +115,24 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     say(f"done: {last}")
 
 
+def _micro_batches(
+    engine: "Engine", stream: Iterator[dict[str, torch.Tensor]], latents: Latents
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """This rank's training inputs on its device, step by step."""
+    while True:
+        step = []
+        for batch in islice(stream, engine.parallelism.accumulation):
+            on_device = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
+            step.append(training_inputs(engine.recipe, on_device, latents))
+        yield step
+
+
 def _loop(
     engine: "Engine",
-    stream: Iterator[dict[str, torch.Tensor]],
+    micro_batches: Iterator[list[dict[str, torch.Tensor]]],
     checkpointer: "Checkpointer",
     metrics: "Metrics | None",
+    looks: "Looks | None",
     request: StopRequest,
     run: Path,
     first_step: int,
@@ -117,26 +143,30 @@ def _loop(
     recipe, reports, step = engine.recipe, Reports(engine.device), first_step
     with task("training", recipe.steps, first_step) as progress:
         while step < recipe.steps:
-            micro = []
-            for _ in range(engine.parallelism.accumulation):
-                batch = {key: value.to(engine.device, non_blocking=True) for key, value in next(stream).items()}
-                micro.append(training_inputs(recipe, batch, recipe.data.latent_scale or 1.0))
             # A save that failed ends the run too, and every rank must know in the same step.
-            result = engine.train_step(step, micro, stop=request.asked or checkpointer.failed())
-            reports.push(step + 1, engine.learning_rate(step), result, engine.gradient_norm())
+            result = engine.train_step(step, next(micro_batches), stop=request.asked or checkpointer.failed())
+            reports.push(step + 1, engine.learning_rate(step), engine.loss_names, result, engine.gradient_norm())
             step += 1
             save, stop, note = step % recipe.checkpoint.every == 0 or step == recipe.steps, False, ""
+            found: dict[int, dict] = {}
+            if looks is not None and step % recipe.looks.every == 0:
+                found[step], pictures = looks.look(engine, step)
+                reports.restart_clock()
+                for name, picture in pictures.items():
+                    if metrics is not None:
+                        metrics.picture(name, picture, step)
             # Before a save every report is looked at, so that nothing that is not finite can be saved.
-            while due := list(reports.take(everything=save or stop)):
+            while due := list(reports.take(everything=save or stop or bool(found))):
                 for report in due:
                     _check_finite(report, recipe, run)
                     stop = stop or report.stop
-                    note = metrics.add(report) if metrics is not None else ""
+                    note = metrics.add(report, found.get(report.step)) if metrics is not None else ""
             progress.advance(1, note)
             if save or stop:
                 if metrics is not None:
                     metrics.flush()
                 checkpointer.save(engine, step)
+                reports.restart_clock()
             if stop:
                 break
     checkpointer.wait()
@@ -145,12 +175,13 @@ def _loop(
 
 def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
     """Stop a run whose numbers have left the finite ones, before they reach a checkpoint."""
-    if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
+    loss = report.losses["loss"]
+    if math.isfinite(loss) and math.isfinite(report.grad_norm):
         return
     from moe_dit.checkpoint import complete_checkpoints, newest
 
     last = newest(complete_checkpoints(run / "checkpoints"))
-    what = f"the loss is {report.loss}" if not math.isfinite(report.loss) else "the gradient is not finite"
+    what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
     first, end = ((report.step - n) * recipe.global_batch_size for n in (1, 0))
     raise Stop(
         f"{what} at step {report.step}, positions {first} to {end - 1} of the run; nothing was saved since "
@@ -160,18 +191,17 @@ def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
 
 def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
     """Put what the shards decide into the recipe, so that a run's config.yaml says everything; paths whole."""
-    data = replace(
-        recipe.data,
-        path=str(manifest.folder.resolve()),
-        latent_scale=recipe.data.latent_scale or manifest.scale,
-    )
+    data = replace(recipe.data, path=str(manifest.folder.resolve()))
+    if data.kind == "latents":
+        latents = Latents.of(recipe, manifest)
+        data = replace(data, latent_scale=latents.scale, latent_shift=latents.shift, vae=data.vae or manifest.vae)
     weights = None if recipe.initial_weights is None else str(Path(recipe.initial_weights).resolve())
     return replace(recipe, data=data, initial_weights=weights)
 
 
 def _resumed(recipe: Recipe, run: Path, resume: str) -> Path | None:
     """The checkpoint that ``resume`` means, if any; InputError where it cannot continue this recipe."""
-    from moe_dit.checkpoint import find_checkpoint, read_facts
+    from moe_dit.checkpoint import find_checkpoint, read_description
 
     checkpoint = find_checkpoint(run if resume in ("auto", "never") else Path(resume))
     if checkpoint is None:
@@ -180,21 +210,22 @@ def _resumed(recipe: Recipe, run: Path, resume: str) -> Path | None:
         return None
     if resume == "never":
         raise InputError(f"--resume never, but {run} has {checkpoint.name}; give another --out, or --resume auto")
-    _check_same(recipe, read_facts(checkpoint), checkpoint)
+    _check_same(recipe, read_description(checkpoint), checkpoint)
     return checkpoint
 
 
-def _check_same(recipe: Recipe, facts: dict, checkpoint: Path) -> None:
+def _check_same(recipe: Recipe, description: dict, checkpoint: Path) -> None:
     """Refuse to continue another experiment, and a run that is longer than asked for."""
-    ours, theirs = recipe.to_dict(), facts["recipe"]
+    # Read as a recipe, so that a key which the run is older than has its default.
+    ours, theirs = recipe.to_dict(), parse_recipe(description["recipe"], str(checkpoint)).to_dict()
     for key in SAME_ON_RESUME:
-        for path, new, old in differences(ours.get(key), theirs.get(key), key):
+        for path, new, old in differences(ours[key], theirs[key], key):
             raise InputError(
                 f"{checkpoint} was trained with {path} {old}, not {new}; continue it with {old}, "
                 f"or give another --out for another experiment"
             )
-    if facts["step"] > recipe.steps:
-        raise InputError(f"{checkpoint} has done {facts['step']} steps, more than the {recipe.steps} asked for")
+    if description["step"] > recipe.steps:
+        raise InputError(f"{checkpoint} has done {description['step']} steps, more than the {recipe.steps} asked for")
 
 
 def _lock(run: Path):
@@ -215,9 +246,9 @@ def _lock(run: Path):
 
 
 def _write_config(run: Path, recipe: Recipe, ds_config: dict) -> None:
-    text = "# Everything resolved: `--recipe` takes this file, `--ds` the ds_config.json beside it.\n"
-    (run / "config.yaml").write_text(text + yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-    (run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+    comment = "# Everything resolved: `--recipe` takes this file, `--ds` the ds_config.json beside it.\n"
+    write_yaml(run / "config.yaml", recipe.to_dict(), comment)
+    write_json(run / "ds_config.json", ds_config, indent=2)
 
 
 def _headline(recipe: Recipe, parallelism, manifest: Manifest, checkpoint: Path | None, engine) -> str:

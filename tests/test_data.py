@@ -9,7 +9,7 @@ import pytest
 import torch
 import webdataset
 
-from moe_dit.data import ShardReader, batches, check_manifest, training_inputs
+from moe_dit.data import Latents, ShardReader, batches, check_manifest, training_inputs
 from moe_dit.manifest import read_manifest
 from moe_dit.recipe_file import load_recipe
 from moe_dit.runtime.errors import InputError
@@ -84,7 +84,7 @@ def test_flips_come_at_their_rate_and_are_the_mirror_image(latents):
 
 
 def test_training_inputs_are_drawn_as_the_recipe_says(latents):
-    inputs = [training_inputs(DIGITS, batch, 2.0) for batch in stream(latents, World(), 64, steps=40)]
+    inputs = [training_inputs(DIGITS, batch, Latents(2.0)) for batch in stream(latents, World(), 64, steps=40)]
     dropped = torch.cat([i["y"] for i in inputs]) == 10
     assert 0.08 < dropped.float().mean() < 0.12
     u = torch.cat([i["u"] for i in inputs])
@@ -93,7 +93,7 @@ def test_training_inputs_are_drawn_as_the_recipe_says(latents):
     mean, log_variance = batch["x"].float().chunk(2, 1)
     draw = (inputs[0]["x"] / 2.0 - mean) / (0.5 * log_variance).exp()
     assert abs(draw.mean()) < 0.05 and abs(draw.std() - 1) < 0.05
-    one = training_inputs(DIGITS, {key: value[5:6] for key, value in batch.items()}, 2.0)
+    one = training_inputs(DIGITS, {key: value[5:6] for key, value in batch.items()}, Latents(2.0))
     for key, value in one.items():
         assert torch.equal(value[0], inputs[0][key][5])
 

@@ -18,7 +18,8 @@ import webdataset
 from PIL import Image
 
 from data_prep import digits, encode_latents, pack_pixels, verify
-from data_prep.encode_latents import load_vae, read_pixels
+from data_prep.autoencoder import load_vae
+from data_prep.encode_latents import read_pixels
 from data_prep.images import center_crop, list_images
 from moe_dit.runtime.command import run
 from moe_dit.runtime.errors import InputError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import finish, start_training
+from helpers import finish, start_training
 
 from moe_dit import load_model
 from moe_dit.export import export_checkpoint

@@ -10,7 +10,7 @@ import sys
 import psutil
 import pytest
 import torch
-from conftest import ENV, ROOT, STEPS, export, finish, kill, losses, start_training, wait_for_step
+from helpers import ENV, ROOT, STEPS, export, finish, kill, losses, start_training, wait_for_step
 
 from moe_dit.data import ShardReader
 from moe_dit.manifest import read_manifest

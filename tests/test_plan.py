@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENV, ROOT
+from helpers import ENV, ROOT
 
 from moe_dit.parallel.deepspeed_config import Parallelism
 from moe_dit.plan import MODES, make_plan, measure_activations

@@ -11,15 +11,16 @@ import published
 import pytest
 import torch
 import yaml
-from conftest import ENV, ROOT
 from golden import check
+from helpers import ENV, ROOT
 from safetensors.torch import load_file
 
 from moe_dit import build_model, load_model, load_recipe
-from moe_dit.data import training_inputs
+from moe_dit.data import Latents, training_inputs
 from moe_dit.export import load_export
 from moe_dit.flow import build_flow
 from moe_dit.models import FAMILIES
+from moe_dit.models.dropout import Dropout
 from moe_dit.reference import from_reference, model_section
 from moe_dit.reference.files import import_checkpoint
 from moe_dit.reference.weights import conversions
@@ -222,9 +223,8 @@ def dropouts(model) -> dict[int, float]:
     found: dict[int, float] = {}
     for i, block in enumerate(model.blocks):
         for module in block.modules():
-            p = module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "dropout", 0.0)
-            if isinstance(p, float) and p > 0:
-                found[i] = max(found.get(i, 0.0), p)
+            if isinstance(module, Dropout | torch.nn.Dropout) and module.p > 0:
+                found[i] = max(found.get(i, 0.0), module.p)
     return found
 
 
@@ -254,7 +254,7 @@ def test_a_tenth_of_the_labels_is_dropped(name):
     latents = recipe.data.kind == "latents"
     x = torch.zeros(n, 8, 1, 1, dtype=torch.float16) if latents else torch.zeros(n, 3, 1, 1, dtype=torch.uint8)
     batch = {"x": x, "y": torch.full((n,), 7), "position": torch.arange(n)}
-    y = training_inputs(recipe, batch, latent_scale=1.0)["y"]
+    y = training_inputs(recipe, batch, Latents())["y"]
     assert set(y.tolist()) == {7, 1000}
     assert (y == 1000).float().mean().item() == pytest.approx(0.1, abs=0.004)
 

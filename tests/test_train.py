@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ENV, ROOT, STEPS, export, finish, free_port, losses, start_training
+from helpers import ENV, ROOT, STEPS, export, finish, free_port, losses, start_training
 
 from moe_dit import build_model, load_recipe
 from moe_dit.checkpoint import read_state

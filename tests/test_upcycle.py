@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ENV, ROOT, finish, losses, start_training
+from helpers import ENV, ROOT, finish, losses, start_training
 from safetensors.torch import load_file, save_file
 
 from moe_dit import build_model, load_model, load_recipe
-from moe_dit.data import batches, training_inputs
+from moe_dit.data import Latents, batches, training_inputs
 from moe_dit.export import export_checkpoint, load_export, save_export
 from moe_dit.flow import build_flow
 from moe_dit.initial_weights import check_initial_weights, open_weights, read_flat
@@ -194,7 +194,9 @@ def test_a_run_begins_from_given_weights_on_any_topology(mixture, pixels, tmp_pa
 
     plain, manifest = recipe(*MIXTURE), read_manifest(pixels)
     flow, model = build_flow(plain), load_model(folder).train()
-    inputs = training_inputs(plain, next(batches(plain, manifest, plain.global_batch_size, 0, World())), 1.0)
+    inputs = training_inputs(
+        plain, next(batches(plain, manifest, plain.global_batch_size, 0, World())), Latents.of(plain, manifest)
+    )
     with torch.no_grad():
         loss = flow.loss(model, inputs["x"], inputs["y"], noise=inputs["noise"], t=flow.times(inputs["u"]))["loss"]
     assert losses(one)[0] == pytest.approx(loss.item(), rel=1e-6)
@@ -241,6 +243,11 @@ def test_weights_of_another_network_are_refused(mixture, change, line):
 
 
 NAME = "blocks.1.mlp.experts.up_bias"
+
+
+def test_what_acts_in_training_alone_may_differ(mixture):
+    changes = ["model.proj_dropout=0.1", "model.moe.dropout=0.1", "model.moe.auxiliary_losses.z_loss=0.001"]
+    check_initial_weights(replace(recipe(*MIXTURE, *changes), initial_weights=str(mixture)))
 
 
 def test_damaged_model_folders_are_refused(mixture, tmp_path):

@@ -12,6 +12,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sin
 from timm.layers import AttentionRope, Mlp
 from torch import nn
 
+from moe_dit.models.dropout import Dropout
+
 layer_norm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 rms_norm = partial(nn.RMSNorm, eps=1e-6)
 NORMS: dict[str, Callable[[int], nn.Module]] = {"layernorm": layer_norm, "rmsnorm": rms_norm}
@@ -76,6 +78,8 @@ class Block(nn.Module):
         num_heads: attention heads.
         mlp: maps [N, T, D] to the same.
         norm: makes a norm over D.
+        attn_drop: dropout of attention weights.
+        proj_drop: dropout of attention's output.
         **attention: further arguments of timm's AttentionRope. Its first ``num_prefix_tokens`` are not rotated.
     """
 
@@ -85,11 +89,18 @@ class Block(nn.Module):
         num_heads: int,
         mlp: nn.Module,
         norm: Callable[[int], nn.Module] = layer_norm,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
         **attention: Any,
     ):
         super().__init__()
         self.norm1 = norm(hidden_size)
         self.attn = AttentionRope(hidden_size, num_heads, **{"num_prefix_tokens": 0} | attention)
+        # timm's attention with dropout modules of ours; torch's fused kernel would draw what it drops by itself.
+        attention_module: Any = self.attn
+        attention_module.attn_drop, attention_module.proj_drop = Dropout(attn_drop), Dropout(proj_drop)
+        if attn_drop:
+            attention_module.fused_attn = False
         self.norm2 = norm(hidden_size)
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))

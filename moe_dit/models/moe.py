@@ -1,18 +1,22 @@
-"""The token-choice mixture-of-experts layer: sigmoid scores, group-limited top-k, nothing dropped.
+"""The token-choice mixture-of-experts layer: scores, group-limited top-k, nothing dropped.
 
-The router is DeepSeek-V3's (arXiv:2412.19437, section 2.1.2) as used by arXiv:2512.01252. Expert weights are stacked on
-a leading expert dimension, so that a slice of it is an expert-parallel rank's share; which rank holds what is not this
-file's business. Shapes: T tokens, D width, E experts, K = top_k, F expert width.
+The router is DeepSeek-V3's (arXiv:2412.19437, section 2.1.2) as used by arXiv:2512.01252; SCORES and AUXILIARY_LOSSES
+hold the variants that a recipe can name. Expert weights are stacked on a leading expert dimension, so that a slice of
+it is an expert-parallel rank's share; which rank holds what is not this file's business. Shapes: T tokens, D width,
+E experts, K = top_k, F expert width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from moe_dit.schema import STRICT, Count, Positive, Problem, divisors
+from moe_dit.models.dropout import Dropout
+from moe_dit.schema import STRICT, Count, NonNegative, Positive, Problem, divisors
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -26,9 +30,16 @@ class MoEConfig:
     num_groups: Count = 1  # group-limited routing: experts form this many groups ...
     num_groups_kept: Count = 1  # ... and a token sees only the best of them
     shared_expert: bool = True
+    score: str = "sigmoid"  # one of SCORES
+    auxiliary_losses: dict[str, NonNegative] = field(default_factory=dict)  # weight by name, of AUXILIARY_LOSSES
 
     def problems(self) -> Iterator[Problem]:
         """What the keys' types cannot say: see :mod:`moe_dit.schema`."""
+        if self.score not in SCORES:
+            yield "score", f"is {self.score!r}; choose one of {', '.join(SCORES)}"
+        for name in self.auxiliary_losses:
+            if name not in AUXILIARY_LOSSES:
+                yield f"auxiliary_losses.{name}", f"is unknown; choose of {', '.join(AUXILIARY_LOSSES)}"
         if self.num_experts % self.num_groups:
             yield (
                 "num_groups",
@@ -47,11 +58,45 @@ class MoEConfig:
             yield "top_k", f"is {self.top_k}; at most the {reachable} experts of the kept groups"
 
 
+# How a token scores the experts: from logits float32 [T, E] to scores of the same shape, positive.
+SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
+}
+
+
+def z_loss(logits_TE: torch.Tensor, scores_TE: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    """ST-MoE's: keeps logits small, mean over tokens of logsumexp(logits)^2 (arXiv:2202.08906, eq. 5)."""
+    return logits_TE.logsumexp(dim=-1).square().mean()
+
+
+def load_loss(logits_TE: torch.Tensor, scores_TE: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    """DeepSeek-V3's balance loss, over the tokens of a rank's micro-batch: sum of f_e P_e (arXiv:2412.19437, eq. 17).
+
+    f_e is the share of choices that expert e got, times E; P_e its mean normalised score. Even loads give 1.
+    """
+    f_E = counts_E / counts_E.sum() * len(counts_E)
+    p_E = (scores_TE / scores_TE.sum(dim=-1, keepdim=True)).mean(dim=0)
+    return (f_E * p_E).sum()
+
+
+# Losses of a router beside the objective: a scalar of logits, scores (float32 [T, E]) and tokens by expert (int32 [E]).
+AUXILIARY_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "z_loss": z_loss,
+    "load_loss": load_loss,
+}
+
+
 class Router(nn.Module):
     """Chooses K of E experts for each token.
 
     Logits and scores are float32 whatever the model's precision: the choice is a comparison of close numbers.
     ``e_score_correction_bias`` moves the choice, never the weights, and gets no gradient.
+
+    Args:
+        score: one of SCORES.
+        auxiliary_losses: weights of AUXILIARY_LOSSES by name. After a training forward ``layer_losses`` holds them,
+            weighted.
     """
 
     e_score_correction_bias: torch.Tensor
@@ -64,8 +109,12 @@ class Router(nn.Module):
         routed_scale: float,
         num_groups: int = 1,
         num_groups_kept: int = 1,
+        score: str = "sigmoid",
+        auxiliary_losses: dict[str, float] | None = None,
     ):
         super().__init__()
+        self.score, self.auxiliary_losses = score, dict(auxiliary_losses or {})
+        self.layer_losses: dict[str, torch.Tensor] = {}
         self.top_k, self.routed_scale = top_k, routed_scale
         self.num_groups, self.num_groups_kept = num_groups, num_groups_kept
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
@@ -83,7 +132,8 @@ class Router(nn.Module):
             int64 [T, K], and the number of tokens each expert got, int32 [E].
         """
         with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = torch.sigmoid(F.linear(x_TD.float(), self.weight.float()))
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            scores_TE = SCORES[self.score](logits_TE)
         choice_TE = scores_TE + self.e_score_correction_bias
         if self.num_groups > 1:
             choice_TE = self._keep_best_groups(choice_TE)
@@ -95,6 +145,11 @@ class Router(nn.Module):
         # scatter_add rather than bincount: bincount waits for the GPU to learn its output's size.
         ones = torch.ones_like(experts_TK, dtype=torch.int32).flatten()
         counts_E = ones.new_zeros(scores_TE.shape[1]).scatter_add_(0, experts_TK.flatten(), ones)
+        self.layer_losses = {
+            name: weight * AUXILIARY_LOSSES[name](logits_TE, scores_TE, counts_E)
+            for name, weight in self.auxiliary_losses.items()
+            if self.training
+        }
         return weights_TK, experts_TK, counts_E
 
     def _keep_best_groups(self, choice_TE: torch.Tensor) -> torch.Tensor:
@@ -104,6 +159,16 @@ class Router(nn.Module):
         kept_TG = group_TG.topk(self.num_groups_kept, dim=-1, sorted=False).indices
         out_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, kept_TG, False)
         return choice_TGE.masked_fill(out_TG[..., None], float("-inf")).flatten(1)
+
+
+class Rows(NamedTuple):
+    """Which token of which sample each row of sorted tokens is, where experts must know it (dropout by position).
+
+    position: int64 [N], the sample's position in the run. token: int64 [N], which of the sample's tokens.
+    """
+
+    position: torch.Tensor
+    token: torch.Tensor
 
 
 class Experts(nn.Module):
@@ -139,7 +204,9 @@ class Experts(nn.Module):
         implementation: str = "auto",
     ):
         super().__init__()
-        self.implementation, self.dropout = implementation, dropout
+        self.implementation, self.dropout = implementation, Dropout(dropout)
+        # A slice of the experts knows which of all it holds, so that dropout is the same wherever an expert is.
+        self.num_experts, self.first_expert = num_experts, 0
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape))
@@ -151,14 +218,31 @@ class Experts(nn.Module):
         self.up_bias = parameter(expert_width) if bias else None
         self.down_bias = parameter(hidden_size) if bias else None
 
-    def forward(self, x_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        """Apply expert e to its counts_E[e] rows; rows past the last expert's (padding) give zeros or rubbish."""
+    def forward(self, x_ND: torch.Tensor, counts_E: torch.Tensor, rows: Rows | None = None) -> torch.Tensor:
+        """Apply expert e to its counts_E[e] rows.
+
+        Args:
+            x_ND: rows sorted by expert; those past the last expert's are padding, and what they give means nothing.
+            counts_E: rows of each expert.
+            rows: which tokens they are, for dropout by position; without it dropout is torch's.
+        """
+        drop = self._dropout_of(counts_E, rows)
         grouped = x_ND.is_cuda and x_ND.dtype == torch.bfloat16
         if self.implementation == "grouped" or (self.implementation == "auto" and grouped):
-            return self._grouped(x_ND, counts_E)
-        return self._loop(x_ND, counts_E)
+            return self._grouped(x_ND, counts_E, drop)
+        return self._loop(x_ND, counts_E, drop)
 
-    def _grouped(self, x_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    def _dropout_of(self, counts_E: torch.Tensor, rows: Rows | None) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+        """What drops hidden values [n, F] of a slice of the rows."""
+        if rows is None or not self.dropout.active:
+            return lambda hidden, part: F.dropout(hidden, self.dropout.p, self.training)
+        # A token meets an expert at most once, so (token, expert) names a row of its sample.
+        number_N = torch.arange(len(rows.token), device=counts_E.device)
+        expert_N = torch.searchsorted(counts_E.cumsum(0), number_N, right=True) + self.first_expert
+        row_N = rows.token * self.num_experts + expert_N
+        return lambda hidden, part: self.dropout.drop_rows(hidden, rows.position[part], row_N[part])
+
+    def _grouped(self, x_ND: torch.Tensor, counts_E: torch.Tensor, drop: Callable) -> torch.Tensor:
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
         masks = None
         if self.down_bias is not None:
@@ -177,25 +261,27 @@ class Experts(nn.Module):
 
         up_NF = linear(x_ND, self.up_proj, self.up_bias)
         gate_NF = None if self.gate_proj is None else linear(x_ND, self.gate_proj, self.gate_bias)
-        return linear(self._hidden(gate_NF, up_NF), self.down_proj, self.down_bias)
+        return linear(drop(self._hidden(gate_NF, up_NF), slice(None)), self.down_proj, self.down_bias)
 
-    def _loop(self, x_ND: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    def _loop(self, x_ND: torch.Tensor, counts_E: torch.Tensor, drop: Callable) -> torch.Tensor:
         counts = counts_E.tolist()
         rows = list(x_ND.split([*counts, len(x_ND) - sum(counts)]))
 
         def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, e: int) -> torch.Tensor:
             return F.linear(x, weight[e], None if bias is None else bias[e])
 
+        start = 0
         for e, x in enumerate(rows[:-1]):
             up = linear(x, self.up_proj, self.up_bias, e)
             gate = None if self.gate_proj is None else linear(x, self.gate_proj, self.gate_bias, e)
-            rows[e] = linear(self._hidden(gate, up), self.down_proj, self.down_bias, e)
+            hidden = drop(self._hidden(gate, up), slice(start, start + len(x)))
+            rows[e] = linear(hidden, self.down_proj, self.down_bias, e)
+            start += len(x)
         rows[-1] = torch.zeros_like(rows[-1])
         return torch.cat(rows)
 
     def _hidden(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
-        hidden = F.gelu(up, approximate="tanh") if gate is None else F.silu(gate) * up
-        return F.dropout(hidden, self.dropout, self.training)
+        return F.gelu(up, approximate="tanh") if gate is None else F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -206,9 +292,10 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, width, bias=bias)
         self.up_proj = nn.Linear(hidden_size, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden_size, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ..., D] -> [N, ..., D]."""
         return self.down_proj(self.dropout(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
@@ -227,26 +314,42 @@ class MoE(nn.Module):
         num_groups: int = 1,
         num_groups_kept: int = 1,
         shared_expert: bool = True,
+        score: str = "sigmoid",
+        auxiliary_losses: dict[str, float] | None = None,
         bias: bool = False,
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.router = Router(hidden_size, num_experts, top_k, routed_scale, num_groups, num_groups_kept)
+        groups = num_groups, num_groups_kept
+        self.router = Router(hidden_size, num_experts, top_k, routed_scale, *groups, score, auxiliary_losses)
         self.experts = Experts(num_experts, hidden_size, expert_width, bias, dropout=dropout)
         self.shared_experts = SwiGLU(hidden_size, expert_width, bias, dropout) if shared_expert else None
         # Tokens each expert got since the counts were last reset; whoever trains reads and resets them.
         self.register_buffer("tokens_per_expert", torch.zeros(num_experts, device="cpu"), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., D]."""
+        """[N, tokens of a sample, D] -> the same."""
         x_TD = x.flatten(0, -2)
         weights_TK, experts_TK, counts_E = self.router(x_TD)
         with torch.no_grad():
             self.tokens_per_expert += counts_E
         top_k = experts_TK.shape[1]
         order_N = experts_TK.flatten().argsort(stable=True)  # rows sorted by expert; N = T K
-        out_ND = self.experts(x_TD[order_N // top_k], counts_E)
+        token_N = order_N // top_k
+        rows = token_rows(self.experts, x)
+        rows = None if rows is None else Rows(rows.position[token_N], rows.token[token_N])
+        out_ND = self.experts(x_TD[token_N], counts_E, rows)
         slots_TKD = torch.empty_like(out_ND).index_copy(0, order_N, out_ND).unflatten(0, (-1, top_k))
         routed_TD = (slots_TKD * weights_TK[..., None]).sum(1).to(x.dtype)
         other = x if self.shared_experts is None else self.shared_experts(x)
         return routed_TD.view_as(x) + other
+
+
+def token_rows(experts: Experts, x: torch.Tensor) -> Rows | None:
+    """Which tokens those of a layer's input x [N, T, D] are, flattened; None where dropout need not know."""
+    draws = experts.dropout.draws
+    if draws is None or not experts.dropout.active:
+        return None
+    samples, tokens = x.shape[:2]
+    token_T = torch.arange(tokens, device=x.device).repeat(samples)
+    return Rows(draws.positions.repeat_interleave(tokens), token_T)

@@ -6,16 +6,18 @@ model's precision, where they must be float32). And each rank gets its experts w
 device, so that no rank ever holds the whole of a large model.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import nn
 
-from moe_dit.models.moe import MoE
+from moe_dit.models.moe import MoE, Rows, token_rows
 
 
 class ExpertParallelMoE(AutoEPMoELayer):
@@ -25,7 +27,7 @@ class ExpertParallelMoE(AutoEPMoELayer):
     """
 
     router: nn.Module
-    experts: nn.Module
+    experts: Any
     tokens_per_expert: torch.Tensor
 
     def __init__(self, name: str, moe: MoE, ep_size: int, ep_rank: int):
@@ -72,13 +74,61 @@ class ExpertParallelMoE(AutoEPMoELayer):
             parameter.__dict__.update(router_marks)
         for parameter in self.experts.parameters():
             parameter.__dict__.update(marks, first_expert=ep_rank * self.num_local_experts)
+        self.experts.first_expert = ep_rank * self.num_local_experts
         self.tokens_per_expert = torch.zeros(num_experts, device="cpu")
+        self.width = hidden_size
+        if self.experts.dropout.p > 0:
+            self.router.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :hidden_size], *inputs[1:]))
+            self.experts.register_forward_pre_hook(_unpack_rows)
+            self.experts.register_forward_hook(_widen)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[N, T, D] -> [N, T, D]."""
-        output = super().forward(hidden_states)
-        # Without a shared expert the plain layer adds its input, which AutoEP has no option for.
-        return output if self.shared_experts is not None else output + hidden_states
+        rows = token_rows(self.experts, hidden_states)
+        return super().forward(hidden_states if rows is None else _pack_rows(hidden_states, rows))
+
+    def _finalize_output(
+        self, output: torch.Tensor, x: torch.Tensor, hidden_states: torch.Tensor, hdim: int
+    ) -> torch.Tensor:
+        """AutoEP's last step; it has no option for adding the input where there is no shared expert."""
+        hidden_states = hidden_states[..., : self.width]
+        other = hidden_states if self.shared_experts is None else self.shared_experts(hidden_states)
+        return output[..., : self.width] + other
+
+
+# Where dropout is by position, an expert must know which token each of its rows is, on whatever rank it is. AutoEP
+# sends rows of numbers and nothing else, so the token's name travels as further channels, a byte each: exact in bf16.
+_POSITION_BYTES, _TOKEN_BYTES = 6, 2
+
+
+def _pack_rows(x_NTD: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Append the name of each token to its channels: [N, T, D + 8]."""
+    names = [
+        (value >> 8 * i) & 0xFF
+        for value, count in ((rows.position, _POSITION_BYTES), (rows.token, _TOKEN_BYTES))
+        for i in range(count)
+    ]
+    return torch.cat([x_NTD, torch.stack(names, dim=-1).to(x_NTD.dtype).view(*x_NTD.shape[:2], -1)], dim=-1)
+
+
+def _unpack_rows(experts: Any, inputs: tuple) -> tuple:
+    """Before the experts: rows [R, D + 8] to rows [R, D] and what they are."""
+    x_RD, counts_E = inputs
+    width = experts.up_proj.shape[-1]
+    if x_RD.shape[1] == width:
+        return inputs
+    names = x_RD[:, width:].detach().to(torch.int64).unbind(1)
+
+    def number(values: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([value << 8 * i for i, value in enumerate(values)]).sum(0)
+
+    rows = Rows(number(names[:_POSITION_BYTES]), number(names[_POSITION_BYTES:]))
+    return x_RD[:, :width], counts_E, rows
+
+
+def _widen(experts: Any, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    """After the experts: AutoEP wants rows as wide as it gave them."""
+    return F.pad(output, (0, _POSITION_BYTES + _TOKEN_BYTES)) if len(inputs) == 3 else output
 
 
 def _take_experts(experts: nn.Module, ep_rank: int, ep_size: int) -> nn.Module:

@@ -23,5 +23,6 @@ def apply_activation_checkpointing(model: nn.Module, mode: str) -> list[nn.Modul
     """
     parts = {"none": [], "blocks": list(getattr(model, "blocks", [])), "experts": moe_layers(model)}[mode]
     for part in parts:
-        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+        # Dropout is by position, so there is no generator whose state the second pass would need.
+        part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
     return parts

@@ -8,8 +8,9 @@ renamed. A stop at any moment leaves the old one or the new one. Temporary names
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,44 +74,59 @@ def write_yaml(path: Path, value: Any, comment: str = "") -> None:
 
 
 @contextmanager
-def new_folder(path: Path, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """A folder to fill, which gets the name ``path`` when the block ends well; ``path`` must not exist by then.
+def new_folder(path: Path, ours: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder to fill, which gets the name ``path`` when the block ends well.
 
     Args:
         path: the folder's final name; its parents are made.
-        check: called with the filled folder before it gets its name.
+        ours: patterns of the names that such a folder holds. One that is there is replaced if it holds no others.
 
     Raises:
+        InputError: there is something at ``path`` that may not be replaced; said before the block begins.
         OSError: it cannot be written.
     """
+    check_replaceable(path, ours)
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        publish_folder(temporary, path, check)
+        check_replaceable(path, ours)
+        publish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def publish_folder(temporary: Path, path: Path, check: Callable[[Path], None] | None = None) -> None:
-    """Flush a filled folder to the disk, check it, and rename it to ``path``, which must not exist or be empty."""
+def check_replaceable(path: Path, ours: Sequence[str]) -> None:
+    """Raise InputError where ``path`` is a file, or a folder with other things in it than those named in ``ours``."""
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir() or path.is_symlink():
+        raise InputError(f"{path} exists and is not a folder; give another --out")
+    others = sorted(entry.name for entry in path.iterdir() if not any(fnmatch(entry.name, name) for name in ours))
+    if others or not ours:
+        what = f"holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}" if others else "exists already"
+        raise InputError(f"{path} {what}, and would be replaced; move it away, or give another --out")
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Flush a filled folder to the disk and rename it to ``path``; a folder that is there goes away whole."""
     for folder, _, files in os.walk(temporary):
         for name in files:
             sync(Path(folder) / name)
         sync(Path(folder))
-    if check is not None:
-        check(temporary)
+    if path.exists():
+        remove_folder(path)
     os.replace(temporary, path)
     sync(path.parent)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that a kill in the middle leaves no half of it under its name."""
-    temporary = temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.replace(path, temporary)
-    shutil.rmtree(temporary)
+    going = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
+    shutil.rmtree(going, ignore_errors=True)
+    os.replace(path, going)
+    shutil.rmtree(going)
 
 
 def remove_unfinished(folder: Path, pattern: str = "*") -> None:

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,10 +56,10 @@ def _ranks_on_this_node() -> int:
 
 def set_rendezvous() -> None:
     """Give torch.distributed the environment it reads, where the launcher (srun, or none) did not set it."""
-    here = world()
+    this = world()
     env = os.environ
     if "MASTER_ADDR" not in env:
-        if "SLURM_STEP_NODELIST" in env and here.size > 1:
+        if "SLURM_STEP_NODELIST" in env and this.size > 1:
             nodes = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
             env["MASTER_ADDR"] = subprocess.run(nodes, check=True, capture_output=True, text=True).stdout.split()[0]
             # One port a job, so that two jobs on a node do not meet.
@@ -66,18 +67,23 @@ def set_rendezvous() -> None:
         else:
             env["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_PORT" not in env:
-        env["MASTER_PORT"] = "0" if here.size == 1 else "29500"
-    env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"] = str(here.rank), str(here.local_rank), str(here.size)
+        env["MASTER_PORT"] = "0" if this.size == 1 else "29500"
+    env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"] = str(this.rank), str(this.local_rank), str(this.size)
 
 
-def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the process group (NCCL for GPU tensors and gloo for CPU ones) where there is more than one rank."""
-    here = world()
-    if here.size > 1 and not torch.distributed.is_initialized():
+def start(timeout: timedelta = timedelta(minutes=30), alone: bool = False) -> World:
+    """Join the process group: NCCL for GPU tensors and gloo for CPU ones.
+
+    Args:
+        timeout: of a collective.
+        alone: make a group of one rank too (DeepSpeed needs one); otherwise one rank does without.
+    """
+    this = world()
+    if (this.size > 1 or alone) and not torch.distributed.is_initialized():
         set_rendezvous()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=timeout)
-    return here
+    return this
 
 
 def from_rank_0(function: Callable[[], Any]) -> Any:
@@ -93,6 +99,12 @@ def from_rank_0(function: Callable[[], Any]) -> Any:
     if isinstance(outcome[0], InputError):
         raise outcome[0]
     return outcome[0]
+
+
+@cache
+def cpu_group() -> Any:
+    """A group of all ranks over gloo, for objects and CPU tensors; made once, by all ranks together."""
+    return torch.distributed.new_group(backend="gloo")
 
 
 def barrier() -> None:

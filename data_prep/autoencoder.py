@@ -1,0 +1,169 @@
+"""Autoencoders of images: any of diffusers', loaded by the class its config.json names, and what its latents are.
+
+Some give a normal distribution to draw a latent from, the posterior (AutoencoderKL: Stable Diffusion's, SD3's, FLUX's),
+the others one latent (AutoencoderDC, AutoencoderTiny, VQModel). As in diffusers, the network's input is
+(latent - shift) * scale, and what is decoded is x / scale + shift.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from moe_dit.runtime.errors import InputError
+
+PROBE = 512  # side of the images that a network is measured with, a multiple of every factor in use
+DECODE_BATCH = 16  # latents decoded at once ...
+DECODE_PIXELS = 16 * 256 * 256  # ... and their pixels: a decoder needs far more memory for an image than the network
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What an autoencoder makes of images."""
+
+    channels: int  # of a latent
+    factor: int  # pixels of the image for one of the latent, along a side
+    posterior: bool  # images become the posterior's moments (mean, log variance), else one latent
+    scale: float | None  # 1 / the latents' standard deviation; None where the configuration has no such number
+    shift: float  # the latents' mean
+
+    @property
+    def stored_channels(self) -> int:
+        """Channels of what :func:`encode` gives."""
+        return self.channels * (2 if self.posterior else 1)
+
+
+_spaces: "WeakKeyDictionary[nn.Module, LatentSpace]" = WeakKeyDictionary()
+
+
+def load_vae(name: str) -> Any:
+    """An autoencoder of diffusers, float32, in eval mode, on the CPU.
+
+    Args:
+        name: a local folder, or a model of the hub, ORGANISATION/NAME or ORGANISATION/NAME/SUBFOLDER (as in
+            ORGANISATION/PIPELINE/vae).
+
+    Raises:
+        InputError: it is none, not of images, cannot be fetched or read, or lacks weights.
+    """
+    local = Path(name).is_dir()
+    if not local and (Path(name).is_absolute() or name.startswith(".")):
+        raise InputError(f"VAE {name}: no such folder")
+    parts = name.split("/")
+    place = (name, None) if local else ("/".join(parts[:2]), "/".join(parts[2:]) or None)
+
+    # diffusers takes seconds to import: --help and wrong flags should not have to wait.
+    import diffusers
+    from diffusers.models import autoencoders
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    other = f"VAE {name} is not a diffusers AutoencoderKL, AutoencoderDC or other autoencoder of images"
+    try:
+        # A config.json is found in the same way for every class.
+        config = diffusers.AutoencoderKL.load_config(place[0], subfolder=place[1])
+    # Network, hub and JSON errors all mean the same here.
+    except Exception as error:
+        raise InputError(f"{other if local else f'VAE {name} cannot be loaded'}: {_reason(error)}") from error
+    class_name = config.get("_class_name") if isinstance(config, Mapping) else None
+    kind = getattr(autoencoders, str(class_name), None)
+    if kind is None:
+        found = f"names the class {class_name}" if class_name else "names no class of diffusers"
+        raise InputError(f"{other}: its config.json {found}")
+    # Before the weights, which may have to be fetched.
+    try:
+        space = _measure(kind, config)
+    except Exception as error:
+        raise InputError(
+            f"{other}: {class_name} with its config.json does not take [N, 3, H, W] to latents [N, C, h, w] and back "
+            f"({_reason(error)})"
+        ) from error
+    try:
+        # Missing weights would only be warned of, and left random.
+        vae, info = kind.from_pretrained(place[0], subfolder=place[1], output_loading_info=True)
+    # Network, hub, safetensors and shape errors, likewise.
+    except Exception as error:
+        raise InputError(f"VAE {name} cannot be loaded as a diffusers {class_name}: {_reason(error)}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        wrong = [*info["missing_keys"], *info["mismatched_keys"]][:1]
+        raise InputError(f"VAE {name}: weights are missing or of other shapes, e.g. {wrong}")
+    vae = vae.float().eval().requires_grad_(False)
+    _spaces[vae] = space
+    return vae
+
+
+def latent_space(vae: Any) -> LatentSpace:
+    """What an autoencoder makes of images; one of :func:`load_vae`'s, or any other of diffusers'."""
+    if vae not in _spaces:
+        _spaces[vae] = _measure(type(vae), vae.config)
+    return _spaces[vae]
+
+
+def _measure(kind: Any, config: Mapping[str, Any]) -> LatentSpace:
+    """Run the class through an image without weights: configurations tell the factor in a way of their own each."""
+    with torch.device("meta"), torch.no_grad():
+        vae = kind.from_config(config).eval()
+        images = torch.empty(1, 3, PROBE, PROBE)
+        output = vae.encode(images)
+        stored = _stored(output)
+        posterior = "latent_dist" in output
+        latents = output["latent_dist"].mean if posterior else stored
+        decoded = vae.decode(latents).sample
+    channels, side = latents.shape[1], latents.shape[-1]
+    factor = PROBE // side
+    if (
+        latents.shape != (1, channels, side, side)
+        or stored.shape != (1, channels * (2 if posterior else 1), side, side)
+        or factor * side != PROBE
+        or decoded.shape != images.shape
+    ):
+        shapes = " to ".join(str(list(x.shape)) for x in (images, latents, decoded))
+        raise ValueError(f"it takes {shapes}")
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    if config.get("latents_mean") or config.get("latents_std"):
+        scale = shift = None  # a number a channel: not what is meant here
+    return LatentSpace(channels, factor, posterior, None if scale is None else float(scale), float(shift or 0.0))
+
+
+def _stored(output: Any) -> torch.Tensor:
+    """The moments or latents of what diffusers' ``encode`` gives, whose names differ."""
+    return output["latent_dist"].parameters if "latent_dist" in output else output.to_tuple()[0]
+
+
+def encode(vae: Any, images: torch.Tensor) -> torch.Tensor:
+    """What shards keep of images.
+
+    Args:
+        vae: an autoencoder.
+        images: float32 [N, 3, H, W] in [-1, 1].
+
+    Returns:
+        Neither shifted nor scaled, [N, 2 C, h, w]: the posterior's moments, cat(mean, log variance); or [N, C, h, w]:
+        the latents, where there is no posterior.
+    """
+    return _stored(vae.encode(images))
+
+
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Images [N, 3, H, W] in [-1, 1], not clamped, of latents [N, C, h, w] that are neither shifted nor scaled."""
+    pixels = (latents.shape[-1] * latent_space(vae).factor) ** 2
+    batch = min(DECODE_BATCH, max(1, DECODE_PIXELS // pixels))
+    return torch.cat([vae.decode(part).sample for part in latents.split(batch)])
+
+
+def hash_weights(vae: Any) -> str:
+    """SHA-256 of the weights by name; they must be on the CPU."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__

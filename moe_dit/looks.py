@@ -1,0 +1,212 @@
+"""Looks at a run while it trains: a grid of samples, a held-out loss by time, and scores, from the averaged weights.
+
+They are made on the training ranks from the EMA as it stands, every ``looks.every`` steps. What is drawn follows from
+the recipe's seed and fixed indices, so that looks of one run, and of two, can be compared; training goes on as if
+nothing had been.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+from eval import features as image_features
+from eval import score as scoring
+from eval.generate import Sampling, generate, image_size, labels_for, load_decoder
+from moe_dit.data import Latents, ShardReader, TrainingSamples, check_manifest, training_inputs
+from moe_dit.engine import Engine
+from moe_dit.manifest import read_manifest
+from moe_dit.recipe import Recipe
+from moe_dit.runtime import ranks
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import new_file
+from moe_dit.runtime.progress import say
+
+COLUMNS = 8  # of the grid, where its labels are drawn at random
+
+
+def share(count: int) -> tuple[list[int], int]:
+    """This rank's share of the indices below ``count``, and how many of them are its own.
+
+    Ranks that share experts must call the network equally often, so every rank gets equally many; the last ones of some
+    ranks are repetitions, which only keep step.
+    """
+    world = ranks.world()
+    own = list(world.share(count))
+    return own + [0] * (-(-count // world.size) - len(own)), len(own)
+
+
+class Looks:
+    """What is looked at, made ready once.
+
+    Args:
+        recipe: its section ``looks`` says what.
+        run: pictures go to RUN/looks.
+        device: where this rank computes.
+        micro_batch_size: samples computed at once.
+
+    Raises:
+        InputError: the VAE, the held-out shards or the reference cannot be used.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path, device: torch.device, micro_batch_size: int):
+        self.recipe, self.folder, self.device, self.batch = recipe, run / "looks", device, micro_batch_size
+        settings = recipe.looks
+        self.sampling = Sampling.of_recipe(recipe, recipe.seed)
+        self.vae: Any = None
+        if settings.samples or settings.score_samples:
+            # Rank 0 first, so that what must be fetched is fetched once.
+            ranks.from_rank_0(lambda: load_decoder(self.sampling, recipe) and None)
+            self.vae = load_decoder(self.sampling, recipe)
+        self._held_out = list(self._read_held_out(settings.held_out)) if settings.held_out else []
+        self._truth: Any = None
+        if settings.score_samples:
+            self._extractor = self._make_extractor(image_size(recipe, self.vae))
+
+    def look(self, engine: Engine, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Look at the averaged weights after ``step`` steps; every rank calls it.
+
+        Returns:
+            numbers for the step's record and pictures (uint8 [H, W, 3]) by name; on rank 0, elsewhere nothing.
+        """
+        numbers: dict[str, Any] = {}
+        pictures: dict[str, np.ndarray] = {}
+        if self.vae is not None:
+            self.vae.to(self.device)
+        with torch.no_grad(), engine.averaged_weights() as network:
+            if self._held_out:
+                numbers |= self._held_out_loss(engine, network)
+            if self.recipe.looks.samples:
+                pictures["samples"] = self._grid(network)
+            if self.recipe.looks.score_samples:
+                numbers |= self._scores(network)
+        if self.vae is not None:
+            self.vae.to("cpu")
+        if ranks.world().rank:
+            return {}, {}
+        for name, picture in pictures.items():
+            self.folder.mkdir(exist_ok=True)
+            path = self.folder / (f"step_{step:08d}.png" if name == "samples" else f"step_{step:08d}_{name}.png")
+            with new_file(path) as file:
+                Image.fromarray(picture).save(file, "PNG")
+        return numbers, pictures
+
+    # --- held-out loss ------------------------------------------------------------------------------------------------
+
+    def _read_held_out(self, folder: str) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+        """This rank's batches of held-out samples as training inputs on the CPU, and how many of each are its own."""
+        manifest = read_manifest(folder)
+        check_manifest(manifest, self.recipe)
+        # Labels are never dropped; everything random is drawn by a sample's place in the held-out set.
+        recipe = replace(self.recipe, flow=replace(self.recipe.flow, label_dropout=0.0))
+        samples, latents = TrainingSamples(ShardReader(manifest), recipe.seed, 0.0), Latents.of(recipe, manifest)
+        positions, own = share(min(self.recipe.looks.held_out_samples, manifest.samples))
+        for start in range(0, len(positions), self.batch):
+            part = positions[start : start + self.batch]
+            batch = samples.__getitems__(part)
+            if isinstance(batch, InputError):
+                raise batch
+            yield training_inputs(recipe, batch, latents), min(len(part), max(0, own - start))
+
+    def _held_out_loss(self, engine: Engine, network: Any) -> dict[str, Any]:
+        buckets = self.recipe.looks.time_buckets
+        sums = torch.zeros(2, buckets, dtype=torch.float64, device=self.device)
+        for stored, own in self._held_out:
+            inputs = {key: value.to(self.device) for key, value in stored.items()}
+            bucket = inputs["position"] % buckets  # every part of [0, 1] gets its share of the samples
+            t = (bucket + inputs["u"]) / buckets
+            errors = engine.flow.errors(network, inputs["x"], inputs["y"], noise=inputs["noise"], t=t)
+            values = torch.stack([errors, torch.ones_like(errors)])[:, :own].double()
+            sums.index_add_(1, bucket[:own], values)
+        torch.distributed.all_reduce(sums)
+        error, count = sums.cpu()
+        by_time = [round(value, 6) for value in (error / count.clamp_min(1)).tolist()]
+        return {"held_out_loss": (error.sum() / count.sum()).item(), "held_out_loss_by_time": by_time}
+
+    # --- samples ------------------------------------------------------------------------------------------------------
+
+    def _samples(self, network: Any, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's samples, on the device: their indices below ``count`` (int64 [n]) and images uint8 [n, 3, H, W].
+
+        Every rank gets equally many batches; repetitions that keep step are left out of what is given.
+        """
+        indices, own = share(count)
+        for start in range(0, len(indices), self.batch):
+            part = torch.tensor(indices[start : start + self.batch], device=self.device)
+            images = generate(network, self.recipe, self.sampling, self.vae, part)
+            kept = max(0, own - start)
+            yield part[:kept], images[:kept]
+
+    def _gathered(self, value: torch.Tensor, indices: torch.Tensor, count: int) -> torch.Tensor | None:
+        """Rows of all ranks in the order of their indices, on rank 0's CPU; None elsewhere."""
+        world = ranks.world()
+        parts: list[Any] = [None] * world.size
+        torch.distributed.gather_object(
+            (indices.cpu(), value.cpu()), parts if world.rank == 0 else None, dst=0, group=ranks.cpu_group()
+        )
+        if world.rank:
+            return None
+        whole = torch.empty(count, *value.shape[1:], dtype=value.dtype)
+        for part, rows in parts:
+            whole[part] = rows
+        return whole
+
+    def _grid(self, network: Any) -> np.ndarray:
+        """The grid of the first samples, on rank 0; elsewhere nothing."""
+        count = self.recipe.looks.samples
+        indices, images = (torch.cat(parts) for parts in zip(*self._samples(network, count), strict=True))
+        whole = self._gathered(images, indices, count)
+        if whole is None:
+            return np.empty(0)
+        classes = self.recipe.model.num_classes
+        columns = classes if self.sampling.labels == "balanced" and classes <= 10 else COLUMNS
+        return make_grid(list(whole), nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+
+    # --- scores -------------------------------------------------------------------------------------------------------
+
+    def _make_extractor(self, size: int) -> Any:
+        """What features the scores compare; a classifier is fitted on rank 0, and the real images read there."""
+        settings = self.recipe.looks
+        assert settings.reference is not None
+        reference = Path(settings.reference)
+
+        def prepare() -> Any:
+            scoring.check_reference(reference, settings.inception)
+            if reference.suffix == ".npz":
+                self._truth = scoring.load_statistics(reference)
+                return None
+            images = image_features.reference_images(reference)
+            extractor = self._inception() or image_features.fit(images, size, self.device)
+            self._truth = image_features.extract(extractor, images, size, "features of the reference")
+            return None if settings.inception else image_features.fitted_state(extractor)
+
+        state = ranks.from_rank_0(prepare)
+        return self._inception() or image_features.fitted_from_state(state, self.device)
+
+    def _inception(self) -> Any:
+        weights = self.recipe.looks.inception
+        return image_features.inception(weights, self.device) if weights else None
+
+    def _scores(self, network: Any) -> dict[str, Any]:
+        count = self.recipe.looks.score_samples
+        parts = [
+            (indices, *self._extractor(images)) for indices, images in self._samples(network, count) if len(images)
+        ]
+        empty = torch.empty(0, dtype=torch.int64)
+        indices, features, logits = (
+            (torch.cat([part[i].cpu() for part in parts]) if parts else empty) for i in range(3)
+        )
+        all_features, all_logits = (self._gathered(value, indices, count) for value in (features, logits))
+        if all_features is None or all_logits is None:
+            return {}
+        labels = labels_for(torch.arange(count), self.sampling, self.recipe.model.num_classes)
+        made = image_features.Features(all_features, all_logits, labels)
+        result = scoring.compute(made, self._truth, self._extractor)
+        say(f"look: FID {result['fid']:.4g} of {count} samples")
+        wanted = ("fid", "inception_score", "kid", "precision", "recall", "label_agreement")
+        return {f"look_{name}": result[name] for name in wanted if result.get(name) is not None}

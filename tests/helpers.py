@@ -1,0 +1,96 @@
+"""What the tests and tests/matrix.py share: starting the real commands, waiting for them, reading what they left."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from moe_dit import load_model
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12  # of the runs that others are held against
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_training(ranks: int, ds: str | Path, shards: Path, run: Path, *flags: str) -> subprocess.Popen:
+    """The README's command, in a process group of its own; output goes to RUN.log.
+
+    Two ranks and more start under DeepSpeed's launcher, one starts without, which takes half the time.
+
+    Args:
+        ds: the name of a file in ds_configs, or a path.
+    """
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    file = ds if isinstance(ds, Path) else f"ds_configs/{ds}.json"
+    command = ["jobs/train.py", "--ds", str(file), "--recipe", "digits", "--data", str(shards)]
+    with open(f"{run}.log", "a") as log:
+        return subprocess.Popen(
+            [*launcher, *command, "--out", str(run), *flags],
+            cwd=ROOT,
+            env=ENV,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def finish(process: subprocess.Popen, run: Path, timeout: float = 300) -> str:
+    """Wait for a training command to end well; gives its output."""
+    try:
+        status = process.wait(timeout)
+    finally:
+        kill(process)
+    log = Path(f"{run}.log").read_text()
+    assert status == 0, log[-5000:]
+    return log
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to a launcher and all its ranks."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def records(run: Path) -> list[dict]:
+    """A run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path, key: str = "loss") -> list[float]:
+    """A number of each step of a run, which must have a record of every step, once."""
+    found = records(run)
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1))
+    return [record[key] for record in found]
+
+
+def export(run: Path, out: Path, weights: str):
+    """The command that exports a run; gives the model."""
+    command = [sys.executable, "jobs/export.py", str(run), "--weights", weights, "--out", str(out)]
+    subprocess.run(command, check=True, cwd=ROOT, env=ENV)
+    return load_model(out)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, timeout: float = 120) -> None:
+    """Wait until a run has recorded a step; metrics are flushed every second, so this may be late, never early."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {timeout} s")
