@@ -3,10 +3,12 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
-from moe_dit.models import FAMILIES, Network
+from moe_dit.models import FAMILIES, Network, NetworkConfig
 from moe_dit.models.initialization import initialize
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import load_recipe
@@ -34,19 +36,41 @@ def load_model(folder: str | Path) -> Network:
     Raises:
         InputError: the folder is not an exported model.
     """
-    config = Path(folder) / "config.json"
+    family, _ = _read_config(Path(folder))
     try:
-        name = json.loads(config.read_text())["_class_name"]
-    except FileNotFoundError:
+        return FAMILIES[family].network.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    except Exception as error:  # diffusers raises many kinds for a wrong folder
+        raise InputError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def load_settings(folder: str | Path) -> NetworkConfig:
+    """The settings of an exported model's network: a recipe's ``model`` section, from config.json alone.
+
+    Raises:
+        InputError: the folder is not an exported model.
+    """
+    family, config = _read_config(Path(folder))
+    try:
+        return TypeAdapter(FAMILIES[family].config).validate_python({"family": family, **config})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise InputError(f"{folder}/config.json: {key} is wrong for a {family} network: {problem['msg']}") from None
+
+
+def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The family of an exported model, and its constructor's arguments."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+        name = config["_class_name"]
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder} is not an exported model: it has no config.json; jobs/export.py makes one"
         ) from None
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{config} cannot be read as a model's configuration: {error}") from None
-    families = {family.network.__name__: family.network for family in FAMILIES.values()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} cannot be read as a model's configuration: {error}") from None
+    families = {family.network.__name__: key for key, family in FAMILIES.items()}
     if name not in families:
-        raise InputError(f"{config}: _class_name is {name!r}; it should be one of {', '.join(families)}")
-    try:
-        return families[name].from_pretrained(folder, low_cpu_mem_usage=False).eval()
-    except Exception as error:  # diffusers raises many kinds for a wrong folder
-        raise InputError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{file}: _class_name is {name!r}; it should be one of {', '.join(families)}")
+    return families[name], {key: value for key, value in config.items() if not key.startswith("_")}

@@ -4,7 +4,8 @@ A settings class is declared ``@dataclass(frozen=True, config=STRICT)``. What on
 ``problems`` does: it gives pairs (key, what is wrong with it), the key relative to the class.
 """
 
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
@@ -24,3 +25,17 @@ Problem = tuple[str, str]
 def divisors(n: int) -> str:
     """The divisors of n, for a message."""
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def differences(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two settings, as nested dicts, differ: (dotted key, our value, their value), None for a key that is absent.
+
+    Args:
+        ours, theirs: the settings, or values inside them.
+        path: the dotted key of where they stand.
+    """
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        for key in {**ours, **theirs}:
+            yield from differences(ours.get(key), theirs.get(key), f"{path}.{key}" if path else key)
+    elif ours != theirs:
+        yield path, ours, theirs

@@ -22,6 +22,7 @@ from moe_dit.runtime.errors import InputError, Interrupted, Stop
 from moe_dit.runtime.files import remove_unfinished, write_json, write_yaml
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.stopping import StopRequest, end_with_launcher
+from moe_dit.schema import differences
 
 if TYPE_CHECKING:
     from moe_dit.checkpoint import Checkpointer
@@ -57,11 +58,13 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     # DeepSpeed and TensorBoard take seconds to import: bad input should not have to wait for them.
     from moe_dit.checkpoint import Checkpointer, name_of, set_latest
     from moe_dit.engine import Engine, start_ranks
+    from moe_dit.initial_weights import check_initial_weights, load_initial_weights
     from moe_dit.metrics import Metrics
     from moe_dit.sinks import check_sinks
 
     check_sinks(recipe)
-
+    if recipe.initial_weights is not None and _resumed(recipe, run, resume) is None:
+        check_initial_weights(recipe)  # a run that continues needs them no more
     end_with_launcher()
     device = ranks.device()
     start_ranks()
@@ -85,6 +88,8 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     engine = Engine(recipe, parallelism, device)
     checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
     first_step = checkpointer.load(engine, checkpoint) if checkpoint else 0
+    if recipe.initial_weights is not None and not checkpoint:
+        load_initial_weights(engine, Path(recipe.initial_weights))
     held, metrics = engine.bytes_held_by_rank(), None
     if world.rank == 0:
         if checkpoint and checkpoint.parent == checkpointer.folder:
@@ -185,12 +190,13 @@ def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
 
 
 def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
-    """Put what the shards decide into the recipe, so that a run's config.yaml says everything."""
+    """Put what the shards decide into the recipe, so that a run's config.yaml says everything; paths whole."""
     data = replace(recipe.data, path=str(manifest.folder.resolve()))
     if data.kind == "latents":
         latents = Latents.of(recipe, manifest)
         data = replace(data, latent_scale=latents.scale, latent_shift=latents.shift, vae=data.vae or manifest.vae)
-    return replace(recipe, data=data)
+    weights = None if recipe.initial_weights is None else str(Path(recipe.initial_weights).resolve())
+    return replace(recipe, data=data, initial_weights=weights)
 
 
 def _resumed(recipe: Recipe, run: Path, resume: str) -> Path | None:
@@ -213,21 +219,13 @@ def _check_same(recipe: Recipe, description: dict, checkpoint: Path) -> None:
     # Read as a recipe, so that a key which the run is older than has its default.
     ours, theirs = recipe.to_dict(), parse_recipe(description["recipe"], str(checkpoint)).to_dict()
     for key in SAME_ON_RESUME:
-        for path, new, old in _differences(ours[key], theirs[key], key):
+        for path, new, old in differences(ours[key], theirs[key], key):
             raise InputError(
                 f"{checkpoint} was trained with {path} {old}, not {new}; continue it with {old}, "
                 f"or give another --out for another experiment"
             )
     if description["step"] > recipe.steps:
         raise InputError(f"{checkpoint} has done {description['step']} steps, more than the {recipe.steps} asked for")
-
-
-def _differences(new, old, path: str):
-    if isinstance(new, dict) and isinstance(old, dict):
-        for key in sorted(new.keys() | old.keys()):
-            yield from _differences(new.get(key), old.get(key), f"{path}.{key}")
-    elif new != old:
-        yield path, new, old
 
 
 def _lock(run: Path):
@@ -255,7 +253,7 @@ def _write_config(run: Path, recipe: Recipe, ds_config: dict) -> None:
 
 def _headline(recipe: Recipe, parallelism, manifest: Manifest, checkpoint: Path | None, engine) -> str:
     ranks = f"{parallelism.world_size} ranks" if parallelism.world_size > 1 else "1 rank"
-    start = f"continuing {checkpoint}" if checkpoint else "from the start"
+    start = f"continuing {checkpoint}" if checkpoint else f"from {recipe.initial_weights or 'the start'}"
     return (
         f"{recipe.name} on {ranks} ({engine.device.type}, {'bf16' if engine.bf16 else 'fp32'}), ZeRO "
         f"{parallelism.zero_stage}, EP {parallelism.ep_size}, batch {recipe.global_batch_size} = "
