@@ -52,9 +52,7 @@ class Recorder:
         device: where the layers compute.
     """
 
-    def __init__(
-        self, layers: dict[str, MoE | ExpertChoiceMoE], side: int, times: int, classes: int, device: torch.device
-    ):
+    def __init__(self, layers: dict[str, Layer], side: int, times: int, classes: int, device: torch.device):
         self.layers = layers
         self.side = side
         first = next(iter(layers.values()))

@@ -54,7 +54,7 @@ def atlas_parts(atlas: Atlas) -> Iterator[tuple[str, str, str]]:
         yield (
             "Experts together",
             "How often two experts share a token, beside how often they would by chance as much as each is used: "
-            "blue pairs work together, orange pairs replace each other; pairs too rare to tell are empty.",
+            "blue pairs work together, orange pairs replace each other; pairs too rare to tell are grey.",
             plots.maps(
                 dict(zip(layers, atlas.together_ratio(), strict=True)),
                 "co-occurrence of experts",
@@ -98,7 +98,7 @@ def _positions(atlas: Atlas, layers: list[str]) -> tuple[str, str]:
         rows[layers[number]] = {str(e): ratios[..., e] for e in chosen}
     note = (
         "Where each expert's tokens lie in the image, beside everywhere alike: an expert with a blue middle takes "
-        "objects, one with a blue frame backgrounds; an expert too rare to tell is empty."
+        "objects, one with a blue frame backgrounds; an expert too rare to tell is grey."
     )
     if experts > MOST_EXPERTS:
         note += f" Of {experts} experts those {MOST_EXPERTS} of each layer whose use varies most over the image."
@@ -110,7 +110,7 @@ def _classes(atlas: Atlas, layers: list[str]) -> tuple[str, str]:
     present = np.flatnonzero(atlas.samples_by_class)
     evidence = sum(_evidence(layer).sum(1) for layer in atlas.by_class)
     note = "Share of tokens of each expert for a class, beside its share of all classes: a coloured cell is an expert "
-    note += "that the class prefers (blue) or avoids (orange)."
+    note += "that the class prefers (blue) or avoids (orange); grey cells are too rare to tell."
     if len(present) > MOST_CLASSES:
         note += f" Of {len(present)} classes those {MOST_CLASSES} whose routing differs most from all others' "
         note += "(likelihood ratio over all layers)."

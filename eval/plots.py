@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -30,9 +31,12 @@ INK, LINE, ACCENT, UNDER = "#6a7078", "#dfe3e8", "#2563c9", "#d9731a"
 # What matplotlib draws in these colours follows the page's variables; more than even is in the accent.
 COLOURS = {INK: "var(--faint)", LINE: "var(--line)", ACCENT: "var(--accent)", UNDER: "var(--under)"}
 MIDDLE_BLUE = "#4a86e8"  # of images, which cannot follow the page: reads on white and on black
+UNKNOWN = (0.5, 0.5, 0.5, 0.3)
 LAYERS = LinearSegmentedColormap.from_list("layers", ["#d9731a", "#c0559b", "#4a86e8"])  # first to last layer
 STYLE: Any = {
     "font.size": 12,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "axes.titlesize": 12,
     "axes.labelsize": 12,
     "legend.fontsize": 12,
@@ -204,7 +208,7 @@ def maps(
     """A map for each layer side by side, all in one scale: the colour is a ratio to what is expected.
 
     Args:
-        panels: a panel's title -> ratios [rows, columns]; NaN stays empty.
+        panels: a panel's title -> ratios [rows, columns]; NaN is grey.
         label: what is shown, for those who cannot see it.
         x_label, y_label: of the axes.
         x_span: the x axis runs between these; None counts the columns.
@@ -215,7 +219,7 @@ def maps(
     across = min(columns, len(panels))
     down = math.ceil(len(panels) / across)
     rows, wide = next(iter(panels.values())).shape
-    square = (min(WIDTH / across, 300) - 50) * rows / wide
+    square = (min(WIDTH / across, 320) - 20) * rows / wide
     with matplotlib.rc_context(STYLE):
         figure, all_axes = _grid(down, across, down * ((height or square) + 74))
         for i, (axes, (title, ratios)) in enumerate(zip(all_axes, panels.items(), strict=False)):
@@ -280,7 +284,8 @@ def tiles(panels: Mapping[str, Mapping[str, np.ndarray]], label: str) -> str:
 def _grid(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure with axes in rows and columns, ``height`` high, and below them what the colours of ratios mean."""
     legend_height = 44
-    figure = Figure((WIDTH / 72, (height + legend_height) / 72), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.05, wspace=0.03)
+    figure = Figure((WIDTH / 72, (height + legend_height) / 72), layout=layout)
     parts: Any = figure.subfigures(2, 1, height_ratios=(height, legend_height))
     above, below = parts
     _legend(below)
@@ -312,11 +317,12 @@ def _cell(x: float, y: float, ratio: float, *, size: float = 1.0, gid: str) -> R
 
 
 def _colours(ratios: np.ndarray) -> np.ndarray:
-    """Ratios [rows, columns] as RGBA; empty (NaN) is transparent."""
+    """Ratios [rows, columns] as RGBA: even is transparent, unknown (NaN) is grey."""
     ratios = np.asarray(ratios, float)
     rgba = np.empty((*ratios.shape, 4))
     rgba[..., :3] = np.where(ratios[..., None] >= 1, to_rgb(MIDDLE_BLUE), to_rgb(UNDER))
-    rgba[..., 3] = np.nan_to_num(_strength(ratios), nan=0.0)
+    rgba[..., 3] = _strength(ratios)
+    rgba[np.isnan(ratios)] = UNKNOWN
     return rgba
 
 
@@ -336,7 +342,7 @@ def _svg(figure: Figure, label: str, tips: Mapping[str, str] | None = None) -> s
     for prefix, space in (("", SVG), ("xlink", XLINK)):
         ElementTree.register_namespace(prefix, space)
     root = ElementTree.fromstring(buffer.getvalue())
-    unique = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
+    unique = "f" + hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
     for child in list(root):  # metadata, and a style sheet that would act on the whole page
         if child.tag == f"{{{SVG}}}metadata" or child.find(f"{{{SVG}}}style") is not None:
             root.remove(child)
