@@ -1,24 +1,33 @@
-"""Show a run in one HTML file: loss, expert load, samples, scores and recipe. It needs no network and no other file."""
+"""Show a run in one HTML file: losses, expert load, routing, samples, scores and recipe.
+
+It needs no network and no other file.
+"""
 
 import base64
 import html
 import io
 import json
 import math
-from collections.abc import Sequence
+import re
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from eval.atlas_file import load_atlas
+from eval.atlas_page import atlas_parts
+from eval.plots import bars, heat_map, line_chart
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import explained, write_text
 from moe_dit.runtime.progress import say
 
 EXAMPLES = """\
   python -m eval.report --run RUN --out report.html
-  python -m eval.report --run RUN --samples SAMPLES --scores SAMPLES/metrics.json --out report.html
+  python -m eval.report --run RUN --samples SAMPLES --scores SAMPLES/metrics.json --atlas ATLAS \\
+      --out report.html
 """
-POINTS = 1500  # of a curve: more than a screen can show
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 860, 300, 64, 44, 12, 28
+LOOK = re.compile(r"step_(\d+)\.png")
 LARGEST_IMAGE = 1280  # pixels; a bigger grid of samples is scaled down
 
 STYLE = """
@@ -34,10 +43,9 @@ p { margin: 4px 0 12px; color: var(--faint); }
 dl.facts { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0 0; }
 dl.facts div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; }
 dt { color: var(--faint); font-size: 12px; } dd { margin: 0; font-size: 17px; font-variant-numeric: tabular-nums; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 12px; }
-.grid { stroke: var(--line); } .raw { stroke: var(--accent); stroke-width: .7; opacity: .3; fill: none; }
-.smooth { stroke: var(--accent); stroke-width: 2; fill: none; stroke-linejoin: round; }
-.over { fill: var(--over); } .under { fill: var(--under); } .cell { stroke: var(--line); stroke-width: .5; }
+h3 { font-size: 15px; margin: 28px 0 4px; }
+svg { display: block; width: 100%; height: auto; font-family: inherit; }
+svg * { stroke-linejoin: round; stroke-linecap: butt; }
 table { border-collapse: collapse; } td { border-bottom: 1px solid var(--line); padding: 5px 28px 5px 0;
   font-variant-numeric: tabular-nums; } td:first-child { color: var(--faint); }
 img { max-width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
@@ -59,12 +67,13 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
         lines = file.read_text(errors="replace").splitlines()
     except OSError:
         raise InputError(f"no {file}; --run should be a folder that jobs/train.py made") from None
-    records = {}
+    records: dict[int, dict[str, Any]] = {}
     for line in lines:
         try:
             record = json.loads(line)
-            # A step that was repeated after a stop counts as it was last computed.
-            records[int(record["step"])] = record
+            # A step that was repeated after a stop counts as it was last computed; one may also have several lines.
+            step = int(record["step"])
+            records[step] = records.get(step, {}) | record
         except (ValueError, KeyError, TypeError):
             continue
     if not records:
@@ -83,19 +92,8 @@ def curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[floa
     return steps, values
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Exponential moving average over about ``window`` values, unbiased at the start."""
-    keep, average, weight, result = 1 - 1 / max(window, 1), 0.0, 0.0, []
-    for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
-        result.append(average / weight)
-    return result
-
-
 def data_uri(file: Path) -> str:
     """An image file as a data URI; a large one scaled down."""
-    from PIL import Image
-
     try:
         image = Image.open(file).convert("RGB")
     except (OSError, ValueError, SyntaxError):
@@ -111,111 +109,6 @@ def data_uri(file: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
-
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers that divide [low, high] into about ``count`` parts."""
-    span = (high - low) or abs(high) or 1.0
-    step = 10 ** math.floor(math.log10(span / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten in [low, high]; powers alone where that is many."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    found = [value for value in found if low <= value <= high]
-    return found if len(found) <= 9 else [value for value in found if math.log10(value).is_integer()]
-
-
-def line_chart(steps: list[int], values: list[float], label: str) -> str:
-    """An SVG of values over steps: raw thin, smoothed thick; logarithmic where values span more than a decade."""
-    # The first steps and rare spikes would flatten everything else.
-    ordered = sorted(values)
-    low, high = ordered[0], ordered[min(len(ordered) - 1, math.ceil(0.999 * len(ordered)))]
-    log = low > 0 and high / low > 10
-    if log:
-        low, high = low / 1.1, high * 1.1
-        marks = log_ticks(low, high)
-        scaled_low, scaled_high = math.log10(low), math.log10(high)
-    else:
-        margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-        low, high = low - margin, high + margin
-        marks = ticks(low, high)
-        scaled_low, scaled_high = low, high
-
-    def x(step: float) -> float:
-        return LEFT + (step - steps[0]) / max(steps[-1] - steps[0], 1) * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        value = min(max(value, low), high)
-        share = ((math.log10(value) if log else value) - scaled_low) / (scaled_high - scaled_low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
-
-    def path(series: Sequence[float], kind: str) -> str:
-        stride = max(1, len(series) // POINTS)
-        kept = sorted({*range(0, len(series), stride), len(series) - 1})
-        points = " ".join(f"{x(steps[i]):.1f},{y(series[i]):.1f}" for i in kept)
-        return f'<polyline class="{kind}" points="{points}"/>'
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label} over steps">']
-    for mark in marks:
-        at = f"{y(mark):.1f}"
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at}" text-anchor="end" dominant-baseline="middle">{mark:.4g}</text>')
-    for mark in ticks(steps[0], max(steps[-1], steps[0] + 1)):
-        parts.append(f'<text x="{x(mark):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{mark:,.0f}</text>')
-    window = max(1, len(values) // 50)
-    parts += [path(values, "raw"), path(smooth(values, window), "smooth")]
-    middle = (HEIGHT - BOTTOM + TOP) / 2
-    parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
-    name = f"{label} (log scale)" if log else label
-    parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{name}</text></svg>')
-    return "".join(parts)
-
-
-def heat_map(load: list[list[float]]) -> str:
-    """An SVG of the share of tokens of each layer's experts, against an even share; stronger is further from it."""
-    columns = max(len(layer) for layer in load)
-    side = min(34.0, (WIDTH - LEFT - RIGHT - 30) / columns)
-    top = 26
-    height = top + side * len(load) + 40
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="expert load by layer and expert">']
-
-    def cell(x: float, y: float, ratio: float, tip: str, side: float = side) -> str:
-        kind = "over" if ratio >= 1 else "under"
-        opacity = min(1.0, abs(math.log2(max(ratio, 1e-6))) / 2)
-        box = f'x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}"'
-        return f'<rect class="cell {kind}" fill-opacity="{opacity:.2f}" {box}><title>{tip}</title></rect>'
-
-    for column in range(0, columns, max(1, math.ceil(26 / side))):
-        parts.append(f'<text x="{LEFT + (column + 0.5) * side:.1f}" y="{top - 8}" text-anchor="middle">{column}</text>')
-    for row, layer in enumerate(load):
-        y = top + row * side
-        parts.append(
-            f'<text x="{LEFT - 8}" y="{y + side / 2:.1f}" text-anchor="end" dominant-baseline="middle">{row}</text>'
-        )
-        for column, share in enumerate(layer):
-            tip = f"MoE layer {row}, expert {column}: {share:.2%} of the tokens"
-            parts.append(cell(LEFT + column * side, y, share * len(layer), tip))
-    y, x = top + len(load) * side + 14, LEFT
-    for ratio, name in (
-        (0.25, "a quarter of an even share"),
-        (0.5, "half"),
-        (1.0, "even"),
-        (2.0, "double"),
-        (4.0, "4x"),
-    ):
-        parts.append(cell(x, y, ratio, name, 18))
-        parts.append(f'<text x="{x + 24:.1f}" y="{y + 9:.1f}" dominant-baseline="middle">{name}</text>')
-        x += 24 + 7 * len(name) + 18
-    parts.append(f'<text x="14" y="{top - 8}">layer</text>')
-    parts.append(f'<text x="{LEFT + columns * side + 8:.1f}" y="{top - 8}">expert</text></svg>')
-    return "".join(parts)
-
-
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -228,18 +121,19 @@ def last_load(records: list[dict[str, Any]]) -> tuple[int, list[list[float]]] | 
     return None
 
 
-def section(title: str, note: str, body: str) -> str:
+def section(title: str, note: str, body: str, heading: str = "h2") -> str:
     """A part of the page; note is plain text."""
-    return f"<h2>{title}</h2>" + (f"<p>{html.escape(note)}</p>" if note else "") + body
+    return f"<{heading}>{html.escape(title)}</{heading}>" + (f"<p>{html.escape(note)}</p>" if note else "") + body
 
 
-def report(run_folder: Path, samples: Path | None, scores: Path | None) -> str:
+def report(run_folder: Path, samples: Path | None, scores: Path | None, atlas: Path | None = None) -> str:
     """The page.
 
     Args:
-        run_folder: a run with metrics.jsonl and config.yaml.
+        run_folder: a run with metrics.jsonl and config.yaml, and perhaps looks/step_*.png.
         samples: a folder with samples.png, or None.
         scores: a file that eval.score wrote, or None.
+        atlas: a file that eval.atlas wrote, or None.
 
     Raises:
         InputError: one of them is not what it should be.
@@ -253,18 +147,20 @@ def report(run_folder: Path, samples: Path | None, scores: Path | None) -> str:
     _, speeds = curve(records, "images_per_second")
     if speeds:
         facts["images per second (median)"] = f"{sorted(speeds)[len(speeds) // 2]:,.4g}"
-    parts = [section("Loss", "Thin: every step. Thick: smoothed.", line_chart(steps, losses, "loss"))]
-
-    imbalance_steps, imbalance = curve(records, "moe_imbalance")
-    load = last_load(records)
-    if load:
-        note = f"Share of tokens of each expert at step {load[0]:,}, against an even share."
-        parts.append(section("Expert load", note, heat_map(load[1])))
+    _, held_out = curve(records, "held_out_loss")
+    if held_out:
+        facts["held-out loss, last"] = f"{held_out[-1]:.4g}"
+    _, imbalance = curve(records, "moe_imbalance")
     if imbalance:
         facts["imbalance, last"] = f"{imbalance[-1]:.3g}"
-        note = "Largest over mean tokens of an expert, in the worst layer; 1 is even."
-        chart = line_chart(imbalance_steps, imbalance, "imbalance")
-        parts.append(section("Expert imbalance", note, chart))
+
+    parts = [section("Loss", "Thin: every step. Thick: smoothed.", line_chart(steps, losses, "loss"))]
+    parts += _more_losses(records)
+    parts += _experts(records)
+    if atlas is not None:
+        parts.append(section("Routing atlas", "Which experts the model sends real samples' tokens to.", ""))
+        parts += [section(*part, heading="h3") for part in atlas_parts(load_atlas(atlas))]
+    parts += _looks(run_folder, records)
     if samples is not None:
         grid = samples / "samples.png"
         if not grid.exists():
@@ -285,8 +181,62 @@ def report(run_folder: Path, samples: Path | None, scores: Path | None) -> str:
     )
 
 
+def _more_losses(records: list[dict[str, Any]]) -> list[str]:
+    """The held-out loss, and the terms that the loss is made of, where the run has them."""
+    parts = []
+    steps, held_out = curve(records, "held_out_loss")
+    if held_out:
+        note = "Of samples that are never trained on: where it rises while the loss falls, the model learns by heart."
+        parts.append(section("Held-out loss", note, line_chart(steps, held_out, "held-out loss")))
+    by_time = [record for record in records if _finite_list(record.get("held_out_loss_by_time"))]
+    if by_time:
+        note = f"At step {by_time[-1]['step']:,}, for equal parts of t: which noise levels the loss is made of."
+        drawing = bars(by_time[-1]["held_out_loss_by_time"], "held-out loss", "t (0 noise, 1 data)")
+        parts.append(section("Held-out loss by time", note, drawing))
+    keys = sorted({key for record in records for key in record if key == "mse" or key.endswith("_loss")})
+    for key in keys:
+        steps, values = curve(records, key)
+        if values and key != "held_out_loss":
+            parts.append(section(f"Loss term {key}", "", line_chart(steps, values, key)))
+    return parts
+
+
+def _finite_list(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+
+
+def _experts(records: list[dict[str, Any]]) -> list[str]:
+    """Load and imbalance of the experts in training."""
+    parts = []
+    load = last_load(records)
+    if load:
+        note = f"Share of tokens of each expert at step {load[0]:,}, against an even share."
+        parts.append(section("Expert load", note, heat_map(load[1])))
+    steps, imbalance = curve(records, "moe_imbalance")
+    if imbalance:
+        note = "Largest over mean tokens of an expert, in the worst layer; 1 is even."
+        parts.append(section("Expert imbalance", note, line_chart(steps, imbalance, "imbalance")))
+    return parts
+
+
+def _looks(run_folder: Path, records: list[dict[str, Any]]) -> list[str]:
+    """What the run showed of itself on its way: the newest picture, and scores of the looks over steps."""
+    body = ""
+    numbered = {int(found[1]): file for file in run_folder.glob("looks/step_*.png") if (found := LOOK.match(file.name))}
+    if numbered:
+        newest = max(numbered)
+        body += f'<p>Step {newest:,}.</p><img alt="samples at step {newest}" src="{data_uri(numbered[newest])}">'
+    for key in sorted({key for record in records for key in record if key.startswith("look_")}):
+        steps, values = curve(records, key)
+        if values:
+            body += line_chart(steps, values, key.removeprefix("look_"))
+    return [section("Looks", "Small samples taken during training.", body)] if body else []
+
+
 def _scores_table(file: Path) -> str:
-    from eval.score import rows
+    from eval.score import rows  # with torch's metrics it takes seconds to import
 
     try:
         result = json.loads(file.read_text())
@@ -305,19 +255,21 @@ def _scores_table(file: Path) -> str:
 
 
 def main() -> None:
-    from eval.features import write_atomically
-
-    parser = Parser(__doc__, EXAMPLES)
+    parser = Parser(__doc__ or "", EXAMPLES)
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="RUN", help="a run folder of jobs/train.py")
     add("--samples", type=Path, metavar="SAMPLES", help="a folder of eval.sample")
     add("--scores", type=Path, metavar="FILE.json", help="what eval.score wrote")
+    add("--atlas", type=Path, metavar="ATLAS", help="what eval.atlas wrote")
     add("--out", type=Path, required=True, metavar="report.html", help="file to write")
     args = parser.parse_args()
+    if args.out.is_dir():
+        raise InputError(f"--out {args.out} is a folder; give the name of a file, such as {args.out / 'report.html'}")
     if not args.out.absolute().parent.is_dir():
         raise InputError(f"there is no folder {args.out.parent} for --out {args.out}; make it first")
-    page = report(args.run, args.samples, args.scores)
-    write_atomically(args.out, lambda file: file.write(page.encode()))
+    page = report(args.run, args.samples, args.scores, args.atlas)
+    with explained(str(args.out)):
+        write_text(args.out, page)
     say(f"report in {args.out}")
 
 

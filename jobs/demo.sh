@@ -34,8 +34,11 @@ cp "$demo/samples/samples.png" "$demo/samples.png"
 
 say "scores"
 python -m eval.score "$demo/samples" --reference "$demo/images" --out "$demo/metrics.json" >"$demo/scores.txt"
+
+say "which experts see what, and the report"
+python -m eval.atlas --model "$demo/model" --data "$demo/latents" --out "$demo/atlas.npz"
 python -m eval.report --run "$demo/train" --samples "$demo/samples" --scores "$demo/metrics.json" \
-    --out "$demo/report.html"
+    --atlas "$demo/atlas.npz" --out "$demo/report.html"
 
 say "look at $demo/samples.png and $demo/report.html"
 cat "$demo/scores.txt"

@@ -1,8 +1,11 @@
 """Sampling, scores and report, held against closed forms, a sampler written by hand, and other numbers of ranks."""
 
+import base64
 import importlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from eval import features, score
+from eval import features, plots, score
 from moe_dit import build_model, load_model
 from moe_dit.export import save_export
 from moe_dit.randomness import Stream, normal
@@ -336,15 +339,25 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.links, self.tags, self.text = [], [], ""
+        self.links, self.tags, self.ids, self.text = [], [], [], ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        self.ids += [value for name, value in attributes if name == "id"]
         self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href", "data", "action")]
 
     def handle_data(self, data):
         self.text += data + "\n"
+
+
+def assert_self_contained(page, text):
+    """Nothing is fetched: links are data, or parts of the page that are there once."""
+    assert len(page.ids) == len(set(page.ids))
+    assert page.links and all(link.startswith("data:") or link.removeprefix("#") in page.ids for link in page.links)
+    assert "script" not in page.tags and "@import" not in text and "<style type" not in text
+    assert all(link in page.ids for link in re.findall(r"url\(#([^)]*)\)", text))
+    assert text.count("url(") == text.count("url(#")
 
 
 def test_report_is_whole_and_self_contained(sampled, tmp_path):
@@ -364,12 +377,71 @@ def test_report_is_whole_and_self_contained(sampled, tmp_path):
     assert call("eval.report", "--run", run_folder, *flags) == 0
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
-    assert page.links and all(link.startswith("data:") for link in page.links)
-    assert "script" not in page.tags and "url(" not in text and "@import" not in text
-    assert page.tags.count("svg") == 3 and page.tags.count("polyline") == 4
-    assert page.tags.count("rect") == 3 * 4 + 5  # experts and the legend
+    assert_self_contained(page, text)
+    assert page.tags.count("svg") == 3
+    names = [name.partition("-")[2] for name in page.ids]
+    assert names.count("raw") == names.count("smooth") == 2
+    assert [name for name in names if name.startswith("cell-")] == [f"cell-{i}-{j}" for i in range(3) for j in range(4)]
+    assert len([name for name in names if name.startswith("legend-")]) == 5
+    assert "MoE layer 0, expert 0: 70.00% of the tokens" in page.text and "loss (log scale)" in page.text
     for piece in ("digits <run>", "Loss", "Expert load", "Samples", "Scores", "1.25", "9 ± 0.1", "<script>", "200"):
         assert piece in page.text, piece
+
+
+def test_report_shows_held_out_losses_terms_and_looks(tmp_path):
+    """Each in a drawing of its own; records of a step may come in two lines."""
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step in range(1, 101):
+            record = {"step": step, "loss": 1.0, "mse": 0.9, "capacity_loss": 0.1, "moe_imbalance": 1.0}
+            file.write(json.dumps(record) + "\n")
+            if step % 50 == 0:
+                held_out = {"held_out_loss": 1 + step / 100, "held_out_loss_by_time": [3.0, 2.0, 1.0, step / 25]}
+                file.write(json.dumps({"step": step, "look_fid": 500 / step} | held_out) + "\n")
+    (tmp_path / "looks").mkdir()
+    for step, colour in ((9, "red"), (50, "red"), (100, "lime")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"looks/step_{step}.png")
+    assert call("eval.report", "--run", tmp_path, "--out", tmp_path / "report.html") == 0
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert_self_contained(page, text)
+    titles = ["Loss", "Held-out loss", "Held-out loss by time", "Loss term capacity_loss", "Loss term mse"]
+    titles += ["Expert imbalance", "Looks"]
+    assert re.findall("<h2>([^<]*)</h2>", text) == titles
+    assert page.tags.count("svg") == 7
+    assert "Step 100" in page.text and "At step 100" in page.text
+    (shown,) = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]*)"', text)
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).getpixel((0, 0)) == (0, 255, 0)
+    # Bars over equal parts of t, in the ratio of the values: 3, 2, 1, 4.
+    chart = next(svg for svg in re.findall("<svg.*?</svg>", text) if "held-out loss over t" in svg)
+    heights = []
+    for path in re.findall(r'd="([^"]*)"[^>]*style="[^"]*opacity: 0.8', chart):
+        y = [float(point) for point in re.findall(r"[\d.]+ ([\d.]+)", path)]
+        heights.append(max(y) - min(y))
+    assert [height / heights[2] for height in heights] == pytest.approx([3, 2, 1, 4], rel=1e-2)
+
+
+def test_curves_are_where_their_values_are():
+    """Of 100 values falling by a factor of 1,000: equal steps across, equal factors down, the same text twice."""
+    values = [10.0 ** (-3 * i / 99) for i in range(100)]
+    drawing = plots.line_chart(range(100), values, "loss <x>")
+    assert drawing == plots.line_chart(range(100), values, "loss <x>")
+    assert "loss &lt;x&gt; (log scale)" in drawing and 'aria-label="loss &lt;x&gt; over steps"' in drawing
+    raw = re.search(r'id="[^"]*-raw".*?d="([^"]*)"', drawing)[1]
+    points = np.array([[float(x), float(y)] for x, y in re.findall(r"([\d.]+) ([\d.]+)", raw)])
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    assert x1 - x0 > 0.8 * plots.WIDTH and y1 > y0  # downwards in a picture
+    np.testing.assert_allclose(points[:, 1], y0 + (points[:, 0] - x0) / (x1 - x0) * (y1 - y0), atol=0.1)
+
+
+def test_map_colours_are_ratios():
+    """Even is transparent, a factor of 2 half and of 4 or more full colour, unknown grey."""
+    ratios = np.array([[1.0, 2.0, 8.0], [0.5, 0.0, np.nan]])
+    drawing = plots.maps({"a": ratios}, "test", "x", "y")
+    image = Image.open(io.BytesIO(base64.b64decode(re.search(r"data:image/png;base64,([^\"]*)", drawing)[1])))
+    pixels = np.asarray(image.convert("RGBA")).reshape(2, 3, 4)
+    assert (pixels[..., 3] == [[0, 127, 255], [127, 255, 76]]).all()
+    assert (pixels[0, 2, 2] > pixels[0, 2, 0]) and (pixels[1, 1, 0] > pixels[1, 1, 2])  # blue above, orange below
+    assert (pixels[1, 2, :3] == pixels[1, 2, 0]).all()
 
 
 def test_report_needs_a_step(tmp_path, capsys):

@@ -103,18 +103,21 @@ class ExpertChoiceMoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, tokens of a sample, D] -> the same."""
         x_TD = x.flatten(0, -2)
-        capacity_TE = self.capacity_predictor(x_TD.detach()).float()
-        with torch.autocast(x.device.type, enabled=False):
-            scores_ET = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1).T
-        if self.training:
-            token_R, score_R, count_E = self._choose_by_capacity(scores_ET, capacity_TE)
-        else:
-            token_R, score_R, count_E = self._choose_by_threshold(scores_ET, capacity_TE)
-            self.layer_losses = {}
+        token_R, score_R, count_E = self.choose(x_TD)
         out_RD = self.experts(x_TD[token_R], count_E) * score_R[:, None]
         routed_TD = out_RD.new_zeros(x_TD.shape).index_add(0, token_R, out_RD).to(x.dtype)
         routed = routed_TD.view_as(x)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+    def choose(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The experts' tokens, int64 [R] sorted by expert; their scores, float32 [R]; tokens an expert, int32 [E]."""
+        capacity_TE = self.capacity_predictor(x_TD.detach()).float()
+        with torch.autocast(x_TD.device.type, enabled=False):
+            scores_ET = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1).T
+        if self.training:
+            return self._choose_by_capacity(scores_ET, capacity_TE)
+        self.layer_losses = {}
+        return self._choose_by_threshold(scores_ET, capacity_TE)
 
     def _choose_by_capacity(self, scores_ET: torch.Tensor, capacity_TE: torch.Tensor):
         take = int(scores_ET.shape[1] / self.num_experts * self.capacity)
