@@ -66,7 +66,9 @@ def build_vae(seed: int) -> Any:
 def fit(vae: Any, images: torch.Tensor, steps: int, seed: int) -> None:
     """Fit a VAE to images (float32 [N, 3, H, W] in [-1, 1]): Adam, squared error plus a little KL divergence."""
     optimizer = torch.optim.Adam(vae.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1 if steps > 20 else 0.5
+    )
     order = np.concatenate([permutation(seed, epoch, len(images)) for epoch in range(steps * BATCH // len(images) + 1)])
     vae.train()
     with task("fitting the autoencoder", steps) as progress:

@@ -16,7 +16,7 @@ from torch import nn
 
 from eval.atlas_file import Atlas, entropy_bits, save_atlas, shares
 from eval.sample_folder import model_fingerprint
-from moe_dit.data import ShardReader, TrainingSamples, check_manifest, training_inputs
+from moe_dit.data import Latents, ShardReader, TrainingSamples, check_manifest, training_inputs
 from moe_dit.export import load_export
 from moe_dit.flow import build_flow
 from moe_dit.manifest import Manifest, read_manifest
@@ -132,7 +132,7 @@ def make_atlas(
         batch: samples computed at once.
 
     Returns:
-        The atlas; its facts are samples, seed, batch and choice.
+        The atlas; its settings are samples, seed, batch and choice.
 
     Raises:
         InputError: the shards do not fit the recipe or cannot be read, or the model is dense.
@@ -146,7 +146,7 @@ def make_atlas(
     side = recipe.model.input_size // recipe.model.patch_size
     recipe = replace(recipe, seed=seed, flow=replace(recipe.flow, label_dropout=0.0))
     reader = TrainingSamples(ShardReader(manifest), seed, recipe.data.horizontal_flip)
-    scale = recipe.data.latent_scale or manifest.scale or 1.0
+    latents = Latents.of(recipe, manifest)
     flow, middles = build_flow(recipe), (np.arange(times) + 0.5) / times
     samples_by_class = torch.zeros(len(manifest.classes), dtype=torch.int64)
     bf16 = device.type == "cuda" and recipe.precision != "fp32"  # as eval.sample computes
@@ -160,7 +160,7 @@ def make_atlas(
             if isinstance(read, InputError):
                 raise read
             samples_by_class += read["y"].bincount(minlength=len(samples_by_class))
-            inputs = training_inputs(recipe, {key: value.to(device) for key, value in read.items()}, scale)
+            inputs = training_inputs(recipe, {key: value.to(device) for key, value in read.items()}, latents)
             x, y, noise = inputs["x"], inputs["y"], inputs["noise"]
             for k, middle in enumerate(middles):
                 recorder.expect(k, y)
@@ -178,7 +178,7 @@ def make_atlas(
         samples_by_class=samples_by_class.numpy(),
         layers=np.array(list(layers)),
         classes=np.array(manifest.classes),
-        facts={"samples": samples, "seed": seed, "batch": batch, "choice": choice},
+        settings={"samples": samples, "seed": seed, "batch": batch, "choice": choice},
     )
 
 
@@ -219,8 +219,8 @@ def main() -> None:
         atlas = make_atlas(model.to(ranks.device()), recipe, manifest, **settings)
     except torch.OutOfMemoryError:
         raise InputError(f"--batch {args.batch} does not fit into the GPU's memory; give a smaller one") from None
-    facts = {"model": str(args.model), "model_sha256": model_fingerprint(args.model), "data": str(args.data)}
-    save_atlas(replace(atlas, facts=facts | atlas.facts), args.out)
+    settings = {"model": str(args.model), "model_sha256": model_fingerprint(args.model), "data": str(args.data)}
+    save_atlas(replace(atlas, settings=settings | atlas.settings), args.out)
     even = math.log2(atlas.by_time.shape[-1])
     lowest, highest = atlas.entropy.min(), atlas.entropy.max()
     say(

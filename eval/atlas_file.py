@@ -32,12 +32,12 @@ class Atlas:
     samples_by_class: np.ndarray  # int64 [classes]: samples that were looked at
     layers: np.ndarray  # [L] str: the MoE layers' names in the network
     classes: np.ndarray  # [classes] str
-    facts: dict[str, Any]  # model, its SHA-256, data, samples, seed, batch, and choice: "token" or "expert"
+    settings: dict[str, Any]  # model, its SHA-256, data, samples, seed, batch, and choice: "token" or "expert"
 
     @property
     def tokens(self) -> int:
         """Tokens with a place that a layer saw at each of the times."""
-        return self.facts["samples"] * self.by_position.shape[1] * self.by_position.shape[2]
+        return self.settings["samples"] * self.by_position.shape[1] * self.by_position.shape[2]
 
     def together_ratio(self) -> np.ndarray:
         """How often two experts share a token, over how often they would by chance: [L, E, E].
@@ -71,9 +71,9 @@ def entropy_bits(share: np.ndarray) -> np.ndarray:
 
 
 def save_atlas(atlas: Atlas, file: Path) -> None:
-    """Write an atlas as a .npz file: an array for each field, and facts as a JSON string."""
+    """Write an atlas as a .npz file: an array for each field, and settings as a JSON string."""
     arrays = {field.name: getattr(atlas, field.name) for field in fields(Atlas)}
-    arrays["facts"] = np.array(json.dumps({"format": FORMAT} | atlas.facts))
+    arrays["settings"] = np.array(json.dumps({"format": FORMAT} | atlas.settings))
     with explained(str(file)), new_file(file) as opened:
         np.savez_compressed(opened, **arrays)
 
@@ -83,8 +83,8 @@ def load_atlas(file: Path) -> Atlas:
     try:
         with np.load(file) as arrays:
             values = {field.name: arrays[field.name] for field in fields(Atlas)}
-        values["facts"] = json.loads(str(values["facts"]))
-        found = values["facts"].pop("format")
+        values["settings"] = json.loads(str(values["settings"]))
+        found = values["settings"].pop("format")
     except FileNotFoundError:
         raise InputError(f"no atlas {file}; python -m eval.atlas makes one") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile):

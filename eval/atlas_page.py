@@ -26,7 +26,7 @@ def atlas_parts(atlas: Atlas) -> Iterator[tuple[str, str, str]]:
         "experts do the work of those times.",
         _curves(atlas, layers, atlas.entropy, "bits", even),
     )
-    if atlas.facts["choice"] == "expert":
+    if atlas.settings["choice"] == "expert":
         each = atlas.by_time.sum(-1) / atlas.tokens
         yield (
             "Experts a token gets",
@@ -66,10 +66,10 @@ def atlas_parts(atlas: Atlas) -> Iterator[tuple[str, str, str]]:
 
 
 def _facts(atlas: Atlas) -> str:
-    facts = atlas.facts
+    settings = atlas.settings
     return (
-        f"{facts['samples']:,} samples of {facts.get('data', 'the data')} (seed {facts['seed']}) at {len(atlas.times)} "
-        f"times, through {facts.get('model', 'the model')}."
+        f"{settings['samples']:,} samples of {settings.get('data', 'the data')} (seed {settings['seed']}) at {len(atlas.times)} "
+        f"times, through {settings.get('model', 'the model')}."
     )
 
 

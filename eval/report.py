@@ -40,8 +40,8 @@ body { margin: 0 auto; max-width: 920px; padding: 32px 24px 64px; background: va
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 40px 0 8px; }
 p { margin: 4px 0 12px; color: var(--faint); }
-dl.facts { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0 0; }
-dl.facts div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; }
+dl.summary { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0 0; }
+dl.summary div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; }
 dt { color: var(--faint); font-size: 12px; } dd { margin: 0; font-size: 17px; font-variant-numeric: tabular-nums; }
 h3 { font-size: 15px; margin: 28px 0 4px; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
@@ -143,16 +143,16 @@ def report(run_folder: Path, samples: Path | None, scores: Path | None, atlas: P
     if not steps:
         raise InputError(f"{run_folder}/metrics.jsonl holds no finite loss; the run has diverged from its first step")
     recent = losses[-max(1, len(losses) // 50) :]
-    facts = {"steps": f"{records[-1]['step']:,}", "loss, last 2%": f"{sum(recent) / len(recent):.4g}"}
+    summary = {"steps": f"{records[-1]['step']:,}", "loss, last 2%": f"{sum(recent) / len(recent):.4g}"}
     _, speeds = curve(records, "images_per_second")
     if speeds:
-        facts["images per second (median)"] = f"{sorted(speeds)[len(speeds) // 2]:,.4g}"
+        summary["images per second (median)"] = f"{sorted(speeds)[len(speeds) // 2]:,.4g}"
     _, held_out = curve(records, "held_out_loss")
     if held_out:
-        facts["held-out loss, last"] = f"{held_out[-1]:.4g}"
+        summary["held-out loss, last"] = f"{held_out[-1]:.4g}"
     _, imbalance = curve(records, "moe_imbalance")
     if imbalance:
-        facts["imbalance, last"] = f"{imbalance[-1]:.3g}"
+        summary["imbalance, last"] = f"{imbalance[-1]:.3g}"
 
     parts = [section("Loss", "Thin: every step. Thick: smoothed.", line_chart(steps, losses, "loss"))]
     parts += _more_losses(records)
@@ -173,11 +173,11 @@ def report(run_folder: Path, samples: Path | None, scores: Path | None, atlas: P
         text = html.escape(config.read_text())
         parts.append(section("Recipe", "", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>"))
     title = html.escape(run_folder.absolute().name)
-    listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
+    listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in summary.items())
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-        f'<body><h1>{title}</h1><dl class="facts">{listed}</dl>{"".join(parts)}</body></html>\n'
+        f'<body><h1>{title}</h1><dl class="summary">{listed}</dl>{"".join(parts)}</body></html>\n'
     )
 
 

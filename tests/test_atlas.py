@@ -80,7 +80,7 @@ def atlas_of(recipe, model, folder, **settings):
 
 def assert_equal(one, two):
     for field in fields(Atlas):
-        if field.name != "facts":
+        if field.name != "settings":
             assert np.array_equal(getattr(one, field.name), getattr(two, field.name)), field.name
 
 
@@ -157,7 +157,7 @@ def test_expert_choice(shards):
     assert np.array_equal(atlas.by_time, np.broadcast_to(want, (2, 3, 4)))
     assert np.array_equal(atlas.by_position, np.broadcast_to(SAMPLES * 3 * np.array([1, 0, 0, 1]), (2, 4, 4, 4)))
     assert np.array_equal(atlas.together[1], 3 * SAMPLES * 16 * np.outer([1, 0, 0, 1], [1, 0, 0, 1]))
-    assert atlas.facts["choice"] == "expert"
+    assert atlas.settings["choice"] == "expert"
 
 
 def test_expert_choice_counts_what_the_experts_compute(shards):
@@ -282,7 +282,9 @@ def test_command_and_report(model, shards, random_model, tmp_path):
     assert_equal(atlas, atlas_of(*random_model, shards["latents"], samples=20, times=4, batch=5))
     assert atlas.times.tolist() == [0.125, 0.375, 0.625, 0.875]
     assert (
-        atlas.facts["samples"] == 20 and atlas.facts["model"] == str(model) and len(atlas.facts["model_sha256"]) == 64
+        atlas.settings["samples"] == 20
+        and atlas.settings["model"] == str(model)
+        and len(atlas.settings["model_sha256"]) == 64
     )
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     flags = ["--atlas", tmp_path / "atlas.npz", "--out", tmp_path / "report.html"]
@@ -316,7 +318,7 @@ def test_page_of_a_large_model_shows_the_most_specialised():
         samples_by_class=np.minimum(100, by_class[0].sum(-1)),
         layers=np.array([f"blocks.{2 * i + 1}.mlp" for i in range(layers)]),
         classes=np.array([f"name <{i}>" for i in range(classes)]),
-        facts={"samples": 100, "seed": 0, "choice": "token"},
+        settings={"samples": 100, "seed": 0, "choice": "token"},
     )
     parts = {title: (note, drawing) for title, note, drawing in atlas_parts(atlas)}
     note, drawing = parts["Experts by class"]
@@ -332,7 +334,7 @@ def test_an_atlas_comes_back_from_its_file(random_model, shards, tmp_path):
     save_atlas(atlas, tmp_path / "a.npz")
     again = load_atlas(tmp_path / "a.npz")
     assert_equal(atlas, again)
-    assert again.facts == atlas.facts
+    assert again.settings == atlas.settings
 
 
 @pytest.fixture
