@@ -61,11 +61,13 @@ class Reports:
         self, step: int, lr: float, names: list[str], result: dict[str, torch.Tensor], grad_norm: float | torch.Tensor
     ) -> None:
         """Start bringing over a step's result (of Engine.train_step); ``names`` are its losses'."""
-        load, terms = result["load"], result["terms"]
+        load = result["load"]
+        terms = result["terms"]
         norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=terms.device)
         numbers = torch.cat([terms, torch.stack([result["stop"], norm]), load.flatten()])
         host = torch.empty(numbers.shape, pin_memory=numbers.is_cuda).copy_(numbers, non_blocking=True)
-        before, self._last = self._last, self._now()
+        before = self._last
+        self._last = self._now()
         self._queue.append((step, lr, names, host, load.shape, before, self._last))
 
     def take(self, everything: bool = False) -> Iterator[Report]:
@@ -100,7 +102,8 @@ class Metrics:
     SECONDS_BETWEEN_FLUSHES = 1.0
 
     def __init__(self, run: Path, first_step: int, recipe: Recipe):
-        self.path, self.images = run / "metrics.jsonl", recipe.global_batch_size
+        self.path = run / "metrics.jsonl"
+        self.images = recipe.global_batch_size
         self._keep_until(first_step)
         self._file = open(self.path, "a")
         self._sinks = open_sinks(recipe, run, first_step)
@@ -138,7 +141,8 @@ class Metrics:
 
     def _expert_load(self, step: int) -> dict[str, Any]:
         """Every expert's share since the last such record; a dead expert got no token in all that time."""
-        load, self._load = self._load, None
+        load = self._load
+        self._load = None
         assert load is not None
         dead = [f"{expert} of MoE layer {layer}" for layer, expert in (load == 0).nonzero().tolist()]
         if dead:

@@ -88,7 +88,9 @@ class ExpertChoiceMoE(nn.Module):
         gated: bool = False,
     ):
         super().__init__()
-        self.num_experts, self.capacity, self.capacity_loss_weight = num_experts, capacity, capacity_loss_weight
+        self.num_experts = num_experts
+        self.capacity = capacity
+        self.capacity_loss_weight = capacity_loss_weight
         self.gate_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.experts = Experts(num_experts, hidden_size, expert_width, bias=not gated, gated=gated)
         self.capacity_predictor = nn.Sequential(
@@ -165,7 +167,8 @@ class DiffMoE(Network):
         interleave: bool = True,
     ):
         super().__init__()
-        self.num_classes, self.in_channels = num_classes, in_channels
+        self.num_classes = num_classes
+        self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         width = int(hidden_size * mlp_ratio)
 
