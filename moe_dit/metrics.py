@@ -85,6 +85,15 @@ class Reports:
             yield Report(step, lr, losses, stop > 0, norm, host[n + 2 :].view(shape), seconds)
 
 
+def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """A record's numbers by name; those of a list by name/index."""
+    for key, value in record.items():
+        if isinstance(value, list):
+            yield from ((f"{key}/{i}", item) for i, item in enumerate(value))
+        elif key != "step":
+            yield key, value
+
+
 def imbalance(load: torch.Tensor) -> float:
     """Largest over mean tokens of an expert, in the worst layer, of [layers, experts]; 1 is perfect balance."""
     return (load.amax(1) / load.mean(1)).amax().item() if load.numel() else 1.0
@@ -123,9 +132,8 @@ class Metrics:
         }
         record |= {name: value for name, value in report.losses.items() if name != "loss"}
         record |= look or {}
-        numbers = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
         for sink in self._sinks:
-            sink.numbers(numbers, report.step)
+            sink.numbers(dict(_numbers(record)), report.step)
         self._load = report.load if self._load is None else self._load + report.load
         if report.step % LOAD_EVERY == 0 and self._load.numel():
             record |= self._expert_load(report.step)

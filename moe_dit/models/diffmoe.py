@@ -192,7 +192,16 @@ class DiffMoE(Network):
         self.register_buffer("pos_embed", sin_cos_2d(hidden_size, input_size // patch_size))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Predict from a noisy latent; arguments and result as :meth:`moe_dit.models.dsmoe.DSMoE.forward`."""
+        """Predict from a noisy latent.
+
+        Args:
+            x: [N, C, side, side].
+            t: [N] in [0, 1], 0 is noise and 1 is data.
+            y: int64 [N] in [0, num_classes]; num_classes is the null label. Labels are never dropped here.
+
+        Returns:
+            [N, out_channels, side, side]: the velocity, and with ``learn_sigma`` as many channels that are not used.
+        """
         h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype))
         h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)
