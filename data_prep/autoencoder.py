@@ -114,7 +114,8 @@ def _measure(kind: Any, config: Mapping[str, Any]) -> LatentSpace:
         posterior = "latent_dist" in output
         latents = output["latent_dist"].mean if posterior else stored
         decoded = vae.decode(latents).sample
-    channels, side = latents.shape[1], latents.shape[-1]
+    channels = latents.shape[1]
+    side = latents.shape[-1]
     factor = PROBE // side
     if (
         latents.shape != (1, channels, side, side)
@@ -124,7 +125,8 @@ def _measure(kind: Any, config: Mapping[str, Any]) -> LatentSpace:
     ):
         shapes = " to ".join(str(list(x.shape)) for x in (images, latents, decoded))
         raise ValueError(f"it takes {shapes}")
-    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    scale = config.get("scaling_factor")
+    shift = config.get("shift_factor")
     if config.get("latents_mean") or config.get("latents_std"):
         scale = shift = None  # a number a channel: not what is meant here
     return LatentSpace(channels, factor, posterior, None if scale is None else float(scale), float(shift or 0.0))

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from data_prep.images import list_images, load_image
 from data_prep.shards import positive
@@ -33,8 +35,6 @@ KL_WEIGHT = 1e-4  # on the mean over latent values, beside the mean squared erro
 
 def write_images(out: Path) -> int:
     """Write the digits as out/LABEL/INDEX.png, RGB, 32x32, ink white on black; gives their number."""
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     with explained(str(out)), new_folder(out) as folder:
         for index, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
@@ -47,8 +47,6 @@ def write_images(out: Path) -> int:
 
 def build_vae(seed: int) -> Any:
     """An AutoencoderKL of 0.24e6 parameters: 32x32 images to 8x8 latents of 4 channels."""
-    from diffusers import AutoencoderKL
-
     # diffusers initialises from torch's global generator.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -91,7 +89,9 @@ def fit(vae: Any, images: torch.Tensor, steps: int, seed: int) -> None:
 @torch.inference_mode()
 def measure(vae: Any, images: torch.Tensor) -> tuple[float, float]:
     """(mean squared error of decode(mean) in the [-1, 1] scale, standard deviation of the posteriors' samples)."""
-    errors, means, variances = [], [], []
+    errors = []
+    means = []
+    variances = []
     for x in images.split(256):
         posterior = vae.encode(x).latent_dist
         errors.append((vae.decode(posterior.mean).sample - x).square().mean((1, 2, 3)))

@@ -84,7 +84,8 @@ def main() -> None:
     vae_hash = hash_weights(vae)
     vae.to(ranks.device())
     # The same kernels each time, so that a continued run writes the bytes an uninterrupted one would.
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
     write_shards(
         args,
         partial(read_pixels, size=args.size),

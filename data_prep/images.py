@@ -28,7 +28,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 

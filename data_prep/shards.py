@@ -220,7 +220,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 class _Files(torch.utils.data.Dataset):
     def __init__(self, paths: list[str], read: Callable[[str], Any]):
-        self.paths, self.read = paths, read
+        self.paths = paths
+        self.read = read
 
     def __getitem__(self, index: int) -> Any:
         try:

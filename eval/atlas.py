@@ -61,13 +61,18 @@ class Recorder:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(len(layers), *shape, experts, dtype=torch.int64, device=device)
 
-        self.by_time, self.class_tokens_by_time = zeros(times), zeros(times)
-        self.by_class, self.by_position, self.together = zeros(classes), zeros(side, side), zeros(experts)
-        self._time, self._labels = 0, torch.empty(0)
+        self.by_time = zeros(times)
+        self.class_tokens_by_time = zeros(times)
+        self.by_class = zeros(classes)
+        self.by_position = zeros(side, side)
+        self.together = zeros(experts)
+        self._time = 0
+        self._labels = torch.empty(0)
 
     def expect(self, time: int, labels: torch.Tensor) -> None:
         """The next forward pass is of samples with these labels, int64 [N], at the time of this number."""
-        self._time, self._labels = time, labels
+        self._time = time
+        self._labels = labels
 
     def __enter__(self) -> "Recorder":
         self._hooks = []
@@ -147,7 +152,8 @@ def make_atlas(
     recipe = replace(recipe, seed=seed, flow=replace(recipe.flow, label_dropout=0.0))
     reader = TrainingSamples(ShardReader(manifest), seed, recipe.data.horizontal_flip)
     latents = Latents.of(recipe, manifest)
-    flow, middles = build_flow(recipe), (np.arange(times) + 0.5) / times
+    flow = build_flow(recipe)
+    middles = (np.arange(times) + 0.5) / times
     samples_by_class = torch.zeros(len(manifest.classes), dtype=torch.int64)
     bf16 = device.type == "cuda" and recipe.precision != "fp32"  # as eval.sample computes
     with (
@@ -161,7 +167,9 @@ def make_atlas(
                 raise read
             samples_by_class += read["y"].bincount(minlength=len(samples_by_class))
             inputs = training_inputs(recipe, {key: value.to(device) for key, value in read.items()}, latents)
-            x, y, noise = inputs["x"], inputs["y"], inputs["noise"]
+            x = inputs["x"]
+            y = inputs["y"]
+            noise = inputs["noise"]
             for k, middle in enumerate(middles):
                 recorder.expect(k, y)
                 # The loss noises as training does, and is not asked for its value.
@@ -222,7 +230,8 @@ def main() -> None:
     settings = {"model": str(args.model), "model_sha256": model_fingerprint(args.model), "data": str(args.data)}
     save_atlas(replace(atlas, settings=settings | atlas.settings), args.out)
     even = math.log2(atlas.by_time.shape[-1])
-    lowest, highest = atlas.entropy.min(), atlas.entropy.max()
+    lowest = atlas.entropy.min()
+    highest = atlas.entropy.max()
     say(
         f"{len(atlas.layers)} MoE layers, {args.samples} samples at {args.times} times: entropy of the experts' shares "
         f"{lowest:.2f} to {highest:.2f} bits, {even:.2f} is even; atlas in {args.out}"

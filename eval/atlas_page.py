@@ -21,7 +21,7 @@ def atlas_parts(atlas: Atlas) -> Iterator[tuple[str, str, str]]:
     even = (float(np.log2(experts)), f"even: {np.log2(experts):.3g} bits")
     yield (
         "Entropy over time",
-        f"{_facts(atlas)} Entropy of the experts' shares of tokens in each MoE layer: at the dashed line all "
+        f"{_source(atlas)} Entropy of the experts' shares of tokens in each MoE layer: at the dashed line all "
         f"{experts} experts are used alike, at 0 one takes all; a curve that falls towards one end says that few "
         "experts do the work of those times.",
         _curves(atlas, layers, atlas.entropy, "bits", even),
@@ -65,11 +65,11 @@ def atlas_parts(atlas: Atlas) -> Iterator[tuple[str, str, str]]:
         )
 
 
-def _facts(atlas: Atlas) -> str:
-    settings = atlas.settings
+def _source(atlas: Atlas) -> str:
+    made = atlas.settings
     return (
-        f"{settings['samples']:,} samples of {settings.get('data', 'the data')} (seed {settings['seed']}) at {len(atlas.times)} "
-        f"times, through {settings.get('model', 'the model')}."
+        f"{made['samples']:,} samples of {made.get('data', 'the data')} (seed {made['seed']}) at {len(atlas.times)} "
+        f"times, through {made.get('model', 'the model')}."
     )
 
 

@@ -122,7 +122,8 @@ def read_batches(images: list[ImageFile], size: int) -> Iterator[torch.Tensor]:
 
         coming = submit(0)
         for start in range(0, len(images), BATCH):
-            batch, coming = coming, submit(start + BATCH)
+            batch = coming
+            coming = submit(start + BATCH)
             yield torch.stack([future.result() for future in batch])
 
 

@@ -33,7 +33,8 @@ class Sampling:
     @classmethod
     def of_recipe(cls, recipe: Recipe, seed: int) -> "Sampling":
         """A recipe's own."""
-        settings, latents = recipe.sampling, recipe.data.kind == "latents"
+        settings = recipe.sampling
+        latents = recipe.data.kind == "latents"
         return cls(
             seed=seed,
             method=settings.method,

@@ -27,7 +27,10 @@ WIDTH = 860  # of a drawing, in units that are a screen's pixels on a page of fu
 POINTS = 1500  # of a curve: more than a screen can show
 FEW = 40  # points; a curve of so few shows each, and is not smoothed
 
-INK, LINE, ACCENT, UNDER = "#6a7078", "#dfe3e8", "#2563c9", "#d9731a"
+INK = "#6a7078"  # 6a7078", "#dfe3e8", "#2563c9", "#d9731a"
+LINE = "#dfe3e8"
+ACCENT = "#2563c9"
+UNDER = "#d9731a"
 # What matplotlib draws in these colours follows the page's variables; more than even is in the accent.
 COLOURS = {INK: "var(--faint)", LINE: "var(--line)", ACCENT: "var(--accent)", UNDER: "var(--under)"}
 MIDDLE_BLUE = "#4a86e8"  # of images, which cannot follow the page: reads on white and on black
@@ -59,16 +62,21 @@ STYLE: Any = {
 }
 # A share beside an even one: a factor of 4 is full colour.
 RATIOS = ((0.25, "a quarter or less"), (0.5, "half"), (1.0, "even"), (2.0, "double"), (4.0, "4 times or more"))
-SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+SVG = "http://www.w3.org/2000/svg"
+XLINK = "http://www.w3.org/1999/xlink"
 
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Exponential moving average over about ``window`` values, unbiased at the start."""
-    keep, average, weight, result = 1 - 1 / max(window, 1), 0.0, 0.0, []
+    keep = 1 - 1 / max(window, 1)
+    average = 0.0
+    weight = 0.0
+    result = []
     for value in values:
-        average, weight = keep * average + (1 - keep) * value, keep * weight + (1 - keep)
+        average = keep * average + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
         result.append(average / weight)
     return result
 
@@ -86,9 +94,11 @@ def line_chart(steps: Sequence[int], values: Sequence[float], label: str) -> str
         axes = figure.subplots()
         # Rare spikes would flatten everything else.
         ordered = sorted(values)
-        low, high = ordered[0], ordered[min(len(ordered) - 1, math.ceil(0.999 * len(ordered)))]
+        low = ordered[0]
+        high = ordered[min(len(ordered) - 1, math.ceil(0.999 * len(ordered)))]
         if low > 0 and high / low > 10:
-            low, high = low / 1.1, high * 1.1
+            low = low / 1.1
+            high = high * 1.1
             axes.set_yscale("log")
             # 1, 2 and 5 times powers of ten; powers alone where that is many.
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e3 else (1,)))
@@ -96,7 +106,8 @@ def line_chart(steps: Sequence[int], values: Sequence[float], label: str) -> str
             axes.set_ylabel(f"{label} (log scale)")
         else:
             margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-            low, high = low - margin, high + margin
+            low = low - margin
+            high = high + margin
             axes.set_ylabel(label)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
         axes.set_ylim(low, high)

@@ -83,7 +83,8 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 def curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of a key, where it is a finite number."""
-    steps, values = [], []
+    steps = []
+    values = []
     for record in records:
         value = record.get(key)
         if isinstance(value, int | float) and math.isfinite(value):

@@ -103,7 +103,8 @@ def sample(args, out: Path, save: str) -> None:
 
 def _sample_missing(args, out, generate_batch, labels: list[int], extractor: Extractor | None) -> None:
     """Sample this rank's batches that are not whole yet; generate_batch gives the images of indices."""
-    world, device = ranks.world(), ranks.device()
+    world = ranks.world()
+    device = ranks.device()
     if extractor is None:
         done = set(os.listdir(out / "images"))
         missing = {i for i in range(args.num) if image_name(i, labels[i]) not in done}

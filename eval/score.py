@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
+from eval import features
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
@@ -43,30 +50,22 @@ class Statistics:
 
 def statistics(features: torch.Tensor) -> Statistics:
     """Mean and covariance of features [N, D], in float64."""
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-
     return Statistics(**fid_features_to_statistics(features.double()))
 
 
 def frechet_distance(samples: Statistics, reference: Statistics) -> float:
     """FID: |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (arXiv:1706.08500)."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-
     return fid_statistics_to_metric(vars(samples), vars(reference), verbose=False)[KEY_METRIC_FID]
 
 
 def inception_score(logits: torch.Tensor) -> tuple[float, float]:
     """Inception Score, mean and standard deviation over ten splits, of logits [N, K] (arXiv:1606.03498)."""
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-
     result = isc_features_to_metric(logits)
     return result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD]
 
 
 def kernel_distance(samples: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
     """KID, mean and standard deviation over 100 subsets, of features [N, D] and [M, D] (arXiv:1801.01401)."""
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-
     size = min(1000, len(samples), len(reference))
     result = kid_features_to_metric(samples.double(), reference.double(), kid_subset_size=size, verbose=False)
     return result[KEY_METRIC_KID_MEAN], result[KEY_METRIC_KID_STD]
@@ -74,8 +73,6 @@ def kernel_distance(samples: torch.Tensor, reference: torch.Tensor) -> tuple[flo
 
 def precision_recall(samples: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
     """Improved precision and recall, 3 neighbours, of features [N, D] and [M, D] (arXiv:1904.06991)."""
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
     device = ranks.device()
     result = prc_features_to_metric(samples.to(device), reference.to(device), verbose=False, save_cpu_ram=True)
     return result["precision"], result["recall"]
@@ -92,7 +89,8 @@ def load_statistics(file: Path) -> Statistics:
     """
     try:
         with np.load(file) as arrays:
-            mu, sigma = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+            mu = arrays["mu"].astype(np.float64)
+            sigma = arrays["sigma"].astype(np.float64)
     except FileNotFoundError:
         raise InputError(f"no reference {file}; it should be a .npz file, a folder of shards or of images") from None
     except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
@@ -140,8 +138,6 @@ def score(folder: Path, reference: Path, inception: str | None) -> dict[str, Any
     Raises:
         InputError: samples missing or too few, or a reference that cannot be used.
     """
-    from eval import features
-
     device = ranks.device()
     settings = load_settings(folder)
     check_reference(reference, inception)
@@ -239,9 +235,6 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def present(result: dict[str, Any], out: Path | None) -> None:
     """Print the scores, and write them as JSON."""
-    from rich.console import Console
-    from rich.table import Table
-
     if out is not None:
         write_json(out, result, indent=2, allow_nan=False)
         say(f"scores in {out}")

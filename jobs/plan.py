@@ -1,6 +1,7 @@
 """What each GPU will hold and send: python jobs/plan.py --recipe NAME --ds FILE --gpus N [--gpu h100-80g]."""
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from moe_dit.parallel.deepspeed_config import load_parallelism
@@ -38,8 +39,13 @@ def main() -> None:
         print_plan(args)
 
 
+def _size(n: float) -> str:
+    """Bytes for people: powers of 1000."""
+    return decimal(round(n))
+
+
 def print_plan(args) -> None:
-    from moe_dit.plan import GPUS, UTILISATION, best_mode, human, images_per_second, make_plan, measure_activations
+    from moe_dit.plan import GPUS, UTILISATION, best_mode, images_per_second, make_plan, measure_activations
 
     recipe = load_recipe(args.recipe, args.set)
     parallelism = load_parallelism(args.ds, recipe, args.gpus)
@@ -48,14 +54,14 @@ def print_plan(args) -> None:
     title = f"{recipe.name} on {args.gpus} x {args.gpu}, ZeRO {parallelism.zero_stage}, EP {parallelism.ep_size}"
     holds = Table("each GPU holds", "bytes", "", title=f"{title}, batch {batch}", title_justify="left")
     for key in ("weights", "gradients", "master", "state"):
-        holds.add_row(key, f"{getattr(plan, key):,}", human(getattr(plan, key)))
+        holds.add_row(key, f"{getattr(plan, key):,}", _size(getattr(plan, key)))
     for mode, size in plan.activations.items():
         fits = "fits" if plan.total(mode) <= GPUS[args.gpu].memory else "does not fit"
         label = f"activations, checkpointing {mode}"
-        holds.add_row(label, f"{size:,.0f}", f"{human(size)}; in all {human(plan.total(mode))}, {fits}")
+        holds.add_row(label, f"{size:,.0f}", f"{_size(size)}; in all {_size(plan.total(mode))}, {fits}")
     sends = Table("each step it sends", "bytes", "")
     for kind, size in plan.sends.items():
-        sends.add_row(kind, f"{size:,.0f}", human(size))
+        sends.add_row(kind, f"{size:,.0f}", _size(size))
     console = Console(width=110, highlight=False)
     console.print(holds)
     console.print(sends)
@@ -74,7 +80,7 @@ def print_plan(args) -> None:
 
 
 def print_table(ds: str, gpu: str) -> None:
-    from moe_dit.plan import best_mode, human, images_per_second, make_plan, measure_activations
+    from moe_dit.plan import best_mode, images_per_second, make_plan, measure_activations
 
     print("| recipe | GPUs | weights | gradients | master | state | activations | in all | images/s |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -88,9 +94,9 @@ def print_table(ds: str, gpu: str) -> None:
             parallelism = load_parallelism(file, recipe, gpus)
             plan = make_plan(recipe, parallelism, kept=kept)
             mode = best_mode(plan, gpu)
-            parts = [human(getattr(plan, key)) for key in ("weights", "gradients", "master", "state")]
-            activations = f"{human(plan.activations[mode])} ({mode})" if mode else "too large"
-            whole = human(plan.total(mode)) if mode else "-"
+            parts = [_size(getattr(plan, key)) for key in ("weights", "gradients", "master", "state")]
+            activations = f"{_size(plan.activations[mode])} ({mode})" if mode else "too large"
+            whole = _size(plan.total(mode)) if mode else "-"
             speed = f"{images_per_second(plan, gpu, parallelism):,.0f}"
             print(f"| {name} | {gpus} | {' | '.join(parts)} | {activations} | {whole} | {speed} |", flush=True)
 

@@ -46,7 +46,8 @@ class FlatSlice(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, torch.Size([numel]), dtype=data.dtype, device=data.device)
 
     def __init__(self, data: torch.Tensor, start: int, numel: int):
-        self.data_1d, self.start = data, start
+        self.data_1d = data
+        self.start = start
 
     def _chunk(self) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.data_1d.numel()]))
@@ -80,7 +81,9 @@ class Checkpointer:
     """
 
     def __init__(self, run: Path, keep: int, milestone_every: int = 0):
-        self.folder, self.keep, self.milestone_every = run / "checkpoints", keep, milestone_every
+        self.folder = run / "checkpoints"
+        self.keep = keep
+        self.milestone_every = milestone_every
         # Collectives of its own, apart from the ranks' training traffic.
         self.group: Any = torch.distributed.new_group(backend="gloo")
         self._writer: threading.Thread | None = None

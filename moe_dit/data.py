@@ -31,7 +31,8 @@ from moe_dit.runtime.ranks import World
 
 def check_manifest(manifest: Manifest, recipe: Recipe) -> None:
     """Refuse shards that are not what the recipe's network takes (InputError)."""
-    model, data = recipe.model, recipe.data
+    model = recipe.model
+    data = recipe.data
     if manifest.kind != data.kind:
         raise InputError(f"{manifest.folder} holds {manifest.kind}, but recipe {recipe.name} trains on {data.kind}")
     moments = manifest.kind == "latents" and manifest.posterior
@@ -80,7 +81,8 @@ class Latents:
     @classmethod
     def of(cls, recipe: Recipe, manifest: Manifest) -> "Latents":
         """Those of shards; scale and shift as the recipe says, or else the manifest."""
-        scale, shift = recipe.data.latent_scale or manifest.scale, recipe.data.latent_shift
+        scale = recipe.data.latent_scale or manifest.scale
+        shift = recipe.data.latent_shift
         return cls(scale or 1.0, manifest.shift if shift is None else shift, manifest.posterior)
 
 
@@ -194,7 +196,9 @@ class TrainingSamples(Dataset):
     """
 
     def __init__(self, reader: ShardReader, seed: int, horizontal_flip: float):
-        self.reader, self.seed, self.horizontal_flip = reader, seed, horizontal_flip
+        self.reader = reader
+        self.seed = seed
+        self.horizontal_flip = horizontal_flip
 
     def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor] | InputError:
         try:
@@ -206,7 +210,8 @@ class TrainingSamples(Dataset):
         n = len(self.reader)
         where = torch.tensor(positions)
         flips = (uniform(self.seed, Stream.FLIP, where) < self.horizontal_flip).tolist()
-        arrays, labels = [], []
+        arrays = []
+        labels = []
         for position, flip in zip(positions, flips, strict=True):
             members = self.reader.members(int(_order(self.seed, position // n, n)[position % n]))
             if self.reader.manifest.kind == "latents":
@@ -225,13 +230,11 @@ class Positions:
     """
 
     def __init__(self, first_step: int, steps: int, global_batch_size: int, micro_batch_size: int, world: World):
-        self.first, self.steps, self.batch, self.micro, self.world = (
-            first_step,
-            steps,
-            global_batch_size,
-            micro_batch_size,
-            world,
-        )
+        self.first = first_step
+        self.steps = steps
+        self.batch = global_batch_size
+        self.micro = micro_batch_size
+        self.world = world
 
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(
@@ -278,7 +281,8 @@ def training_inputs(recipe: Recipe, batch: dict[str, torch.Tensor], latents: Lat
         in [-1, 1]), y int64 [N] with dropped labels replaced by the null class, noise as x, u float32 [N] uniform in
         [0, 1) for the time, and the samples' position in the run.
     """
-    seed, position = recipe.seed, batch["position"]
+    seed = recipe.seed
+    position = batch["position"]
     if recipe.data.kind == "latents":
         x = batch["x"].float()
         if latents.posterior:

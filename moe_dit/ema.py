@@ -21,7 +21,8 @@ class EMA:
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], decays: dict[str, float]):
-        self.weights, self.decays = list(weights), decays
+        self.weights = list(weights)
+        self.decays = decays
         self.averages = {name: [weight.detach().clone() for weight in self.weights] for name in decays}
 
     @torch.no_grad()

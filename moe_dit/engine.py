@@ -83,7 +83,9 @@ class Engine:
     loss_names: list[str]  # of train_step's "terms", from the first step on
 
     def __init__(self, recipe: Recipe, parallelism: Parallelism, device: torch.device):
-        self.recipe, self.parallelism, self.device = recipe, parallelism, device
+        self.recipe = recipe
+        self.parallelism = parallelism
+        self.device = device
         self.flow = build_flow(recipe)
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
         if self.bf16 and parallelism.zero_stage == 0:
@@ -151,7 +153,8 @@ class Engine:
         """
         for group in self._zero.param_groups:
             group["lr"] = self.learning_rate(step)
-        parallelism, parts = self.parallelism, []
+        parallelism = self.parallelism
+        parts = []
         for batch in micro_batches:
             set_dropout_draws(self._dropouts, self.recipe.seed, batch["position"])
             t = self.flow.times(batch["u"])
@@ -275,9 +278,11 @@ class Engine:
             shape = getattr(weight, "ds_shape", weight.shape)
             local = shape.numel()
             if expert_start is None:
-                numel, offset = local, 0
+                numel = local
+                offset = 0
             else:
-                numel, offset = local * self.parallelism.ep_size, expert_start * (local // shape[0])
+                numel = local * self.parallelism.ep_size
+                offset = expert_start * (local // shape[0])
             for start, tensors in self._local_slices(weight, owned_only):
                 yield Piece(name, numel, offset + start, tensors)
 
@@ -316,7 +321,8 @@ class Engine:
             if mapping is not None:
                 # Our own table rather than DeepSpeed's linked fragments: 0.19.8 links them after the first group's step
                 # only, and finds nothing for the other groups.
-                in_flat, in_weight = mapping.hp_fragment_address, mapping.lp_fragment_address
+                in_flat = mapping.hp_fragment_address
+                in_weight = mapping.lp_fragment_address
                 state = self._state_of[id(self._flat_weights()[mapping.param_group_index])]
                 yield (
                     in_weight.start,
@@ -324,7 +330,8 @@ class Engine:
                 )
         else:  # no ZeRO: every rank of the weight's group holds it all
             group = self._replicas(weight)
-            rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+            rank = torch.distributed.get_rank(group)
+            size = torch.distributed.get_world_size(group)
             n = weight.numel()
             first, last = (n * rank // size, n * (rank + 1) // size) if owned_only else (0, n)
             if last > first:

@@ -33,8 +33,12 @@ class Flow:
         noise_scale: float = 1.0,
         min_denominator: float = 0.05,
     ):
-        self.prediction, self.time, self.time_mean, self.time_std = prediction, time, time_mean, time_std
-        self.noise_scale, self.min_denominator = noise_scale, min_denominator
+        self.prediction = prediction
+        self.time = time
+        self.time_mean = time_mean
+        self.time_std = time_std
+        self.noise_scale = noise_scale
+        self.min_denominator = min_denominator
 
     def velocity(self, model: Any, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The network's velocity, float32, shaped as z (a learned sigma's channels are left out)."""

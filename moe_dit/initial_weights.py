@@ -58,7 +58,8 @@ def check_same_network(settings: NetworkConfig, recipe: Recipe, folder: Path, ig
         folder: its name, for the message.
         ignored: keys and sections of the ``model`` section that may differ, besides those that act in training alone.
     """
-    ours, theirs = recipe.to_dict()["model"], asdict(settings)
+    ours = recipe.to_dict()["model"]
+    theirs = asdict(settings)
     if ours["family"] != theirs["family"]:
         raise InputError(f"{folder} is a {theirs['family']} network, but recipe {recipe.name} is {ours['family']}")
     for key, our, their in differences(ours, theirs):
@@ -115,5 +116,6 @@ def read_flat(tensor: Any, start: int, numel: int) -> torch.Tensor:
         numel: how many.
     """
     row = math.prod(tensor.get_shape()[1:])
-    first, last = start // row, -(-(start + numel) // row)
+    first = start // row
+    last = -(-(start + numel) // row)
     return tensor[first:last].flatten()[start - first * row :][:numel]

@@ -55,7 +55,10 @@ class Looks:
     """
 
     def __init__(self, recipe: Recipe, run: Path, device: torch.device, micro_batch_size: int):
-        self.recipe, self.folder, self.device, self.batch = recipe, run / "looks", device, micro_batch_size
+        self.recipe = recipe
+        self.folder = run / "looks"
+        self.device = device
+        self.batch = micro_batch_size
         settings = recipe.looks
         self.sampling = Sampling.of_recipe(recipe, recipe.seed)
         self.vae: Any = None
@@ -104,7 +107,8 @@ class Looks:
         check_manifest(manifest, self.recipe)
         # Labels are never dropped; everything random is drawn by a sample's place in the held-out set.
         recipe = replace(self.recipe, flow=replace(self.recipe.flow, label_dropout=0.0))
-        samples, latents = TrainingSamples(ShardReader(manifest), recipe.seed, 0.0), Latents.of(recipe, manifest)
+        samples = TrainingSamples(ShardReader(manifest), recipe.seed, 0.0)
+        latents = Latents.of(recipe, manifest)
         positions, own = share(min(self.recipe.looks.held_out_samples, manifest.samples))
         for start in range(0, len(positions), self.batch):
             part = positions[start : start + self.batch]

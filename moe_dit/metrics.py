@@ -61,11 +61,13 @@ class Reports:
         self, step: int, lr: float, names: list[str], result: dict[str, torch.Tensor], grad_norm: float | torch.Tensor
     ) -> None:
         """Start bringing over a step's result (of Engine.train_step); ``names`` are its losses'."""
-        load, terms = result["load"], result["terms"]
+        load = result["load"]
+        terms = result["terms"]
         norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=terms.device)
         numbers = torch.cat([terms, torch.stack([result["stop"], norm]), load.flatten()])
         host = torch.empty(numbers.shape, pin_memory=numbers.is_cuda).copy_(numbers, non_blocking=True)
-        before, self._last = self._last, self._now()
+        before = self._last
+        self._last = self._now()
         self._queue.append((step, lr, names, host, load.shape, before, self._last))
 
     def take(self, everything: bool = False) -> Iterator[Report]:
@@ -81,6 +83,15 @@ class Reports:
             losses = dict(zip(names, host[:n].tolist(), strict=True))
             stop, norm = host[n : n + 2].tolist()
             yield Report(step, lr, losses, stop > 0, norm, host[n + 2 :].view(shape), seconds)
+
+
+def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """A record's numbers by name; those of a list by name/index."""
+    for key, value in record.items():
+        if isinstance(value, list):
+            yield from ((f"{key}/{i}", item) for i, item in enumerate(value))
+        elif key != "step":
+            yield key, value
 
 
 def imbalance(load: torch.Tensor) -> float:
@@ -100,7 +111,8 @@ class Metrics:
     SECONDS_BETWEEN_FLUSHES = 1.0
 
     def __init__(self, run: Path, first_step: int, recipe: Recipe):
-        self.path, self.images = run / "metrics.jsonl", recipe.global_batch_size
+        self.path = run / "metrics.jsonl"
+        self.images = recipe.global_batch_size
         self._keep_until(first_step)
         self._file = open(self.path, "a")
         self._sinks = open_sinks(recipe, run, first_step)
@@ -120,9 +132,8 @@ class Metrics:
         }
         record |= {name: value for name, value in report.losses.items() if name != "loss"}
         record |= look or {}
-        numbers = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
         for sink in self._sinks:
-            sink.numbers(numbers, report.step)
+            sink.numbers(dict(_numbers(record)), report.step)
         self._load = report.load if self._load is None else self._load + report.load
         if report.step % LOAD_EVERY == 0 and self._load.numel():
             record |= self._expert_load(report.step)
@@ -138,7 +149,8 @@ class Metrics:
 
     def _expert_load(self, step: int) -> dict[str, Any]:
         """Every expert's share since the last such record; a dead expert got no token in all that time."""
-        load, self._load = self._load, None
+        load = self._load
+        self._load = None
         assert load is not None
         dead = [f"{expert} of MoE layer {layer}" for layer, expert in (load == 0).nonzero().tolist()]
         if dead:

@@ -40,7 +40,9 @@ OPTIMIZERS = {"adamw": OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq"))}
 
 # What people ask for and cannot have here, and why.
 REFUSED = {
-    "muon": "Muon orthogonalises whole matrices, of which a rank holds a slice",
+    # Tried with DeepSpeed 0.19.8's, which gathers matrices inside ZeRO 1 and 2: it trains, but keeps the momentum of a
+    # matrix that two ranks share whole on both, so its state is no slice that another number of ranks could load.
+    "muon": "Muon works on whole matrices, and a checkpoint here keeps slices that any number of ranks can load",
     "lamb": "LAMB scales by the norm of a whole weight, of which a rank holds a slice",
     "adafactor": "Adafactor factors whole matrices, of which a rank holds a slice",
 }

@@ -5,7 +5,6 @@ network on the meta device. Activations are measured on two small depths of the 
 along the depth. Traffic is counted from the algorithms, and the speed estimated from arithmetic and traffic.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +75,8 @@ def make_plan(
     """
     model = build_model(recipe, device="meta")
     experts = {id(p) for m in model.modules() if isinstance(m, MoE) for p in m.experts.parameters()}
-    world, ep = parallelism.world_size, parallelism.ep_size
+    world = parallelism.world_size
+    ep = parallelism.ep_size
     dense_sizes = [p.numel() for p in model.parameters() if id(p) not in experts]
     expert_sizes = [p.numel() // ep for p in model.parameters() if id(p) in experts]
     size = 2 if bf16 else 4
@@ -85,10 +85,13 @@ def make_plan(
     local = sum(dense_sizes) + sum(expert_sizes)
     if stage == 3:
         parts = sum(-(-n // ranks) for sizes, ranks in groups for n in sizes)
-        weights, gradients, masters = parts, parts, parts
+        weights = parts
+        gradients = parts
+        masters = parts
     else:
         parts = sum(_padded(sum(sizes), ALIGNMENT * ranks) // ranks for sizes, ranks in groups)
-        weights, gradients = local, parts if stage == 2 else local
+        weights = local
+        gradients = parts if stage == 2 else local
         masters = parts if stage else local
     states = len(optimizer_kind(recipe.optimizer.name).state) + len(recipe.ema.decays)
     kept = kept or dict.fromkeys(MODES, 0.0)
@@ -121,7 +124,8 @@ def _split(sizes: list[int]) -> list[list[int]]:
 
 def training_flops(recipe: Recipe, model: torch.nn.Module) -> float:
     """Floating-point operations to train on one image: 6 a weight and token, and attention's 12 T^2 D a block."""
-    tokens, moe = recipe.model.tokens, recipe.model.moe
+    tokens = recipe.model.tokens
+    moe = recipe.model.moe
     flops = 12.0 * tokens**2 * recipe.model.hidden_size * recipe.model.depth
     for name, weight in model.named_parameters():
         share = 1.0
@@ -139,7 +143,8 @@ def measure_activations(recipe: Recipe) -> dict[str, float]:
     Two depths of the network run on the CPU; what a pair of blocks keeps is extended to the recipe's depth. To the
     modes that recompute, one block's activations are added, which the backward pass brings back.
     """
-    two, four = _kept_bytes(recipe, 2), _kept_bytes(recipe, 4)
+    two = _kept_bytes(recipe, 2)
+    four = _kept_bytes(recipe, 4)
     pairs = (recipe.model.depth - 2) / 2
     block = (four["none"] - two["none"]) / 2
     return {mode: two[mode] + (four[mode] - two[mode]) * pairs + (block if mode != "none" else 0) for mode in MODES}
@@ -177,9 +182,11 @@ def _kept_bytes(recipe: Recipe, depth: int) -> dict[str, int]:
 
 def _traffic(recipe: Recipe, parallelism: Parallelism, dense: int, experts: int, size: int) -> dict[str, float]:
     """Bytes that a rank sends each step."""
-    world, ep = parallelism.world_size, parallelism.ep_size
+    world = parallelism.world_size
+    ep = parallelism.ep_size
     images = parallelism.micro_batch_size * parallelism.accumulation
-    moe, layers = recipe.token_choice, recipe.model.depth // 2
+    moe = recipe.token_choice
+    layers = recipe.model.depth // 2
     rows = images * recipe.model.tokens * (moe.top_k if moe is not None else 0)
     # Tokens go out and come back, in the forward and in the backward pass.
     all_to_all = 4.0 * layers * rows * recipe.model.hidden_size * size * (ep - 1) / ep
@@ -210,9 +217,3 @@ def images_per_second(plan: Plan, gpu: str, parallelism: Parallelism) -> float:
 def best_mode(plan: Plan, gpu: str) -> str | None:
     """The cheapest activation checkpointing mode that fits, or None."""
     return next((mode for mode in MODES if plan.total(mode) <= GPUS[gpu].memory), None)
-
-
-def human(n: float) -> str:
-    """Bytes for people: powers of 1000."""
-    power = min(int(math.log10(max(n, 1)) // 3), 4)
-    return f"{n / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -106,7 +106,8 @@ def _schema(loc: tuple, values: dict) -> Any:
     """The dataclass at a location, for the names of its keys."""
     schema: Any = Recipe
     if loc[:1] == ("model",):
-        schema, loc = FAMILIES[values["model"]["family"]].config, loc[1:]
+        schema = FAMILIES[values["model"]["family"]].config
+        loc = loc[1:]
     for key in loc:
         fields = {f.name: f.type for f in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else {}
         schema = fields.get(key)

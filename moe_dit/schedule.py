@@ -16,7 +16,8 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
         step: counted from 0.
         steps: of the whole run.
     """
-    warmup, lr = optimizer.warmup_steps, optimizer.lr
+    warmup = optimizer.warmup_steps
+    lr = optimizer.lr
     if step < warmup:
         return lr * min(1.0, (step + 1) / warmup)
     if optimizer.schedule == "constant":

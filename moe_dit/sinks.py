@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import write_text
 
 PROJECT = "moe-dit"  # the name that trackers show runs under
 
@@ -49,11 +51,15 @@ class _Tracker:
     """Weights & Biases, and trackio, which has the same calls. One run here is one run there, by its folder's name."""
 
     module = ""
-    options: dict[str, Any] = {}  # noqa: RUF012  # a constant
 
     def __init__(self, run: Path, first_step: int, recipe: Recipe):
         self._library = importlib.import_module(self.module)
-        self._library.init(project=PROJECT, name=run.name, config=recipe.to_dict(), resume="allow", **self.options)
+        options = self.options(run)
+        self._library.init(project=PROJECT, name=run.name, config=recipe.to_dict(), resume="allow", **options)
+
+    def options(self, run: Path) -> dict[str, Any]:
+        """Further arguments of the library's init."""
+        return {}
 
     def numbers(self, values: dict[str, float], step: int) -> None:
         self._library.log(values, step=step)
@@ -69,6 +75,13 @@ class WeightsAndBiases(_Tracker):
     """wandb, from `pip install wandb`; its own environment variables (WANDB_MODE, ...) apply."""
 
     module = "wandb"
+
+    def options(self, run: Path) -> dict[str, Any]:
+        """The id by which W&B knows a run that continues, kept in the run's folder."""
+        file = run / "wandb_id"
+        if not file.exists():
+            write_text(file, uuid.uuid4().hex)
+        return {"id": file.read_text(), "dir": str(run)}
 
 
 class Trackio(_Tracker):

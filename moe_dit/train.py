@@ -90,7 +90,8 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     first_step = checkpointer.load(engine, checkpoint) if checkpoint else 0
     if recipe.initial_weights is not None and not checkpoint:
         load_initial_weights(engine, Path(recipe.initial_weights))
-    held, metrics = engine.bytes_held_by_rank(), None
+    held = engine.bytes_held_by_rank()
+    metrics = None
     if world.rank == 0:
         if checkpoint and checkpoint.parent == checkpointer.folder:
             set_latest(checkpointer.folder, checkpoint.name)
@@ -140,14 +141,18 @@ def _loop(
     """Train from ``first_step`` until the recipe's last step or a request to stop; returns the last step, saved."""
     from moe_dit.metrics import Reports
 
-    recipe, reports, step = engine.recipe, Reports(engine.device), first_step
+    recipe = engine.recipe
+    reports = Reports(engine.device)
+    step = first_step
     with task("training", recipe.steps, first_step) as progress:
         while step < recipe.steps:
             # A save that failed ends the run too, and every rank must know in the same step.
             result = engine.train_step(step, next(micro_batches), stop=request.asked or checkpointer.failed())
             reports.push(step + 1, engine.learning_rate(step), engine.loss_names, result, engine.gradient_norm())
             step += 1
-            save, stop, note = step % recipe.checkpoint.every == 0 or step == recipe.steps, False, ""
+            save = step % recipe.checkpoint.every == 0 or step == recipe.steps
+            stop = False
+            note = ""
             found: dict[int, dict] = {}
             if looks is not None and step % recipe.looks.every == 0:
                 found[step], pictures = looks.look(engine, step)
@@ -217,7 +222,8 @@ def _resumed(recipe: Recipe, run: Path, resume: str) -> Path | None:
 def _check_same(recipe: Recipe, description: dict, checkpoint: Path) -> None:
     """Refuse to continue another experiment, and a run that is longer than asked for."""
     # Read as a recipe, so that a key which the run is older than has its default.
-    ours, theirs = recipe.to_dict(), parse_recipe(description["recipe"], str(checkpoint)).to_dict()
+    ours = recipe.to_dict()
+    theirs = parse_recipe(description["recipe"], str(checkpoint)).to_dict()
     for key in SAME_ON_RESUME:
         for path, new, old in differences(ours[key], theirs[key], key):
             raise InputError(

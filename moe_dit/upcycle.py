@@ -100,16 +100,20 @@ def upcycle(dense: Network, recipe: Recipe) -> Network:
 
 def _divide(mlp: Any, layer: Any) -> None:
     """Give the first half of a SwiGLU's units to every routed expert of a MoE layer, and the rest to the shared one."""
-    experts, shared = layer.experts, layer.shared_experts
+    experts = layer.experts
+    shared = layer.shared_experts
     half = mlp.gate_proj.out_features // 2
     rest = mlp.gate_proj.out_features - half
     for source, target, weight, bias in (
         (mlp.gate_proj, shared.gate_proj, experts.gate_proj, experts.gate_bias),
         (mlp.up_proj, shared.up_proj, experts.up_proj, experts.up_bias),
     ):
-        weight[:, :half], bias[:, :half] = source.weight[:half], source.bias[:half]
-        target.weight[:rest], target.bias[:rest] = source.weight[half:], source.bias[half:]
-    source, target = mlp.down_proj, shared.down_proj
+        weight[:, :half] = source.weight[:half]
+        bias[:, :half] = source.bias[:half]
+        target.weight[:rest] = source.weight[half:]
+        target.bias[:rest] = source.bias[half:]
+    source = mlp.down_proj
+    target = shared.down_proj
     experts.down_proj.zero_()[:, :, :half] = source.weight[:, :half] / layer.router.routed_scale
     experts.down_bias.zero_()
     target.weight.zero_()[:, :rest] = source.weight[:, half:]

@@ -10,11 +10,8 @@ fast part.
 
 import argparse
 import json
-import os
 import random
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,14 +19,15 @@ import time
 from pathlib import Path
 
 import torch
+from helpers import finish, kill, losses, start_training, wait_for_step
 from rich.console import Console
 from rich.table import Table
 
+from moe_dit.build import build_model
 from moe_dit.checkpoint import find_checkpoint, read_state
 from moe_dit.export import export_checkpoint
 from moe_dit.recipe_file import load_recipe
 
-ROOT = Path(__file__).parent.parent
 TOPOLOGIES = [(1, 1, 1), (2, 1, 2), (2, 2, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3), (4, 2, 2), (4, 4, 2), (4, 4, 3)]
 PIXEL_TOPOLOGIES = [(1, 1, 1), (2, 2, 2), (2, 2, 3)]
 KILLS = 20
@@ -47,40 +45,8 @@ def start(topology, data: Path, run: Path, steps: int, recipe: str = "digits", e
     ds.parent.mkdir(parents=True, exist_ok=True)
     config = {"expert_parallel": {"enabled": True, "autoep_size": ep}, "zero_optimization": {"stage": zero}}
     ds.write_text(json.dumps(config))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
-    flags = ["--ds", ds, "--recipe", recipe, "--data", data, "--out", run, "--steps", steps]
-    with open(run.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(
-            [*launcher, "jobs/train.py", *map(str, flags), "--set", f"checkpoint.every={every}"],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-
-
-def finish(process: subprocess.Popen, run: Path) -> None:
-    if process.wait() != 0:
-        sys.exit(f"{run} failed: see {run.with_suffix('.log')}")
-
-
-def kill(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    """Metrics are flushed every second, so this may be late, never early."""
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < step:
-        time.sleep(0.05)
+    flags = ["--recipe", recipe, "--steps", str(steps), "--set", f"checkpoint.every={every}"]
+    return start_training(ranks, ds, data, run, *flags)
 
 
 def worst(got: list[float], want: list[float]) -> float:
@@ -90,8 +56,6 @@ def worst(got: list[float], want: list[float]) -> float:
 
 
 def ema_of(run: Path) -> dict[str, torch.Tensor]:
-    from moe_dit.build import build_model
-
     checkpoint = find_checkpoint(run)
     assert checkpoint is not None
     recipe = load_recipe(str(run / "config.yaml"))
@@ -121,7 +85,7 @@ def compare_losses(title: str, topologies, data: Path, out: Path, steps: int, re
     for topology in topologies:
         run = out / f"{recipe}_{'_'.join(map(str, topology))}"
         if not (run / "checkpoints" / f"step_{steps:08d}").exists():
-            finish(start(topology, data, run, steps, recipe), run)
+            finish(start(topology, data, run, steps, recipe), run, 3600)
         got, want = losses(run), losses(out / f"{recipe}_1_1_1")
         five, all_ = worst(got[:5], want[:5]), worst(got, want)
         results.add(name(topology), f"{five:.1e}", f"{all_:.1e}", good=five <= 1e-5 and all_ <= 1e-3)
@@ -135,13 +99,13 @@ def compare_resumed(data: Path, out: Path, steps: int) -> Results:
     killed = out / "killed"
     shutil.rmtree(killed, ignore_errors=True)
     process = start(first, data, killed, steps)
-    wait_for_step(killed, steps // 2)
+    wait_for_step(killed, steps // 2, process)
     kill(process)
     for topology in TOPOLOGIES:
         run = out / f"continued_{'_'.join(map(str, topology))}"
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(killed, run)
-        finish(start(topology, data, run, steps), run)
+        finish(start(topology, data, run, steps), run, 3600)
         allowed = 1e-6 if topology == first else 1e-3
         error, ema = worst(losses(run), losses(whole)), ema_error(run, whole)
         cells = name(topology), f"{error:.1e}", f"{ema:.1e}", f"{allowed:.0e}"

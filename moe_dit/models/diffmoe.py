@@ -88,7 +88,9 @@ class ExpertChoiceMoE(nn.Module):
         gated: bool = False,
     ):
         super().__init__()
-        self.num_experts, self.capacity, self.capacity_loss_weight = num_experts, capacity, capacity_loss_weight
+        self.num_experts = num_experts
+        self.capacity = capacity
+        self.capacity_loss_weight = capacity_loss_weight
         self.gate_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.experts = Experts(num_experts, hidden_size, expert_width, bias=not gated, gated=gated)
         self.capacity_predictor = nn.Sequential(
@@ -165,7 +167,8 @@ class DiffMoE(Network):
         interleave: bool = True,
     ):
         super().__init__()
-        self.num_classes, self.in_channels = num_classes, in_channels
+        self.num_classes = num_classes
+        self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
         width = int(hidden_size * mlp_ratio)
 
@@ -189,7 +192,16 @@ class DiffMoE(Network):
         self.register_buffer("pos_embed", sin_cos_2d(hidden_size, input_size // patch_size))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Predict from a noisy latent; arguments and result as :meth:`moe_dit.models.dsmoe.DSMoE.forward`."""
+        """Predict from a noisy latent.
+
+        Args:
+            x: [N, C, side, side].
+            t: [N] in [0, 1], 0 is noise and 1 is data.
+            y: int64 [N] in [0, num_classes]; num_classes is the null label. Labels are never dropped here.
+
+        Returns:
+            [N, out_channels, side, side]: the velocity, and with ``learn_sigma`` as many channels that are not used.
+        """
         h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype))
         h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)

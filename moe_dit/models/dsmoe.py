@@ -67,9 +67,11 @@ class DSMoE(Network):
         dense_first: int = 0,
     ):
         super().__init__()
-        self.num_classes, self.in_channels = num_classes, in_channels
+        self.num_classes = num_classes
+        self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
-        side, head_dim = input_size // patch_size, hidden_size // num_heads
+        side = input_size // patch_size
+        head_dim = hidden_size // num_heads
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.c_embedder = ConditionEmbedder(hidden_size, num_classes)
         self.blocks = nn.ModuleList(

@@ -98,8 +98,11 @@ class JiT(Network):
         proj_dropout: float = 0.0,
     ):
         super().__init__()
-        self.num_classes, self.in_channels, self.out_channels = num_classes, in_channels, in_channels
-        self.in_context_len, self.in_context_start = in_context_len, in_context_start
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.out_channels = in_channels
+        self.in_context_len = in_context_len
+        self.in_context_start = in_context_start
         side = input_size // patch_size
         self.x_embedder = BottleneckPatchEmbed(in_channels, patch_size, bottleneck_dim, hidden_size)
         self.c_embedder = ConditionEmbedder(hidden_size, num_classes)

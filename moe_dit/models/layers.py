@@ -36,7 +36,8 @@ def rope_1d(head_dim: int, positions: torch.Tensor, theta: float = 10000.0) -> t
 def rope_2d(head_dim: int, side: int) -> torch.Tensor:
     """Rotary table [side * side, head_dim]: half of the channels turn with the row, half with the column."""
     line = rope_1d(head_dim // 2, torch.arange(side, device="cpu"))
-    rows, columns = line[:, None].expand(side, side, -1), line[None].expand(side, side, -1)
+    rows = line[:, None].expand(side, side, -1)
+    columns = line[None].expand(side, side, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
@@ -98,7 +99,8 @@ class Block(nn.Module):
         self.attn = AttentionRope(hidden_size, num_heads, **{"num_prefix_tokens": 0} | attention)
         # timm's attention with dropout modules of ours; torch's fused kernel would draw what it drops by itself.
         attention_module: Any = self.attn
-        attention_module.attn_drop, attention_module.proj_drop = Dropout(attn_drop), Dropout(proj_drop)
+        attention_module.attn_drop = Dropout(attn_drop)
+        attention_module.proj_drop = Dropout(proj_drop)
         if attn_drop:
             attention_module.fused_attn = False
         self.norm2 = norm(hidden_size)
@@ -138,6 +140,7 @@ def moe_blocks(depth: int, interleave: bool = True, dense_first: int = 0) -> lis
 def unpatchify(x_NTP: torch.Tensor, channels: int) -> torch.Tensor:
     """Patches [N, T, patch * patch * channels] (channel last, row major) back to a square [N, channels, side, side]."""
     tokens, values = x_NTP.shape[1:]
-    side, patch = round(tokens**0.5), round((values / channels) ** 0.5)
+    side = round(tokens**0.5)
+    patch = round((values / channels) ** 0.5)
     x = x_NTP.view(-1, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(-1, channels, side * patch, side * patch)

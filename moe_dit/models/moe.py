@@ -113,10 +113,13 @@ class Router(nn.Module):
         auxiliary_losses: dict[str, float] | None = None,
     ):
         super().__init__()
-        self.score, self.auxiliary_losses = score, dict(auxiliary_losses or {})
+        self.score = score
+        self.auxiliary_losses = dict(auxiliary_losses or {})
         self.layer_losses: dict[str, torch.Tensor] = {}
-        self.top_k, self.routed_scale = top_k, routed_scale
-        self.num_groups, self.num_groups_kept = num_groups, num_groups_kept
+        self.top_k = top_k
+        self.routed_scale = routed_scale
+        self.num_groups = num_groups
+        self.num_groups_kept = num_groups_kept
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, device="cpu"))
 
@@ -204,9 +207,11 @@ class Experts(nn.Module):
         implementation: str = "auto",
     ):
         super().__init__()
-        self.implementation, self.dropout = implementation, Dropout(dropout)
+        self.implementation = implementation
+        self.dropout = Dropout(dropout)
         # A slice of the experts knows which of all it holds, so that dropout is the same wherever an expert is.
-        self.num_experts, self.first_expert = num_experts, 0
+        self.num_experts = num_experts
+        self.first_expert = 0
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape))

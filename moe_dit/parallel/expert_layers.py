@@ -31,7 +31,8 @@ class ExpertParallelMoE(AutoEPMoELayer):
     tokens_per_expert: torch.Tensor
 
     def __init__(self, name: str, moe: MoE, ep_size: int, ep_rank: int):
-        router, experts = moe.router, moe.experts
+        router = moe.router
+        experts = moe.experts
         num_experts, expert_width, hidden_size = experts.up_proj.shape
         spec = MoELayerSpec(
             moe_module_name=name,
@@ -69,7 +70,8 @@ class ExpertParallelMoE(AutoEPMoELayer):
             if key.startswith(("allreduce", "group_", "ds_zero"))
         }
         router_marks = dict(self.router.get_submodule("gate").weight.__dict__)
-        self.router, self.experts = router, _take_experts(experts, ep_rank, ep_size)
+        self.router = router
+        self.experts = _take_experts(experts, ep_rank, ep_size)
         for parameter in self.router.parameters():
             parameter.__dict__.update(router_marks)
         for parameter in self.experts.parameters():
@@ -98,7 +100,8 @@ class ExpertParallelMoE(AutoEPMoELayer):
 
 # Where dropout is by position, an expert must know which token each of its rows is, on whatever rank it is. AutoEP
 # sends rows of numbers and nothing else, so the token's name travels as further channels, a byte each: exact in bf16.
-_POSITION_BYTES, _TOKEN_BYTES = 6, 2
+_POSITION_BYTES = 6
+_TOKEN_BYTES = 2
 
 
 def _pack_rows(x_NTD: torch.Tensor, rows: Rows) -> torch.Tensor:

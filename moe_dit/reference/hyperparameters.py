@@ -58,7 +58,8 @@ def read_meta(meta: dict[str, Any]) -> tuple[dict[str, Any], Flow]:
 
 def _latent_sizes(params: _Section) -> dict[str, Any]:
     """What DSMoE and DiffMoE have in common."""
-    hidden_size, num_heads = params.get("hidden_size", 1152), params.get("num_heads", 16)
+    hidden_size = params.get("hidden_size", 1152)
+    num_heads = params.get("num_heads", 16)
     if params.get("head_dim", None) not in (None, hidden_size // num_heads):
         raise InputError(f"meta: {params.name}.head_dim is not hidden_size / num_heads, which is not supported")
     if params.get("class_dropout_prob", 0.1) <= 0:
@@ -142,7 +143,8 @@ def _diffmoe(meta: _Section) -> tuple[dict[str, Any], Flow]:
 
 
 def _jit(meta: _Section) -> tuple[dict[str, Any], Flow]:
-    net, denoiser = meta.section("net"), meta.section("denoiser")
+    net = meta.section("net")
+    denoiser = meta.section("denoiser")
     model = {
         "family": "jit",
         "input_size": denoiser.get("img_size"),

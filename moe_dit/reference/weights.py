@@ -101,7 +101,8 @@ def _reorder(order: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def _qkv_order(config: dict) -> torch.Tensor:
     """Rows of a published qkv in our order: each head's halves of pairs become neighbours, in queries and keys."""
-    heads, width = config["num_heads"], config["hidden_size"] // config["num_heads"]
+    heads = config["num_heads"]
+    width = config["hidden_size"] // config["num_heads"]
     axes = 2 if config["positions"] == "rope_2d" else 1
     pairs = torch.arange(width).view(axes, 2, -1).transpose(1, 2).flatten()
     rows = torch.arange(3 * heads * width).view(3, heads, width).clone()

@@ -115,18 +115,24 @@ def publish_folder(temporary: Path, path: Path) -> None:
         for name in files:
             sync(Path(folder) / name)
         sync(Path(folder))
-    if path.exists():
-        remove_folder(path)
+    old = _put_aside(path) if path.exists() else None
     os.replace(temporary, path)
     sync(path.parent)
+    if old is not None:
+        shutil.rmtree(old)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder so that a kill in the middle leaves no half of it under its name."""
-    going = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
-    shutil.rmtree(going, ignore_errors=True)
-    os.replace(path, going)
-    shutil.rmtree(going)
+    shutil.rmtree(_put_aside(path))
+
+
+def _put_aside(path: Path) -> Path:
+    """Rename a folder that is to go; gives its new place."""
+    aside = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    return aside
 
 
 def remove_unfinished(folder: Path, pattern: str = "*") -> None:

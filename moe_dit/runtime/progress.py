@@ -31,10 +31,14 @@ class Task:
     """One piece of long work. ``advance(n, note)`` after n more units; the note stands behind the bar."""
 
     def __init__(self, description: str, total: int, done: int, progress: Progress | None, log: bool):
-        self.description, self.total, self.done = description, total, done
-        self._progress, self._log = progress, log
+        self.description = description
+        self.total = total
+        self.done = done
+        self._progress = progress
+        self._log = log
         self._bar = progress.add_task(description, total=total, completed=done, note="") if progress else None
-        self._start, self._start_done = time.monotonic(), done
+        self._start = time.monotonic()
+        self._start_done = done
         self._last_line = self._start
 
     def advance(self, n: int = 1, note: str = "") -> None:

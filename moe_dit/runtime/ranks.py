@@ -68,7 +68,9 @@ def set_rendezvous() -> None:
             env["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = "0" if this.size == 1 else "29500"
-    env["RANK"], env["LOCAL_RANK"], env["WORLD_SIZE"] = str(this.rank), str(this.local_rank), str(this.size)
+    env["RANK"] = str(this.rank)
+    env["LOCAL_RANK"] = str(this.local_rank)
+    env["WORLD_SIZE"] = str(this.size)
 
 
 def start(timeout: timedelta = timedelta(minutes=30), alone: bool = False) -> World:
