@@ -1,7 +1,7 @@
 """docs/extending.md, done as it says: each section's blocks in a copy of the project, and the numbers that come out.
 
-Blocks of the page: ``title="FILE"`` is a new file, ``diff`` changes files, ``bash`` holds commands. Commands run as they
-stand, with flags after them that make them small.
+Of the page's blocks, one with ``title="FILE"`` is a new file, ``diff`` changes files, and ``bash`` holds commands, which
+run as they stand with flags after them that make them small.
 """
 
 import csv
@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from autoencoders import dc, flux_like, kl, write_images
 from helpers import ENV, ROOT, finish, free_port, losses, records, start_training
 from safetensors.torch import load_file
-from test_autoencoders import dc, flux_like, kl, write_images
 
 from moe_dit import build_model, load_recipe
 from moe_dit.data import Latents, batches, training_inputs
