@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ENV, ROOT, export
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -22,6 +21,7 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from helpers import ENV, ROOT, export
 from PIL import Image
 
 from data_prep import encode_latents, pack_pixels
