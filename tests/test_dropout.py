@@ -11,7 +11,8 @@ from moe_dit.export import save_export
 from moe_dit.flow import build_flow
 from moe_dit.manifest import read_manifest
 from moe_dit.models.dropout import Dropout, dropouts, set_dropout_draws
-from moe_dit.models.moe import MoE
+from moe_dit.models.moe import MoE, Rows
+from moe_dit.parallel.expert_layers import _pack_rows, _unpack_rows
 from moe_dit.randomness import keep_mask
 from moe_dit.recipe_file import load_recipe
 from moe_dit.runtime.ranks import World
@@ -123,3 +124,15 @@ def test_a_pixel_mixture_with_dropout_is_the_same_run_on_one_rank_and_on_two(pix
         assert (model(inputs["x"], t, inputs["y"]) - whole).norm() > 1e-3 * whole.norm()
         for name, p in chosen.items():
             found[name].p = p
+
+
+def test_a_token_s_name_travels_whole_in_bf16():
+    """Between ranks, as further channels a byte each: positions up to 2^48 and tokens up to 2^16."""
+    position = torch.tensor([0, 255, 256, 65_537, 2**40 + 3, 2**48 - 1])
+    token = torch.tensor([0, 1, 255, 256, 4_000, 65_535])
+    x = torch.randn(2, 3, 16, dtype=torch.bfloat16)
+    wide = _pack_rows(x, Rows(position, token))
+    assert wide.shape == (2, 3, 24) and wide.dtype == torch.bfloat16
+    rows_RD, _, rows = _unpack_rows(MoE(16, 4, 2, 8, 1.0).experts, (wide.flatten(0, 1), None))
+    assert torch.equal(rows_RD, x.flatten(0, 1))
+    assert torch.equal(rows.position, position) and torch.equal(rows.token, token)
