@@ -207,7 +207,7 @@ def test_a_network_family(digits, latents):
     assert losses(run)[0] == pytest.approx((inputs["x"] - inputs["noise"]).square().mean().item(), rel=1e-6)
     digits.run(export)
     weights = load_file(digits.folder / "models/dit/diffusion_pytorch_model.safetensors")
-    assert weights["registers"].shape == (1, 4, 32)
+    assert weights["register_tokens"].shape == (1, 4, 32)
 
     # Without registers it is a DSMoE whose blocks are all dense, to the names of its weights.
     dense = load_recipe("digits", [*DIGITS, "model.dense_first=2", "model.learn_sigma=false"])
