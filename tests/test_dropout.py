@@ -5,9 +5,17 @@ import pytest
 import torch
 from helpers import finish, losses, start_training
 
+from moe_dit import build_model
+from moe_dit.data import Latents, batches, training_inputs
+from moe_dit.export import save_export
+from moe_dit.flow import build_flow
+from moe_dit.manifest import read_manifest
 from moe_dit.models.dropout import Dropout, dropouts, set_dropout_draws
-from moe_dit.models.moe import MoE
+from moe_dit.models.moe import MoE, Rows
+from moe_dit.parallel.expert_layers import _pack_rows, _unpack_rows
 from moe_dit.randomness import keep_mask
+from moe_dit.recipe_file import load_recipe
+from moe_dit.runtime.ranks import World
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
@@ -76,15 +84,55 @@ def test_a_mixture_drops_by_sample_whatever_batch_it_is_in():
 
 @pytest.mark.slow
 def test_a_pixel_mixture_with_dropout_is_the_same_run_on_one_rank_and_on_two(pixels, tmp_path):
-    flags = ["--recipe", "digits_pixels", "--steps", "4", "--set", "global_batch_size=16"]
-    flags += ["--set", "model.moe.dropout=0.2", "--set", "model.proj_dropout=0.2", "--set", "model.attn_dropout=0.1"]
-    one = start_training(1, "zero1_ep1", pixels, tmp_path / "one", *flags)
-    finish(one, tmp_path / "one")
-    finish(start_training(2, "zero2_ep2", pixels, tmp_path / "two", *flags), tmp_path / "two")
-    recomputed = [*flags, "--set", "activation_checkpointing=blocks", "--set", "max_micro_batch_size=4"]
-    finish(start_training(2, "zero2_ep2", pixels, tmp_path / "again", *recomputed), tmp_path / "again")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
-    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
-    without = [*flags, *(f"--set=model.{key}=0.0" for key in ("moe.dropout", "proj_dropout", "attn_dropout"))]
-    finish(start_training(1, "zero1_ep1", pixels, tmp_path / "without", *without), tmp_path / "without")
-    assert losses(tmp_path / "without")[3] != pytest.approx(losses(tmp_path / "one")[3], rel=1e-4)
+    settings = ["global_batch_size=16", "model.moe.dropout=0.2", "model.proj_dropout=0.2", "model.attn_dropout=0.1"]
+    recipe = load_recipe("digits_pixels", settings)
+    # A fresh network is the identity, whatever is dropped inside it: begin from one that is not.
+    model, generator = build_model(recipe), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+    save_export(model, recipe, tmp_path / "begin")
+    common = ["--recipe", "digits_pixels", "--steps", "3", f"--set=initial_weights={tmp_path / 'begin'}"]
+
+    def train(ranks: int, ds: str, *changes: str) -> list[float]:
+        run = tmp_path / f"{ranks} {len(changes)}"
+        flags = [f"--set={change}" for change in (*settings, *changes)]
+        finish(start_training(ranks, ds, pixels, run, *common, *flags), run)
+        return losses(run)
+
+    one = train(1, "zero1_ep1")
+    assert train(2, "zero2_ep2") == pytest.approx(one, rel=1e-6)
+    recomputed = ["activation_checkpointing=blocks", "max_micro_batch_size=4"]
+    assert train(2, "zero2_ep2", *recomputed) == pytest.approx(one, rel=1e-6)
+
+    # The plain network has the loss of the first step; and without any one of the dropouts it gives something else.
+    manifest = read_manifest(pixels)
+    batch = next(batches(recipe, manifest, 16, 0, World()))
+    inputs = training_inputs(recipe, batch, Latents())
+    flow = build_flow(recipe)
+
+    t, found = flow.times(inputs["u"]), dropouts(model.train())
+    set_dropout_draws(found, recipe.seed, inputs["position"])
+    loss = flow.loss(model, inputs["x"], inputs["y"], noise=inputs["noise"], t=t)["loss"]
+    assert loss.item() == pytest.approx(one[0], rel=1e-6)
+    whole = model(inputs["x"], t, inputs["y"])
+    for part in ("attn.attn_drop", "attn.proj_drop", "experts.dropout", "shared_experts.dropout", "mlp.dropout"):
+        chosen = {name: module.p for name, module in found.items() if name.endswith(part)}
+        assert chosen
+        for name in chosen:
+            found[name].p = 0.0
+        assert (model(inputs["x"], t, inputs["y"]) - whole).norm() > 1e-3 * whole.norm()
+        for name, p in chosen.items():
+            found[name].p = p
+
+
+def test_a_token_s_name_travels_whole_in_bf16():
+    """Between ranks, as further channels a byte each: positions up to 2^48 and tokens up to 2^16."""
+    position = torch.tensor([0, 255, 256, 65_537, 2**40 + 3, 2**48 - 1])
+    token = torch.tensor([0, 1, 255, 256, 4_000, 65_535])
+    x = torch.randn(2, 3, 16, dtype=torch.bfloat16)
+    wide = _pack_rows(x, Rows(position, token))
+    assert wide.shape == (2, 3, 24) and wide.dtype == torch.bfloat16
+    rows_RD, _, rows = _unpack_rows(MoE(16, 4, 2, 8, 1.0).experts, (wide.flatten(0, 1), None))
+    assert torch.equal(rows_RD, x.flatten(0, 1))
+    assert torch.equal(rows.position, position) and torch.equal(rows.token, token)
