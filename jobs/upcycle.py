@@ -10,7 +10,7 @@ EXAMPLES = """\
   python jobs/upcycle.py models/jit_b_16 --recipe jitmoe_b_16_e16 --set model.depth=12 --out models/upcycled
 and then, to train it:
   deepspeed jobs/train.py --ds ds_configs/zero2_ep8.json --recipe models/upcycled/recipe.yaml \\
-      --set initial_weights=models/upcycled --out runs/upcycled"""
+      --set initial_weights=models/upcycled --set balance.rate=0.001 --out runs/upcycled"""
 
 
 def main() -> None:
