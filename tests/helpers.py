@@ -1,5 +1,6 @@
 """What the tests and tests/matrix.py share: starting the real commands, waiting for them, reading what they left."""
 
+import importlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 from moe_dit import load_model
+from moe_dit.runtime import command
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12  # of the runs that others are held against
@@ -94,3 +96,14 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen, timeout: floa
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached in {timeout} s")
+
+
+def call(module: str, *arguments):
+    """Run a command in this process; gives its exit status."""
+    before, sys.argv = sys.argv, [module, *map(str, arguments)]
+    try:
+        command.run(importlib.import_module(module).main)
+    except SystemExit as done:
+        return done.code
+    finally:
+        sys.argv = before

@@ -1,16 +1,15 @@
 """The routing atlas, against networks whose choices are known, and against a plain loop over samples and times."""
 
-import importlib
 import io
 import json
 import re
-import sys
 import tarfile
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
+from helpers import call
 from PIL import Image
 
 from eval.atlas import make_atlas
@@ -21,7 +20,6 @@ from moe_dit.export import save_export
 from moe_dit.manifest import read_manifest
 from moe_dit.randomness import Stream, normal, permutation
 from moe_dit.recipe_file import load_recipe
-from moe_dit.runtime import command
 
 SAMPLES, CLASSES, SCALE = 40, 10, 0.5  # of the shards; sample i has class i mod 10 but for the last ten: all 3
 LABELS = [i % CLASSES if i < 30 else 3 for i in range(SAMPLES)]
@@ -262,17 +260,6 @@ def model(random_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "model"
     save_export(random_model[1], random_model[0], folder)
     return folder
-
-
-def call(module, *arguments):
-    """Run a command in this process; gives its exit status."""
-    before, sys.argv = sys.argv, [module, *map(str, arguments)]
-    try:
-        command.run(importlib.import_module(module).main)
-    except SystemExit as done:
-        return done.code
-    finally:
-        sys.argv = before
 
 
 def test_command_and_report(model, shards, random_model, tmp_path):

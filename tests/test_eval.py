@@ -1,7 +1,6 @@
 """Sampling, scores and report, held against closed forms, a sampler written by hand, and other numbers of ranks."""
 
 import base64
-import importlib
 import io
 import json
 import os
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from helpers import call
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -25,7 +25,6 @@ from moe_dit import build_model, load_model
 from moe_dit.export import save_export
 from moe_dit.randomness import Stream, normal
 from moe_dit.recipe_file import load_recipe
-from moe_dit.runtime import command
 
 SIZE, CLASSES = 16, 10  # of the images; latents are half as wide
 ROOT = Path(__file__).parent.parent
@@ -67,17 +66,6 @@ def digits(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
     return folder
-
-
-def call(module, *arguments):
-    """Run a command in this process; gives its exit status."""
-    before, sys.argv = sys.argv, [module, *map(str, arguments)]
-    try:
-        command.run(importlib.import_module(module).main)
-    except SystemExit as done:
-        return done.code
-    finally:
-        sys.argv = before
 
 
 def start(*arguments, **options):
