@@ -14,7 +14,7 @@ import torch
 
 from data_prep.autoencoder import encode, hash_weights, latent_space, load_vae
 from data_prep.images import load_image
-from data_prep.shards import add_arguments, positive, write_shards
+from data_prep.shards import add_arguments, join, positive, write_shards
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
@@ -54,9 +54,9 @@ def make_encoder(vae: Any) -> Callable[[torch.Tensor], list[dict[str, bytes]]]:
         try:
             latents = encode_with_mirrors(vae, pixels)
         except torch.OutOfMemoryError as error:
-            raise InputError(f"--batch {len(pixels)} does not fit in the GPU's memory", local=True) from error
+            raise InputError(f"--batch {len(pixels)} does not fit in the GPU's memory") from error
         if not latents.isfinite().all():
-            raise InputError("the VAE gives latents that are not finite in float16; is --vae right?", local=True)
+            raise InputError("the VAE gives latents that are not finite in float16; is --vae right?")
         return [{"latent.npy": _npy(image), "latent_flip.npy": _npy(mirror)} for image, mirror in latents.numpy()]
 
     return members
@@ -77,12 +77,20 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, default=32, help="images encoded at once, a rank (32)")
     args = parser.parse_args()
 
-    vae = load_vae(args.vae)
+    join()
+    device = ranks.device()
+
+    def load() -> Any:
+        vae = load_vae(args.vae)
+        factor = latent_space(vae).factor
+        if args.size % factor:
+            raise InputError(f"--size {args.size} is not a multiple of {factor}, the downsampling factor of --vae")
+        return vae
+
+    vae = ranks.agreed(load)
     space = latent_space(vae)
-    if args.size % space.factor:
-        raise InputError(f"--size {args.size} is not a multiple of {space.factor}, the downsampling factor of --vae")
     vae_hash = hash_weights(vae)
-    vae.to(ranks.device())
+    vae.to(device)
     # The same kernels each time, so that a continued run writes the bytes an uninterrupted one would.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

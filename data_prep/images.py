@@ -40,7 +40,7 @@ def load_image(path: str | Path, size: int) -> Image.Image:
             return center_crop(image.convert("RGB"), size)
     # Decoders raise whatever they meet: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
-        raise InputError(f"cannot read the image {path}: {error or type(error).__name__}", local=True) from error
+        raise InputError(f"cannot read the image {path}: {error or type(error).__name__}") from error
 
 
 def list_images(folder: str | Path) -> tuple[list[str], list[int], list[str]]:

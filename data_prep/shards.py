@@ -7,14 +7,12 @@ manifest appears last, so its presence means that the folder is complete.
 """
 
 import argparse
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from moe_dit.manifest import FORMAT, MANIFEST
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file, remove_unfinished, write_json
+from moe_dit.runtime.lock import lock_folder
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.ranks import from_rank_0, world
 
@@ -89,6 +88,11 @@ def read_keys(path: Path, kind: str) -> list[str]:
 # Writing
 
 
+def join() -> None:
+    """Join the ranks; those that finish early will wait for the slowest."""
+    ranks.start(timeout=timedelta(days=2))
+
+
 def write_shards(
     args: argparse.Namespace,
     read: Callable[[str], Any],
@@ -118,8 +122,7 @@ def write_shards(
         InputError: the images cannot be listed or read, or the folder is in use, holds something else or was begun
             with other settings.
     """
-    # Ranks that finish early wait for the slowest.
-    ranks.start(timeout=timedelta(days=2))
+    join()
     paths, labels, classes = from_rank_0(lambda: list_images(args.images))
     listing = "\n".join(os.path.relpath(path, args.images) for path in paths)
     settings = {
@@ -129,10 +132,10 @@ def write_shards(
         "images": hashlib.sha256(os.fsencode(listing)).hexdigest(),
         "vae": vae_hash,
     }
-    with _lock(args.out):
+    with ExitStack() as held:
+        from_rank_0(lambda: held.enter_context(lock_folder(args.out, "another command")) and None)
         if from_rank_0(lambda: _prepare(args.out, settings)):
             say(f"{args.out} is complete already: {len(paths)} samples; nothing to do")
-            ranks.stop()
             return
         records = _write_my_shards(args, kind, paths, labels, read, encode, batch)
         if world().size > 1:
@@ -155,41 +158,6 @@ def write_shards(
         }
         from_rank_0(lambda: _write_json(args.out / MANIFEST, manifest))
     say(f"{args.out}: {len(records)} shards, {len(paths)} samples, {len(classes)} classes")
-    ranks.stop()
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold the folder on rank 0; every rank gets an InputError where another command holds it.
-
-    A POSIX record lock: it ends with the process however that ends, is not inherited by the reading processes, and
-    works on NFS.
-    """
-
-    def take():
-        nonlocal file
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = open(folder / ".lock", "a")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            if file is None:
-                raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-            raise InputError(f"another command is writing to {folder}; wait for it, or give another --out") from error
-        except OSError as error:
-            if file is None:
-                raise InputError(f"cannot use {folder} as the folder of shards: {error.strerror}") from error
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
-                raise
-            # This file system has no locks: atomic renames still keep shards whole.
-
-    file = None
-    from_rank_0(take)
-    try:
-        yield
-    finally:
-        if file is not None:
-            file.close()
 
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> bool:
@@ -269,9 +237,7 @@ def _write_my_shards(args, kind, paths, labels, read, encode, batch) -> list[dic
                     progress.advance(len(indices[i : i + batch]))
             records[name] = _record(args.out / name, kind, indices)
             if records[name] is None:
-                raise InputError(
-                    f"{args.out / name} does not read back as it was written; is the disk sound?", local=True
-                )
+                raise InputError(f"{args.out / name} does not read back as it was written; is the disk sound?")
     return [record for record in records.values() if record is not None]
 
 

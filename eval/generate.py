@@ -130,5 +130,5 @@ def generate(
     if vae is not None and sampling.latent_scale is not None:
         x = decode(vae, x / sampling.latent_scale + (sampling.latent_shift or 0.0))
     if not torch.isfinite(x).all():
-        raise InputError("the model's samples are not finite; was it trained to divergence?", local=True)
+        raise InputError("the model's samples are not finite; was it trained to divergence?")
     return to_uint8(x)

@@ -23,9 +23,10 @@ from eval.features import (
     reference_images,
     save_fitted,
 )
-from eval.generate import generate, image_size, labels_for, load_decoder, resolve
+from eval.generate import Sampling, generate, image_size, labels_for, load_decoder, resolve
 from eval.sample_folder import GRID, image_name, model_fingerprint, open_folder, saved_indices, write_grid, write_image
 from moe_dit.export import load_export
+from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
@@ -71,17 +72,21 @@ def sample(args, out: Path, save: str) -> None:
         save: "images" or "features".
     """
     device = ranks.device()
-    model, recipe = load_export(args.model)
-    sampling = resolve(args, recipe)
-    # Rank 0 first: what must be fetched is fetched once, and what is wrong is said once.
+
+    def load() -> tuple[Any, Recipe, Sampling]:
+        model, recipe = load_export(args.model)
+        return model, recipe, resolve(args, recipe)
+
+    model, recipe, sampling = ranks.agreed(load)
+    # Rank 0 first: what must be fetched is fetched once.
     from_rank_0(lambda: load_decoder(sampling, recipe) and None)
-    vae = load_decoder(sampling, recipe)
+    vae = ranks.agreed(lambda: load_decoder(sampling, recipe))
     size = image_size(recipe, vae)
     extractor = None
     if save == "features":
         from_rank_0(lambda: _check_source(args, device))
         if args.inception is not None:
-            extractor = inception(args.inception, device)
+            extractor = ranks.agreed(lambda: inception(args.inception, device))
 
     def open_once() -> None:
         settings = {"model": str(args.model), "model_sha256": model_fingerprint(args.model), "num": args.num}
@@ -192,7 +197,6 @@ def main() -> None:
     ranks.start(timedelta(hours=12))
     sample(args, args.out, args.save)
     say(f"{args.num} samples in {args.out}")
-    ranks.stop()
 
 
 if __name__ == "__main__":

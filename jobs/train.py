@@ -3,7 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import DEFAULT_RECIPE, load_recipe
+from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.train import train
@@ -26,13 +28,17 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a recipe key")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
     args = parser.parse_args()
-    recipe = load_recipe(args.recipe, args.set)
-    if args.steps is not None:
-        if args.steps < 1:
-            raise InputError(f"--steps {args.steps}: it should be at least 1")
-        recipe = replace(recipe, steps=args.steps)
-    if args.data is not None:
-        recipe = replace(recipe, data=replace(recipe.data, path=args.data))
+    if args.steps is not None and args.steps < 1:
+        raise InputError(f"--steps {args.steps}: it should be at least 1")
+    ranks.start()
+
+    def read_recipe() -> Recipe:
+        recipe = load_recipe(args.recipe, args.set)
+        steps = recipe.steps if args.steps is None else args.steps
+        path = recipe.data.path if args.data is None else args.data
+        return replace(recipe, steps=steps, data=replace(recipe.data, path=path))
+
+    recipe = ranks.agreed(read_recipe)
     train(recipe, args.ds, Path(args.out or f"runs/{recipe.name}"), args.resume)
 
 

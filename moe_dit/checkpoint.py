@@ -126,6 +126,11 @@ class Checkpointer:
         """Whether a save has failed on this rank, without waiting for one that is under way."""
         return self._error is not None
 
+    def close(self) -> None:
+        """Wait for a save under way to end, on every way out of a run; whether it failed is :meth:`wait`'s to tell."""
+        if self._writer is not None:
+            self._writer.join()
+
     def _write(self, state: dict[str, Any], description: dict[str, Any]) -> None:
         final = self.folder / name_of(description["step"])
         temporary = self.folder / f".{final.name}.tmp"

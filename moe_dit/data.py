@@ -10,10 +10,11 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,7 @@ from moe_dit.randomness import Stream, normal, permutation, uniform
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.ranks import World
+from moe_dit.runtime.stopping import signals_held
 
 
 def check_manifest(manifest: Manifest, recipe: Recipe) -> None:
@@ -116,7 +118,7 @@ class ShardReader:
             try:
                 self._files[number] = open(path, "rb", buffering=0)
             except OSError as error:
-                raise InputError(f"shard {path} cannot be read: {error}", local=True) from None
+                raise InputError(f"shard {path} cannot be read: {error}") from None
             if len(self._files) > self.MAX_OPEN:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(number)
@@ -136,9 +138,9 @@ class ShardReader:
                         places = index.setdefault(extension, np.zeros((samples, 2), np.int64))
                         places[row] = member.offset_data, member.size
         except (OSError, tarfile.TarError) as error:
-            raise InputError(f"shard {path} cannot be read: {error}", local=True) from None
+            raise InputError(f"shard {path} cannot be read: {error}") from None
         if len(rows) != samples:
-            raise InputError(f"shard {path} holds {len(rows)} samples, its manifest says {samples}", local=True)
+            raise InputError(f"shard {path} holds {len(rows)} samples, its manifest says {samples}")
         return index
 
     def __getstate__(self):  # open files stay with their process
@@ -157,7 +159,7 @@ class Members:
         """Offset and size of one file in the shard."""
         offset, size = (int(n) for n in self.places.get(extension, (0, 0)))
         if not size:
-            raise InputError(f"shard {self.path}: a sample has no .{extension}", local=True)
+            raise InputError(f"shard {self.path}: a sample has no .{extension}")
         return offset, size
 
     def read(self, extension: str) -> bytes:
@@ -165,7 +167,7 @@ class Members:
         offset, size = self.place(extension)
         data = os.pread(self.file.fileno(), size, offset)
         if len(data) != size:
-            raise InputError(f"shard {self.path} ends inside a sample", local=True)
+            raise InputError(f"shard {self.path} ends inside a sample")
         return data
 
     def label(self) -> int:
@@ -180,7 +182,7 @@ class Members:
                 return np.load(data)
             return np.asarray(Image.open(data).convert("RGB")).transpose(2, 0, 1)
         except (ValueError, OSError, EOFError) as error:
-            raise InputError(f"shard {self.path}: .{extension} is damaged: {error}", local=True) from None
+            raise InputError(f"shard {self.path}: .{extension} is damaged: {error}") from None
 
 
 @lru_cache(maxsize=2)
@@ -249,7 +251,9 @@ def _as_is(batch):
     return batch
 
 
-def batches(recipe: Recipe, manifest: Manifest, micro_batch_size: int, first_step: int, world: World) -> Iterator[dict]:
+def batches(
+    recipe: Recipe, manifest: Manifest, micro_batch_size: int, first_step: int, world: World
+) -> Generator[dict[str, torch.Tensor], None, None]:
     """This rank's micro-batches from ``first_step`` to the recipe's last, read ahead by worker processes."""
     samples = TrainingSamples(ShardReader(manifest), recipe.seed, recipe.data.horizontal_flip)
     positions = Positions(first_step, recipe.steps, recipe.global_batch_size, micro_batch_size, world)
@@ -263,7 +267,12 @@ def batches(recipe: Recipe, manifest: Manifest, micro_batch_size: int, first_ste
         # Workers must not inherit a CUDA context or gloo's threads.
         multiprocessing_context="forkserver" if recipe.data.workers else None,
     )
-    for batch in loader:
+    with signals_held():
+        # It unblocks two of the signals as it starts (Python 3.11), so it has to be there before the workers.
+        resource_tracker.ensure_running()
+    with signals_held():
+        loaded = iter(loader)
+    for batch in loaded:
         if isinstance(batch, InputError):
             raise batch
         yield batch

@@ -1,28 +1,29 @@
 """The training loop: from a recipe and a DeepSpeed JSON to a run folder, continuing where it stopped."""
 
-import fcntl
 import math
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import torch
 
 from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.optimizer import optimizer_kind
-from moe_dit.parallel.deepspeed_config import load_parallelism
+from moe_dit.parallel.deepspeed_config import Parallelism, load_parallelism
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import parse_recipe
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError, Interrupted, Stop
 from moe_dit.runtime.files import remove_unfinished, write_json, write_yaml
+from moe_dit.runtime.lock import lock_folder
 from moe_dit.runtime.progress import say, task
-from moe_dit.runtime.stopping import StopRequest, end_with_launcher
+from moe_dit.runtime.stopping import GRACE_SECONDS, StopRequest
 from moe_dit.schema import differences
+from moe_dit.status import read_status, write_status
 
 if TYPE_CHECKING:
     from moe_dit.checkpoint import Checkpointer
@@ -49,11 +50,15 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         Stop: the loss is not finite any more, or a checkpoint could not be written.
     """
     world = ranks.world()
-    optimizer_kind(recipe.optimizer.name)
-    parallelism = load_parallelism(ds_file, recipe, world.size)
-    manifest = read_manifest(recipe.data.path)
-    check_manifest(manifest, recipe)
-    recipe = _resolve(recipe, manifest)
+
+    def check() -> tuple[Recipe, Parallelism, Manifest]:
+        optimizer_kind(recipe.optimizer.name)
+        parallelism = load_parallelism(ds_file, recipe, world.size)
+        manifest = read_manifest(recipe.data.path)
+        check_manifest(manifest, recipe)
+        return _resolve(recipe, manifest), parallelism, manifest
+
+    recipe, parallelism, manifest = ranks.agreed(check)
 
     # DeepSpeed and TensorBoard take seconds to import: bad input should not have to wait for them.
     from moe_dit.checkpoint import Checkpointer, name_of, set_latest
@@ -62,13 +67,16 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     from moe_dit.metrics import Metrics
     from moe_dit.sinks import check_sinks
 
-    check_sinks(recipe)
-    if recipe.initial_weights is not None and _resumed(recipe, run, resume) is None:
-        check_initial_weights(recipe)  # a run that continues needs them no more
-    end_with_launcher()
+    def check_again() -> None:
+        check_sinks(recipe)
+        if recipe.initial_weights is not None and _resumed(recipe, run, resume) is None:
+            check_initial_weights(recipe)  # a run that continues needs them no more
+
+    ranks.agreed(check_again)
+    request = StopRequest()
+    request.watch_launchers()
     device = ranks.device()
     start_ranks()
-    request = StopRequest()
     locks = []
 
     def open_run() -> Path | None:
@@ -85,35 +93,58 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
 
         looks = Looks(recipe, run, device, parallelism.micro_batch_size)
     checkpoint = ranks.from_rank_0(open_run)
-    engine = Engine(recipe, parallelism, device)
-    checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
-    first_step = checkpointer.load(engine, checkpoint) if checkpoint else 0
-    if recipe.initial_weights is not None and not checkpoint:
-        load_initial_weights(engine, Path(recipe.initial_weights))
-    held = engine.bytes_held_by_rank()
-    metrics = None
-    if world.rank == 0:
-        if checkpoint and checkpoint.parent == checkpointer.folder:
-            set_latest(checkpointer.folder, checkpoint.name)
-        _write_config(run, recipe, parallelism.json)
-        write_json(run / "memory.json", held)
-        metrics = Metrics(run, first_step, recipe)
-    say(_headline(recipe, parallelism, manifest, checkpoint, engine))
-    stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
-    micro_batches = _micro_batches(engine, stream, Latents.of(recipe, manifest))
-    try:
-        last_step = _loop(engine, micro_batches, checkpointer, metrics, looks, request, run, first_step)
-    finally:
-        if metrics is not None:
-            metrics.close()
-    ranks.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
-    ranks.stop()
+    with _told(run):
+        engine = Engine(recipe, parallelism, device)
+        checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
+        first_step = checkpointer.load(engine, checkpoint) if checkpoint else 0
+        if recipe.initial_weights is not None and not checkpoint:
+            load_initial_weights(engine, Path(recipe.initial_weights))
+        held = engine.bytes_held_by_rank()
+
+        def open_record() -> Metrics:
+            if checkpoint and checkpoint.parent == checkpointer.folder:
+                set_latest(checkpointer.folder, checkpoint.name)
+            _write_config(run, recipe, parallelism.json)
+            write_json(run / "memory.json", held)
+            return Metrics(run, first_step, recipe)
+
+        say(_headline(recipe, parallelism, manifest, checkpoint, engine))
+        stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
+        micro_batches = _micro_batches(engine, stream, Latents.of(recipe, manifest))
+        metrics = open_record() if world.rank == 0 else None
+        try:
+            last_step = _loop(engine, micro_batches, checkpointer, metrics, looks, request, run, first_step)
+        finally:
+            stream.close()
+            checkpointer.close()
+            if metrics is not None:
+                metrics.close()
+        last = f"step {last_step}, saved in {checkpointer.folder / name_of(last_step)}"
+        ranks.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
+        if last_step < recipe.steps:
+            raise Interrupted(f"stopped as asked after {last}; the same command continues", everywhere=True)
+    say(f"done: {last}")
     for lock in locks:
         lock.close()
-    last = f"step {last_step}, saved in {checkpointer.folder / name_of(last_step)}"
-    if last_step < recipe.steps:
-        raise Interrupted(f"stopped as asked after {last}; the same command continues")
-    say(f"done: {last}")
+
+
+@contextmanager
+def _told(run: Path) -> Iterator[None]:
+    """Keep the run's status.json true to what happens in the block."""
+    if ranks.world().rank != 0:
+        yield
+        return
+    write_status(run, "training")
+    try:
+        yield
+    except Interrupted as error:
+        write_status(run, "stopped", exit_status=error.status, message=str(error))
+        raise
+    except BaseException as error:
+        status = error.status if isinstance(error, Stop) else 1
+        write_status(run, "failed", exit_status=status, message=f"{type(error).__name__}: {error}")
+        raise
+    write_status(run, "done", exit_status=0)
 
 
 def _micro_batches(
@@ -170,6 +201,8 @@ def _loop(
             if save or stop:
                 if metrics is not None:
                     metrics.flush()
+                    if stop:
+                        write_status(run, "stopping", step=step)
                 checkpointer.save(engine, step)
                 reports.restart_clock()
             if stop:
@@ -190,7 +223,8 @@ def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
     first, end = ((report.step - n) * recipe.global_batch_size for n in (1, 0))
     raise Stop(
         f"{what} at step {report.step}, positions {first} to {end - 1} of the run; nothing was saved since "
-        f"{last or 'the start'}"
+        f"{last or 'the start'}",
+        everywhere=True,
     )
 
 
@@ -234,21 +268,14 @@ def _check_same(recipe: Recipe, description: dict, checkpoint: Path) -> None:
         raise InputError(f"{checkpoint} has done {description['step']} steps, more than the {recipe.steps} asked for")
 
 
-def _lock(run: Path):
+def _lock(run: Path) -> IO[str]:
     """Hold the run folder, so that two runs started at once cannot write into each other."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = open(run / ".lock", "w")
-    except OSError as error:
-        raise InputError(f"cannot write into {run}: {error}") from None
-    # The ranks of a run that was just killed may take a moment to end.
-    for _ in range(20):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            time.sleep(0.5)
-    raise InputError(f"another training run is writing into {run}; give another --out")
+
+    def patience() -> float:
+        # The ranks of a run that was just killed may take a moment to end, and one that was told to stop saves first.
+        return GRACE_SECONDS if read_status(run).get("state") == "stopping" else 10.0
+
+    return lock_folder(run, "another training run", patience)
 
 
 def _write_config(run: Path, recipe: Recipe, ds_config: dict) -> None:

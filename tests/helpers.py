@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from moe_dit import load_model
 from moe_dit.runtime import command
 
@@ -67,6 +69,12 @@ def kill(process: subprocess.Popen) -> None:
     except ProcessLookupError:
         return
     process.wait()
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The ranks of a training command: itself, or what its launcher started."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    return [member for member in family if "jobs/train.py" in member.cmdline()[1:3]]
 
 
 def records(run: Path) -> list[dict]:

@@ -1,12 +1,22 @@
 """The top of every command: exit status, the one line of bad input, --help with examples."""
 
 import argparse
+import os
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 
+import torch
+
+from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError, Interrupted, Stop
+from moe_dit.runtime.progress import console
 from moe_dit.runtime.ranks import world
+from moe_dit.runtime.stopping import end_torchrun
+
+LEAVING_SECONDS = 60.0  # to leave the process group at most
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,19 +38,37 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command's main and exit: with its status, or with one line and a :class:`Stop`'s (2 for bad input)."""
+    """Run a command's main and exit: with its status, or with one line and a :class:`Stop`'s (2 for bad input).
+
+    An error that every rank raises is printed by rank 0 alone, any other by the rank that raised it, with its number
+    and host. Before ranks have joined there is only the command line to be wrong, which all were given alike.
+    """
+    this = world()
+    status = 1
     try:
         status = main() or 0
     except Stop as error:
         status = error.status
-        rank = world().rank
-        if rank == 0 or error.local:
-            where = f"rank {rank}: " if world().size > 1 and error.local else ""
+        everywhere = error.everywhere or not torch.distributed.is_initialized()
+        if this.rank == 0 or not everywhere:
+            where = "" if everywhere or this.size == 1 else f"rank {this.rank} ({socket.gethostname()}): "
             kind = "" if isinstance(error, Interrupted) else "error: "
-            print(f"{kind}{where}{error}", file=sys.stderr, flush=True)
-        else:
-            # Launchers end every rank as soon as one exits; rank 0, which met the same problem, must speak first.
-            time.sleep(5)
+            console.print(f"{kind}{where}{error}", markup=False, soft_wrap=True)
+        elif this.size > 1:
+            time.sleep(2)  # launchers end every rank as soon as one exits, and rank 0 must speak first
+        if isinstance(error, Interrupted):
+            end_torchrun(this.local_rank)
     except KeyboardInterrupt:
         status = 130
+    except Exception as error:
+        if this.size > 1:
+            error.add_note(f"on rank {this.rank}, host {socket.gethostname()}")
+        raise
+    finally:
+        # Leaving NCCL may wait for ranks that are gone; a failure must not hide in that.
+        limit = threading.Timer(LEAVING_SECONDS, os._exit, [status or 1])
+        limit.daemon = True
+        limit.start()
+        ranks.stop()
+        limit.cancel()
     sys.exit(status)

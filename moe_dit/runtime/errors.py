@@ -8,15 +8,15 @@ class Stop(Exception):
 
     Args:
         message: the line to print: what is wrong, where, and what would be right.
-        local: True where only this rank may have met the problem (a file that one node cannot read), so that the
-            line must be printed even when rank 0 is fine.
+        everywhere: True where every rank raises this same error, so that rank 0 alone prints it; otherwise each rank
+            that raises one prints it, with its number and host.
     """
 
     status = 1
 
-    def __init__(self, message: str, *, local: bool = False):
+    def __init__(self, message: str, *, everywhere: bool = False):
         super().__init__(" ".join(message.split()))
-        self.local = local
+        self.everywhere = everywhere
 
 
 class InputError(Stop):
@@ -26,6 +26,6 @@ class InputError(Stop):
 
 
 class Interrupted(Stop):
-    """Told to stop (SIGTERM, SIGUSR1), and everything is saved."""
+    """Told to stop (SIGTERM, SIGUSR1, ...), and everything is saved."""
 
     status = 75  # sysexits.h's EX_TEMPFAIL: try again later

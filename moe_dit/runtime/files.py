@@ -150,4 +150,4 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {what}: {error.strerror or error}", local=True) from error
+        raise InputError(f"cannot write {what}: {error.strerror or error}") from error

@@ -18,7 +18,14 @@ from moe_dit.runtime.ranks import world
 
 LOG_EVERY_SECONDS = 10.0
 
-console = Console(stderr=True, highlight=False)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on without a reader: a run whose launcher or terminal is gone has work to save (rich would exit)."""
+        self.quiet = True
+
+
+console = _Console(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:

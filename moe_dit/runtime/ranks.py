@@ -1,6 +1,7 @@
 """Which rank this process is, under deepspeed, torchrun, srun or alone."""
 
 import os
+import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.errors import Stop
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,80 @@ def start(timeout: timedelta = timedelta(minutes=30), alone: bool = False) -> Wo
 
 
 def from_rank_0(function: Callable[[], Any]) -> Any:
-    """Call ``function`` on rank 0 alone, and give its result, or its InputError, to every rank."""
-    outcome: list[Any] = [None]
-    if world().rank == 0:
-        try:
-            outcome = [function()]
-        except InputError as error:
-            outcome = [error]
+    """Call ``function`` on rank 0 alone, and give its result to every rank, or end all with what went wrong.
+
+    Raises:
+        Stop: rank 0's own, on every rank.
+        Exception: any other of rank 0's, there; a Stop that names it on the others.
+    """
+    outcome = _outcome(function) if world().rank == 0 else None
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], InputError):
-        raise outcome[0]
-    return outcome[0]
+        box = [_error(outcome) or outcome]
+        torch.distributed.broadcast_object_list(box, src=0)
+        outcome = outcome if world().rank == 0 else box[0]
+    if isinstance(outcome, Stop):
+        raise type(outcome)(str(outcome), everywhere=True)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def agreed(function: Callable[[], Any]) -> Any:
+    """Call ``function`` on every rank, and give each its result; where it fails on some, all end, and rank 0 says why.
+
+    ``function`` must not speak with other ranks. What one rank alone meets (a node without its data) would otherwise
+    leave the others waiting for it.
+
+    Raises:
+        Stop: on every rank, with what went wrong on which ranks and hosts.
+        Exception: any other, on the rank that raised it.
+    """
+    outcome = _outcome(function)
+    error = _error(outcome)
+    if torch.distributed.is_initialized():
+        found: list[Any] = [None] * world().size
+        torch.distributed.all_gather_object(found, (error, socket.gethostname()))
+        if any(theirs for theirs, _ in found) and error in (None, outcome):
+            raise _together([theirs for theirs, _ in found], [host for _, host in found])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _outcome(function: Callable[[], Any]) -> Any:
+    """What a call gave, or the exception that it raised."""
+    try:
+        return function()
+    except Exception as error:
+        return error
+
+
+def _error(outcome: Any) -> Stop | None:
+    """An outcome's error as other ranks can be told of it: a Stop, whatever it was."""
+    if not isinstance(outcome, Exception) or isinstance(outcome, Stop):
+        return outcome if isinstance(outcome, Stop) else None
+    return Stop(f"{type(outcome).__name__}: {outcome}")
+
+
+def _together(errors: list[Stop | None], hosts: list[str]) -> Stop:
+    """One error that tells of those of some ranks: plain where all met the same, else with the ranks and hosts."""
+    ranks_by_text: dict[str, list[int]] = {}
+    for rank, error in enumerate(errors):
+        if error is not None:
+            ranks_by_text.setdefault(str(error), []).append(rank)
+    kind = next(type(error) for error in errors if error is not None)
+    if len(ranks_by_text) == 1 and None not in errors:
+        return kind(next(iter(ranks_by_text)), everywhere=True)
+    told = [f"{_names(ranks, hosts)}: {text}" for text, ranks in ranks_by_text.items()]
+    return kind("; and ".join(told), everywhere=True)
+
+
+def _names(ranks: list[int], hosts: list[str]) -> str:
+    """Ranks and their hosts for people: "ranks 8 to 15 (node2)"."""
+    named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    if len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1)):
+        named = f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"{named} ({', '.join(dict.fromkeys(hosts[rank] for rank in ranks))})"
 
 
 @cache
@@ -116,6 +179,11 @@ def barrier() -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, if one was joined. :mod:`moe_dit.runtime.command` does so at every command's end.
+
+    A Python that ends as a member aborts now and then (torch 2.14: "terminate called without an active exception",
+    from gloo's threads), with status -6 instead of the command's.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        cpu_group.cache_clear()

@@ -1,64 +1,108 @@
 """Being told to stop: by a signal, or by the end of the launcher that started this rank.
 
-SIGTERM comes from a launcher or a preemption, SIGUSR1 from SLURM's --signal. A launcher that is killed outright
-(SIGKILL, out of memory) cannot end its ranks, which would then hold GPUs and the run's folder with nobody knowing:
-DeepSpeed 0.19.8 and torchrun leave them be, so each rank watches its launcher itself.
+SIGTERM comes from a launcher or a preemption, SIGUSR1 from SLURM's --signal, SIGINT from a terminal, SIGHUP from one
+that was closed. Each means the same: finish the step, save, end with status 75.
+
+A launcher that ends without ending its ranks (SIGKILL; or SIGTERM and SIGUSR1, which kill DeepSpeed 0.19.8's runner at
+once, and SIGUSR1 torchrun) leaves them behind, holding GPUs and the run's folder with nobody knowing. So each rank
+watches its launchers itself, and takes the end of one for a request to stop.
 """
 
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
+GRACE_SECONDS = 300.0  # for a rank whose launcher is gone, to finish its step and save; then it ends in any case
 SECONDS_BETWEEN_LOOKS = 0.5
-_SCRIPTS = {"deepspeed", "ds", "torchrun"}
-_MODULES = {"deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run"}
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+_TORCHRUN = {"torchrun", "torch.distributed.run"}
+_LAUNCHERS = _TORCHRUN | {"deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
 
 
 class StopRequest:
-    """Notes the signals; the training loop asks. A second signal changes nothing: a save under way is finished."""
+    """Notes that this rank was told to stop; the training loop asks.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    A second signal changes nothing, so that a save under way is finished, but for a second SIGINT: whoever presses
+    Ctrl-C twice wants the end at once.
+    """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = False
-        for number in self.SIGNALS:
-            signal.signal(number, self._note)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and is meant
+                signal.signal(number, self._note)
 
-    def _note(self, number, frame):
+    def _note(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.asked = True
+
+    def watch_launchers(self) -> None:
+        """From now on, take the end of a launcher above this process for a request; nothing where there is none."""
+        above = launchers()
+        if above:
+            threading.Thread(target=self._watch, args=(above,), name="launcher watch", daemon=True).start()
+
+    def _watch(self, above: list[psutil.Process]) -> None:
+        while all(_alive(process) for process in above):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        self.asked = True
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)  # nothing can be waiting for it any more, and a collective would wait on
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Processes started in the block never see the signals; this one sees those that came meanwhile afterwards.
+
+    A launcher signals its ranks' children and process groups too, and a rank cannot finish a step without the workers
+    that read its data.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def launchers() -> list[psutil.Process]:
     """The ancestors of this process that are Python launchers of ranks."""
-    return [process for process in psutil.Process().parents() if _is_launcher(process)]
+    return [process for process in psutil.Process().parents() if _is(process, _LAUNCHERS)]
 
 
-def end_with_launcher() -> None:
-    """From now on, end this process at once when a launcher above it is gone; nothing where there is none."""
-    above = launchers()
-    if above:
-        threading.Thread(target=_watch, args=(above,), daemon=True).start()
+def end_torchrun(local_rank: int) -> None:
+    """After a stop that was saved: end torchrun by SIGUSR1, so that its status (138 in a shell) tells of the stop.
+
+    torchrun (torch 2.14) makes status 1 and a traceback of every end of its ranks but 0, SIGTERM to itself included;
+    and where it may restart ranks, it would start those anew that were told to stop. All ranks of the node call it.
+    """
+    for agent in (process for process in launchers() if _is(process, _TORCHRUN)):
+        try:
+            if local_rank == 0:
+                agent.send_signal(signal.SIGUSR1)
+            # A rank that left earlier would be the failure that torchrun reports.
+            agent.wait(10)
+        except (psutil.NoSuchProcess, psutil.TimeoutExpired):
+            pass
 
 
-def _is_launcher(process: psutil.Process) -> bool:
+def _is(process: psutil.Process, names: set[str]) -> bool:
+    """Whether a process is Python running one of these scripts or modules."""
     try:
         python, *arguments = process.cmdline() or [""]
     except psutil.Error:
         return False
     # Only the words before the user's own script: a shell or a test that mentions a launcher is none.
     words = arguments[:4]
-    named = any(Path(word).name in _SCRIPTS or word in _MODULES for word in words)
+    named = any(Path(word).name in names or word in names for word in words)
     return Path(python).name.startswith("python") and named
-
-
-def _watch(above: list[psutil.Process]) -> None:
-    while all(_alive(process) for process in above):
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    os._exit(1)
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -1,0 +1,53 @@
+"""Holding a folder, so that two commands cannot write into it at once."""
+
+import errno
+import fcntl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.progress import say
+
+# What file systems without locks answer (Lustre mounted without flock, some FUSE and parallel file systems).
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+_HELD = {errno.EAGAIN, errno.EACCES}
+
+
+def lock_folder(folder: Path, what: str, patience: Callable[[], float] = lambda: 0.0) -> IO[str]:
+    """Make and hold a folder until the file that this gives is closed or the process ends, however it ends.
+
+    A POSIX record lock on FOLDER/.lock: child processes do not inherit it, and it works on NFS. Where the file system
+    has no locks, one line says so.
+
+    Args:
+        folder: to hold.
+        what: who else could be holding it, for the message.
+        patience: how many seconds to wait for another holder in all; asked anew while waiting.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written.
+    """
+    begin = time.monotonic()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; give another --out") from None
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                say(
+                    f"{folder} is on a file system without locks ({error.strerror}): take care that no two commands "
+                    f"write into it at once, for nothing would notice"
+                )
+                return file
+            if error.errno not in _HELD:
+                raise InputError(f"cannot lock {folder}/.lock: {error.strerror}; give another --out") from None
+        if time.monotonic() - begin >= patience():
+            raise InputError(f"{what} is writing into {folder}; wait for it, or give another --out")
+        time.sleep(0.5)

@@ -1,0 +1,163 @@
+"""What happens on one rank and concerns all: errors told once, with rank and host; groups left in order."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from textwrap import dedent, indent
+
+import pytest
+from helpers import ENV, ROOT, free_port
+
+HOST = socket.gethostname()
+
+
+def run_ranks(command: list[list[str]], folders: list[Path], timeout: float = 120) -> list[subprocess.CompletedProcess]:
+    """One process a rank, each with its own command and folder to run in."""
+    port = str(free_port())
+    common = {"WORLD_SIZE": str(len(command)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def one(rank: int) -> subprocess.CompletedProcess:
+        env = ENV | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command[rank], cwd=folders[rank], env=env, capture_output=True, text=True, timeout=timeout
+        )
+
+    with ThreadPoolExecutor(len(command)) as pool:
+        return list(pool.map(one, range(len(command))))
+
+
+def run_scripts(body: str, ranks: int, tmp_path: Path) -> list[subprocess.CompletedProcess]:
+    """The same Python on each rank, as a command's main; it knows ``rank``."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from moe_dit.runtime import command, ranks\n"
+        "from moe_dit.runtime.errors import InputError, Stop\n"
+        "def main():\n"
+        "    ranks.start()\n"
+        "    rank = ranks.world().rank\n" + indent(dedent(body), "    ") + "\ncommand.run(main)\n"
+    )
+    return run_ranks([[sys.executable, str(script)]] * ranks, [tmp_path] * ranks)
+
+
+def test_a_node_without_its_data_is_named(latents, tmp_path):
+    """Shards that one rank finds and the other does not, as where a node has not mounted them."""
+    folders = [tmp_path / "mounted", tmp_path / "not_mounted"]
+    for folder in folders:
+        folder.mkdir()
+    shutil.copytree(latents, folders[0] / "shards")
+    command = [sys.executable, str(ROOT / "jobs/train.py"), "--ds", str(ROOT / "ds_configs/zero2_ep2.json")]
+    command += ["--recipe", "digits", "--data", "shards", "--out", str(tmp_path / "run")]
+    first, second = run_ranks([command] * 2, folders)
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert first.stderr.splitlines()[-1].startswith(f"error: rank 1 ({HOST}): no folder of shards shards")
+    assert first.stderr.count("error: ") == 1 and second.stderr == ""
+    assert not (tmp_path / "run").exists()
+
+
+SAME = """
+def fail():
+    raise InputError("bad")
+ranks.agreed(fail)
+"""
+DIFFERENT = """
+def fail():
+    if rank:
+        raise InputError(f"bad {rank // 2}")
+ranks.agreed(fail)
+"""
+OTHER = f"rank 1 ({HOST}): bad 0; and rank 2 ({HOST}): bad 1"
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [(SAME, "bad"), (DIFFERENT, OTHER), ("raise InputError('bad', everywhere=True)", "bad")],
+    ids=["same", "different", "everywhere"],
+)
+def test_an_error_is_told_once(tmp_path, body, line):
+    done = run_scripts(body, 3, tmp_path)
+    assert "".join(rank.stderr for rank in done) == f"error: {line}\n"
+    assert [rank.returncode for rank in done] == [2] * 3
+
+
+def test_an_error_of_one_rank_alone_names_it(tmp_path):
+    done = run_scripts("raise Stop('lost') if rank == 1 else SystemExit(0)", 2, tmp_path)
+    assert done[1].stderr == f"error: rank 1 ({HOST}): lost\n" and done[1].returncode == 1
+    assert done[0].stderr == "" and done[0].returncode == 0
+
+
+@pytest.mark.parametrize("call", ["from_rank_0", "agreed"])
+def test_whatever_fails_on_rank_0_ends_the_others(tmp_path, call):
+    """Not an error that anybody foresaw: the traceback is rank 0's, and nobody waits for it."""
+    done = run_scripts(f"ranks.{call}(lambda: open('/proc/self/mem/x') if rank == 0 else None)", 2, tmp_path)
+    assert "NotADirectoryError" in done[0].stderr and f"on rank 0, host {HOST}" in done[0].stderr
+    assert (done[0].returncode, done[1].returncode) == (1, 1)
+    assert done[1].stderr == ""
+
+
+SHIM = """\
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <sys/file.h>
+static int refuse(int command) { return command == F_SETLK || command == F_SETLKW || command == F_OFD_SETLK; }
+#define FORWARD(name) \\
+  int name(int fd, int command, ...) { \\
+    va_list list; va_start(list, command); void *argument = va_arg(list, void *); va_end(list); \\
+    if (refuse(command)) { errno = ENOSYS; return -1; } \\
+    return ((int (*)(int, int, ...))dlsym(RTLD_NEXT, #name))(fd, command, argument); \\
+  }
+FORWARD(fcntl)
+FORWARD(fcntl64)
+int flock(int fd, int operation) { errno = ENOSYS; return -1; }
+"""
+
+
+@pytest.fixture
+def no_locks(tmp_path):
+    """The environment of a machine whose file systems know no locks, as Lustre mounted without flock."""
+    if shutil.which("gcc") is None:
+        pytest.skip("the file system without locks is made with gcc")
+    (tmp_path / "shim.c").write_text(SHIM)
+    build = ["gcc", "-shared", "-fPIC", "-o", tmp_path / "shim.so", tmp_path / "shim.c", "-ldl"]
+    subprocess.run(build, check=True)
+    return ENV | {"LD_PRELOAD": str(tmp_path / "shim.so")}
+
+
+def test_a_file_system_without_locks_is_told_of(latents, tmp_path, no_locks):
+    command = [sys.executable, "jobs/train.py", "--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits"]
+    command += ["--data", str(latents), "--out", str(tmp_path / "run"), "--steps", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=no_locks, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is on a file system without locks (Function not implemented)") == 1
+
+
+ENDING = """\
+from moe_dit.engine import start_ranks
+from moe_dit.runtime import command
+from moe_dit.runtime.errors import InputError
+def main():
+    start_ranks()
+    raise InputError("bad")
+command.run(main)
+"""
+
+
+@pytest.mark.slow
+def test_bad_input_after_ranks_have_joined_never_aborts(tmp_path):
+    """Three of eight such endings aborted (status -6) before commands left their group; four at a time make a load."""
+    script = tmp_path / "ending.py"
+    script.write_text(ENDING)
+    env = ENV | {"PYTHONPATH": str(ROOT)}
+
+    def end(_) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stderr
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(end, range(int(os.environ.get("ENDINGS", "16"))))) == {(2, "error: bad\n")}

@@ -1,0 +1,117 @@
+"""Being told to stop, under the real launchers: however it is told, a run finishes its step, saves, and says so."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers import ENV, ROOT, STEPS, free_port, kill, losses, ranks_of, wait_for_step
+
+TERM, USR1, INT, HUP, KILL = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGKILL
+
+
+def start(launcher: str, latents: Path, run: Path, workers: int) -> list[subprocess.Popen]:
+    """Two ranks that would train on and on; "tasks" starts each by itself, as srun does."""
+    flags = ["--ds", "ds_configs/zero2_ep2.json", "--recipe", "digits", "--data", str(latents), "--out", str(run)]
+    flags += ["--steps", "5000", "--set", "checkpoint.every=4000", "--set", f"data.workers={workers}"]
+    port = str(free_port())
+    environments = [ENV]
+    if launcher == "deepspeed":
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
+    elif launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    else:
+        command = [sys.executable]
+        slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environments = [ENV | slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    with open(f"{run}.log", "a") as log:
+        return [
+            subprocess.Popen(
+                [*command, "jobs/train.py", *flags], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
+            )
+            for env in environments
+        ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "number", "target", "workers", "status"),
+    [
+        # DeepSpeed's runner and torchrun die of what they do not handle; their ranks see it, and save.
+        ("deepspeed", TERM, "launcher", 0, -TERM),
+        ("deepspeed", USR1, "launcher", 2, -USR1),
+        ("deepspeed", TERM, "rank", 0, 75),
+        ("deepspeed", USR1, "group", 2, -USR1),
+        ("deepspeed", KILL, "launcher", 0, -KILL),
+        ("torchrun", TERM, "launcher", 2, -USR1),
+        ("torchrun", USR1, "launcher", 0, -USR1),
+        ("torchrun", TERM, "rank", 0, -USR1),
+        # What SLURM's --signal does to the tasks of srun.
+        ("tasks", USR1, "all", 2, 75),
+    ],
+)
+def test_told_to_stop_in_any_way_it_saves(two_ranks, latents, tmp_path, launcher, number, target, workers, status):
+    run = tmp_path / "run"
+    processes = start(launcher, latents, run, workers)
+    try:
+        wait_for_step(run, 4, processes[0])
+        ranks = [rank for process in processes for rank in ranks_of(process)]
+        assert len(ranks) == 2
+        if target == "group":
+            os.killpg(processes[0].pid, number)
+        else:
+            told = {"launcher": processes, "rank": ranks[1:], "all": processes}[target]
+            for process in told:
+                process.send_signal(number)
+        assert [process.wait(120) for process in processes] == [status] * len(processes)
+        _, left = psutil.wait_procs(ranks, timeout=120)
+        assert not left
+    finally:
+        for process in processes:
+            kill(process)
+    log = Path(f"{run}.log").read_text()
+    done = len(losses(run))
+    assert 4 <= done < 4000
+    assert (run / "checkpoints/latest").read_text() == f"step_{done:08d}\n"
+    assert log.count(f"stopped as asked after step {done}, saved in") == 1
+    assert "Traceback" not in log
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    both = min(done, STEPS)
+    assert losses(run)[:both] == pytest.approx(losses(two_ranks)[:both], rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [INT, HUP])
+def test_a_terminal_that_asks_or_closes_is_a_request_too(latents, tmp_path, number):
+    run = tmp_path / "run"
+    command = [sys.executable, "jobs/train.py", "--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits"]
+    command += ["--data", str(latents), "--out", str(run), "--steps", "5000"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, start_new_session=True)
+    assert process.stderr is not None
+    try:
+        wait_for_step(run, 2, process)
+        process.stderr.close()  # nobody reads what it says any more
+        process.send_signal(number)
+        assert process.wait(60) == 75
+    finally:
+        kill(process)
+    assert (run / "checkpoints/latest").read_text() == f"step_{len(losses(run)):08d}\n"
+
+
+def test_a_run_waits_for_one_that_is_saving(latents, tmp_path):
+    """A launcher that was told to stop may be gone before its ranks: the same command must not be refused then."""
+    run = tmp_path / "run"
+    flags = ["--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits", "--data", str(latents), "--out", str(run)]
+    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); time.sleep(14)"
+    run.mkdir()
+    (run / "status.json").write_text('{"state": "stopping"}')
+    process = subprocess.Popen([sys.executable, "-c", holder, str(run / ".lock")])
+    time.sleep(0.5)
+    command = [sys.executable, "jobs/train.py", *flags, "--steps", "1"]
+    subprocess.run(command, cwd=ROOT, env=ENV, check=True, timeout=120)
+    assert process.wait() == 0
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
