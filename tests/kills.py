@@ -2,10 +2,10 @@
 
     python tests/kills.py --data SHARDS [--kills 200] [--seed 0] [--out FOLDER]
 
-A run that saves every few steps is started by DeepSpeed's launcher and gets a SIGKILL at a moment drawn between its start
-and some seconds of training: its launcher, one rank, or everything at once. After each, `latest` must name a checkpoint
-that loads, of no earlier step than before; at the end the run's losses must be those of a run that nobody killed, to
-1e-6. About ten seconds a kill on two cores. Exit status 1 if anything is off.
+A run that saves every few steps is started by DeepSpeed's launcher and gets a SIGKILL: its launcher, one rank, or
+everything at once, one time in five while it starts, else in its first seconds of training. After each, `latest` must
+name a checkpoint that loads, of no earlier step than before; at the end the run's losses must be those of a run that
+nobody killed, to 1e-6. About fifteen seconds a kill on two cores. Exit status 1 if anything is off.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from helpers import finish, kill, losses, ranks_of, start_training
+from helpers import finish, kill, losses, ranks_of, start_training, wait_for_step
 
 from moe_dit.build import build_model
 from moe_dit.checkpoint import read_state, step_of
@@ -28,12 +28,20 @@ from moe_dit.recipe_file import load_recipe
 
 TARGETS = ("launcher", "rank", "everything")
 SMALL = ["--set", "model.depth=2", "--set", "global_batch_size=16", "--set", "checkpoint.every=3"]
-STARTING = 8.0  # seconds that a start takes at least, in which kills fall too
-TRAINING = 6.0  # seconds of training at most
+STARTING = 8.0  # seconds of a start in which kills fall
+TRAINING = 4.0  # seconds after the first step in which they fall
 
 
 def start(data: Path, run: Path, steps: int) -> subprocess.Popen:
     return start_training(2, "zero2_ep2", data, run, *SMALL, "--steps", str(steps))
+
+
+def wait_for_new_step(run: Path, saved: int, process: subprocess.Popen) -> None:
+    """Wait until a run has done a step after those that were saved."""
+    wait_for_step(run, saved + 1, process)
+    # Records of steps that will be done again are cut at the start; until then they are the killed run's.
+    while not any(path.stat().st_mtime > psutil.Process(process.pid).create_time() for path in [run / "metrics.jsonl"]):
+        time.sleep(0.02)
 
 
 def strike(process: subprocess.Popen, target: str, chosen: random.Random) -> None:
@@ -95,16 +103,20 @@ def main() -> None:
         step = 0
         for number in range(1, args.kills + 1):
             target = chosen.choice(TARGETS)
-            moment = chosen.uniform(0, STARTING + TRAINING)
-            process = start(data=args.data, run=run, steps=10**6)
+            starting = chosen.random() < 0.2
+            moment = chosen.uniform(0, STARTING if starting else TRAINING)
+            process = start(args.data, run, 10**6)
             try:
+                if not starting:
+                    wait_for_new_step(run, step, process)
                 time.sleep(moment)
                 assert process.poll() is None, f"the run ended by itself, see {run}.log"
                 strike(process, target, chosen)
             finally:
                 kill(process)
             step = check_latest(run, step)
-            print(f"kill {number}: the {target} after {moment:.1f} s; latest is step {step}", flush=True)
+            when = f"{moment:.1f} s after {'the start' if starting else 'a first step'}"
+            print(f"kill {number}: {target}, {when}; latest is step {step}", flush=True)
         finish(start(args.data, run, step + 3), run, 600)
         error = compare(args.data, run, out)
     print(f"{args.kills} kills, {step + 3} steps: losses differ by {error:.1e} from the run that nobody killed")
