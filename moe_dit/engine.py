@@ -155,7 +155,10 @@ class Engine:
             group["lr"] = self.learning_rate(step)
         parallelism = self.parallelism
         parts = []
+        thresholds = [torch.stack(self.thresholds)] if self.thresholds else []
         for batch in micro_batches:
+            if len(thresholds) > 1:  # every micro-batch moves them from where the step began
+                torch._foreach_copy_(self.thresholds, list(thresholds[0]))
             set_dropout_draws(self._dropouts, self.recipe.seed, batch["position"])
             t = self.flow.times(batch["u"])
             losses = self.flow.loss(self.deepspeed_engine, batch["x"], batch["y"], noise=batch["noise"], t=t)
@@ -165,6 +168,8 @@ class Engine:
                 self._clip_without_zero()
             self.deepspeed_engine.step()
             parts.append(torch.stack([loss.detach() for loss in losses.values()]))
+            if thresholds:
+                thresholds.append(torch.stack(self.thresholds))
         if self.deepspeed_engine.was_step_applied():
             self.ema.update()
         loads = [layer.tokens_per_expert for layer in self.layers]
@@ -176,12 +181,21 @@ class Engine:
         n = len(terms)
         report[:n] /= len(micro_batches) * parallelism.world_size
         load = report[n + 1 :].view(len(loads), len(report[n + 1 :]) // max(1, len(loads)))
-        for threshold in self.thresholds:  # ranks saw different tokens; as published, they go on with the mean
-            deepspeed.comm.all_reduce(threshold)
-            threshold /= parallelism.world_size
+        if thresholds:
+            self._settle_thresholds(thresholds[1:])
         if self.recipe.balance.rate:
             self._balance(load)
         return {"terms": report[:n], "stop": report[n], "load": load}
+
+    def _settle_thresholds(self, moved: list[torch.Tensor]) -> None:
+        """Go on with the mean of the thresholds [layers, experts] that each micro-batch of each rank left.
+
+        So published code does with its ranks, which see different tokens; here micro-batches are no different.
+        """
+        mean = sum(moved[1:], moved[0])
+        deepspeed.comm.all_reduce(mean)
+        mean /= len(moved) * self.parallelism.world_size
+        torch._foreach_copy_(self.thresholds, list(mean))
 
     def _balance(self, load: torch.Tensor) -> None:
         """DeepSeek-V3's bias update (arXiv:2412.19437, eq. 16): towards experts that got fewer tokens than the mean."""
