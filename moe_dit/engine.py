@@ -42,6 +42,8 @@ from moe_dit.schedule import learning_rate
 # calls collectives by names that torch 2.14 deprecates.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", category=FutureWarning)
+# And its optimizer for ZeRO 1 with float32 gradients prints the memory in use at every group of weights, unasked.
+deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
 
 
 def start_ranks() -> None:
@@ -305,7 +307,7 @@ class Engine:
         for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # ZeRO 1 and 2; 3
             if hasattr(self._zero, attribute):
                 return list(getattr(self._zero, attribute))
-        if hasattr(self._zero, "fp32_groups_flat_partition"):  # DeepSpeed's bf16 optimizer: no ZeRO, bf16 weights
+        if hasattr(self._zero, "fp32_groups_flat_partition"):  # ZeRO 1 where gradients of bf16 weights are float32
             return list(self._zero.fp32_groups_flat_partition)
         return [weight for group in self._optimizer.param_groups for weight in group["params"]]
 
@@ -366,5 +368,5 @@ class Engine:
             for low, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
                 low.copy_(master)
             zero.checkpoint_event_epilogue()  # ... and gathers them anew
-        elif hasattr(zero, "update_lp_params"):  # ZeRO 1 and 2, and DeepSpeed's bf16 optimizer
+        elif hasattr(zero, "update_lp_params"):  # ZeRO 1 and 2
             zero.update_lp_params()
