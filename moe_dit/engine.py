@@ -89,7 +89,7 @@ class Engine:
         self.parallelism = parallelism
         self.device = device
         self.flow = build_flow(recipe)
-        self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
+        self.bf16 = recipe.in_bf16(device.type)
         if self.bf16 and parallelism.zero_stage == 0:
             raise InputError(
                 f"{parallelism.file}: ZeRO 0 trains in float32 only here; use zero_optimization.stage 1, which "

@@ -62,9 +62,9 @@ class ExpertChoiceMoE(nn.Module):
     """Each expert takes the tokens of the batch that score highest for it.
 
     In training it takes ``capacity * T / E`` of them. A small predictor, which sends no gradient into the network,
-    learns from the tokens' values alone which were taken; ``expert_threshold`` follows, as an exponential mean that each
-    training forward moves, the prediction that just as many tokens exceed. In evaluation an expert takes as many tokens
-    as exceed its threshold.
+    learns from the tokens' values alone which were taken; ``expert_threshold`` follows, as an exponential mean that
+    each training forward moves, the prediction that just as many tokens exceed. In evaluation an expert takes as many
+    tokens as exceed its threshold.
 
     Args:
         hidden_size: D.

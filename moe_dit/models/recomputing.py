@@ -1,7 +1,8 @@
 """Whether a layer is being computed a second time, for the backward pass.
 
-Activation checkpointing (:mod:`moe_dit.parallel.recompute`) calls a layer again with the inputs it had. The layer must do
-the same arithmetic then, but what it notes beside it (tokens counted, losses left, thresholds moved) it has noted before.
+Activation checkpointing (:mod:`moe_dit.parallel.recompute`) calls a layer again with the inputs it had. The layer must
+do the same arithmetic then, but what it notes by the way (tokens counted, losses left, thresholds moved) it has noted
+before.
 """
 
 from collections.abc import Iterator

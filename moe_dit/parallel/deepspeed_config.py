@@ -1,7 +1,7 @@
 """The DeepSpeed JSON: how the work is spread. Checked here, completed from the recipe and the number of ranks.
 
-A JSON must not change a result, so it is held against a list of what is known not to (:data:`NEUTRAL`, by the sources of
-DeepSpeed 0.19.8); everything else is refused.
+A JSON must not change a result, so it is held against a list of what is known not to (:data:`NEUTRAL`, by the sources
+of DeepSpeed 0.19.8); everything else is refused.
 """
 
 import difflib
@@ -257,8 +257,8 @@ def for_deepspeed(parallelism: Parallelism, recipe: Recipe, bf16: bool) -> dict[
         "gradient_accumulation_steps": parallelism.accumulation,
         # Without ZeRO the engine clips itself (Engine._clip_without_zero says why).
         "gradient_clipping": recipe.optimizer.clip_grad_norm if parallelism.zero_stage else 0.0,
-        # With float32 sums, ZeRO 1 is another class in DeepSpeed 0.19.8 (BF16_Optimizer). It computes the same; told to
-        # update at once, it frees each bf16 gradient when it has added it, where it would keep them all beside the sums.
+        # With float32 sums, ZeRO 1 is another class in DeepSpeed 0.19.8 (BF16_Optimizer), which computes the same. Told
+        # to update at once, it frees each bf16 gradient when it has added it; else it keeps them all beside the sums.
         "bf16": {"enabled": bf16, "immediate_grad_update": bf16},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,  # progress and metrics are ours
