@@ -16,6 +16,7 @@ from torch import nn
 
 from eval.atlas_file import Atlas, entropy_bits, save_atlas, shares
 from eval.sample_folder import model_fingerprint
+from moe_dit.build import to_compute
 from moe_dit.data import Latents, ShardReader, TrainingSamples, check_manifest, training_inputs
 from moe_dit.export import load_export
 from moe_dit.flow import build_flow
@@ -117,8 +118,7 @@ class Recorder:
         self.by_position[number] += image_NTE.sum(0).long().unflatten(0, (self.side, self.side))
         self.class_tokens_by_time[number, self._time] += class_NTE.sum((0, 1)).long()
         image_TE = image_NTE.flatten(0, 1)
-        with torch.autocast(image_TE.device.type, enabled=False):  # bf16 counts to 256
-            self.together[number] += (image_TE.T @ image_TE).long()
+        self.together[number] += (image_TE.T @ image_TE).long()
 
 
 @torch.no_grad()
@@ -128,7 +128,7 @@ def make_atlas(
     """Run a model on real samples and count its choices.
 
     Args:
-        model: in eval mode, on the device to compute on.
+        model: ready to compute with (moe_dit.build.to_compute).
         recipe: the model's.
         manifest: of shards that fit it.
         samples: positions [0, samples) of a run with this seed.
@@ -155,10 +155,8 @@ def make_atlas(
     flow = build_flow(recipe)
     middles = (np.arange(times) + 0.5) / times
     samples_by_class = torch.zeros(len(manifest.classes), dtype=torch.int64)
-    bf16 = device.type == "cuda" and recipe.precision != "fp32"  # as eval.sample computes
     with (
         Recorder(layers, side, times, len(manifest.classes), device) as recorder,
-        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         task("routing atlas", samples * times) as progress,
     ):
         for start in range(0, samples, batch):
@@ -224,7 +222,7 @@ def main() -> None:
     manifest = read_manifest(args.data)
     settings = {"samples": args.samples, "times": args.times, "seed": args.seed, "batch": args.batch}
     try:
-        atlas = make_atlas(model.to(ranks.device()), recipe, manifest, **settings)
+        atlas = make_atlas(to_compute(model, recipe, ranks.device()), recipe, manifest, **settings)
     except torch.OutOfMemoryError:
         raise InputError(f"--batch {args.batch} does not fit into the GPU's memory; give a smaller one") from None
     settings = {"model": str(args.model), "model_sha256": model_fingerprint(args.model), "data": str(args.data)}

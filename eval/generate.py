@@ -112,21 +112,21 @@ def generate(
     vae: Any,
     indices: torch.Tensor,
 ) -> torch.Tensor:
-    """The samples of these indices (int64 [N] on the model's device): images uint8 [N, 3, H, W]."""
+    """The samples of these indices (int64 [N] on the model's device): images uint8 [N, 3, H, W].
+
+    The model computes in the precision of its weights (moe_dit.build.to_compute), the sampler and the VAE in float32.
+    """
     shape = (recipe.model.in_channels, recipe.model.input_size, recipe.model.input_size)
     z = normal(sampling.seed, Stream.SAMPLE_NOISE, indices, shape)
-    # The sampler and the VAE stay in float32; bf16 is for the network's matrix products on a GPU.
-    bf16 = indices.is_cuda and recipe.precision != "fp32"
-    with torch.autocast(indices.device.type, torch.bfloat16, enabled=bf16):
-        x = build_flow(recipe).sample(
-            model,
-            z,
-            labels_for(indices, sampling, recipe.model.num_classes),
-            steps=sampling.steps,
-            method=sampling.method,
-            cfg_scale=sampling.cfg_scale,
-            cfg_interval=sampling.cfg_interval,
-        )
+    x = build_flow(recipe).sample(
+        model,
+        z,
+        labels_for(indices, sampling, recipe.model.num_classes),
+        steps=sampling.steps,
+        method=sampling.method,
+        cfg_scale=sampling.cfg_scale,
+        cfg_interval=sampling.cfg_interval,
+    )
     if vae is not None and sampling.latent_scale is not None:
         x = decode(vae, x / sampling.latent_scale + (sampling.latent_shift or 0.0))
     if not torch.isfinite(x).all():

@@ -25,6 +25,7 @@ from eval.features import (
 )
 from eval.generate import Sampling, generate, image_size, labels_for, load_decoder, resolve
 from eval.sample_folder import GRID, image_name, model_fingerprint, open_folder, saved_indices, write_grid, write_image
+from moe_dit.build import to_compute
 from moe_dit.export import load_export
 from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
@@ -98,7 +99,7 @@ def sample(args, out: Path, save: str) -> None:
     if save == "features" and extractor is None:
         extractor = _fitted_extractor(out, args.reference, size, device)
     labels = labels_for(torch.arange(args.num), sampling, recipe.model.num_classes).tolist()
-    model = model.to(device).eval()
+    model = to_compute(model, recipe, device)
     vae = vae.to(device) if vae is not None else None
     _sample_missing(args, out, lambda indices: generate(model, recipe, sampling, vae, indices), labels, extractor)
     ranks.barrier()

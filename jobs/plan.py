@@ -49,7 +49,7 @@ def print_plan(args) -> None:
 
     recipe = load_recipe(args.recipe, args.set)
     parallelism = load_parallelism(args.ds, recipe, args.gpus)
-    plan = make_plan(recipe, parallelism, recipe.precision != "fp32", measure_activations(recipe))
+    plan = make_plan(recipe, parallelism, recipe.in_bf16("cuda"), measure_activations(recipe))
     batch = f"{parallelism.world_size} x {parallelism.micro_batch_size} x {parallelism.accumulation}"
     title = f"{recipe.name} on {args.gpus} x {args.gpu}, ZeRO {parallelism.zero_stage}, EP {parallelism.ep_size}"
     holds = Table("each GPU holds", "bytes", "", title=f"{title}, batch {batch}", title_justify="left")

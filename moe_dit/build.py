@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from moe_dit.models import FAMILIES, Network, NetworkConfig
 from moe_dit.models.initialization import initialize
@@ -41,6 +42,19 @@ def load_model(folder: str | Path) -> Network:
         return FAMILIES[family].network.from_pretrained(folder, low_cpu_mem_usage=False).eval()
     except Exception as error:  # diffusers raises many kinds for a wrong folder
         raise InputError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def to_compute(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    """Put a network where it is to be computed with, in eval mode and in its recipe's precision there; the same object.
+
+    In bf16 its weights are bf16, all of them as in training, and its buffers float32. (Autocast over float32 weights
+    would be another function: its norms are float32, and hand experts rows that their grouped product does not take.)
+    """
+    model.to(device).eval()
+    if recipe.in_bf16(device.type):
+        for weight in model.parameters():
+            weight.data = weight.data.bfloat16()
+    return model
 
 
 def load_settings(folder: str | Path) -> NetworkConfig:

@@ -42,6 +42,8 @@ from moe_dit.schedule import learning_rate
 # calls collectives by names that torch 2.14 deprecates.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", category=FutureWarning)
+# And its optimizer for ZeRO 1 with float32 gradients prints the memory in use at every group of weights, unasked.
+deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
 
 
 def start_ranks() -> None:
@@ -87,7 +89,7 @@ class Engine:
         self.parallelism = parallelism
         self.device = device
         self.flow = build_flow(recipe)
-        self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and device.type == "cuda")
+        self.bf16 = recipe.in_bf16(device.type)
         if self.bf16 and parallelism.zero_stage == 0:
             raise InputError(
                 f"{parallelism.file}: ZeRO 0 trains in float32 only here; use zero_optimization.stage 1, which "
@@ -155,7 +157,10 @@ class Engine:
             group["lr"] = self.learning_rate(step)
         parallelism = self.parallelism
         parts = []
+        thresholds = [torch.stack(self.thresholds)] if self.thresholds else []
         for batch in micro_batches:
+            if len(thresholds) > 1:  # every micro-batch moves them from where the step began
+                torch._foreach_copy_(self.thresholds, list(thresholds[0]))
             set_dropout_draws(self._dropouts, self.recipe.seed, batch["position"])
             t = self.flow.times(batch["u"])
             losses = self.flow.loss(self.deepspeed_engine, batch["x"], batch["y"], noise=batch["noise"], t=t)
@@ -165,6 +170,8 @@ class Engine:
                 self._clip_without_zero()
             self.deepspeed_engine.step()
             parts.append(torch.stack([loss.detach() for loss in losses.values()]))
+            if thresholds:
+                thresholds.append(torch.stack(self.thresholds))
         if self.deepspeed_engine.was_step_applied():
             self.ema.update()
         loads = [layer.tokens_per_expert for layer in self.layers]
@@ -176,12 +183,21 @@ class Engine:
         n = len(terms)
         report[:n] /= len(micro_batches) * parallelism.world_size
         load = report[n + 1 :].view(len(loads), len(report[n + 1 :]) // max(1, len(loads)))
-        for threshold in self.thresholds:  # ranks saw different tokens; as published, they go on with the mean
-            deepspeed.comm.all_reduce(threshold)
-            threshold /= parallelism.world_size
+        if thresholds:
+            self._settle_thresholds(thresholds[1:])
         if self.recipe.balance.rate:
             self._balance(load)
         return {"terms": report[:n], "stop": report[n], "load": load}
+
+    def _settle_thresholds(self, moved: list[torch.Tensor]) -> None:
+        """Go on with the mean of the thresholds [layers, experts] that each micro-batch of each rank left.
+
+        So published code does with its ranks, which see different tokens; here micro-batches are no different.
+        """
+        mean = sum(moved[1:], moved[0])
+        deepspeed.comm.all_reduce(mean)
+        mean /= len(moved) * self.parallelism.world_size
+        torch._foreach_copy_(self.thresholds, list(mean))
 
     def _balance(self, load: torch.Tensor) -> None:
         """DeepSeek-V3's bias update (arXiv:2412.19437, eq. 16): towards experts that got fewer tokens than the mean."""
@@ -291,7 +307,7 @@ class Engine:
         for attribute in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # ZeRO 1 and 2; 3
             if hasattr(self._zero, attribute):
                 return list(getattr(self._zero, attribute))
-        if hasattr(self._zero, "fp32_groups_flat_partition"):  # DeepSpeed's bf16 optimizer: no ZeRO, bf16 weights
+        if hasattr(self._zero, "fp32_groups_flat_partition"):  # ZeRO 1 where gradients of bf16 weights are float32
             return list(self._zero.fp32_groups_flat_partition)
         return [weight for group in self._optimizer.param_groups for weight in group["params"]]
 
@@ -352,5 +368,5 @@ class Engine:
             for low, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
                 low.copy_(master)
             zero.checkpoint_event_epilogue()  # ... and gathers them anew
-        elif hasattr(zero, "update_lp_params"):  # ZeRO 1 and 2, and DeepSpeed's bf16 optimizer
+        elif hasattr(zero, "update_lp_params"):  # ZeRO 1 and 2
             zero.update_lp_params()

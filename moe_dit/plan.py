@@ -13,7 +13,7 @@ import torch
 from moe_dit.build import build_model
 from moe_dit.models.moe import MoE
 from moe_dit.optimizer import optimizer_kind
-from moe_dit.parallel.deepspeed_config import Parallelism
+from moe_dit.parallel.deepspeed_config import Parallelism, sums_in_fp32
 from moe_dit.parallel.recompute import apply_activation_checkpointing
 from moe_dit.recipe import Recipe
 
@@ -49,7 +49,7 @@ class Plan:
     """One rank's share, in bytes; ``sends`` by kind of collective, each step."""
 
     weights: int  # that compute
-    gradients: int
+    gradients: int  # sums of them: in the weights' precision or float32 (sums_in_fp32)
     master: int  # float32 master weights
     state: int  # both moments and the EMA(s), float32
     activations: dict[str, float]  # by activation_checkpointing mode
@@ -80,6 +80,7 @@ def make_plan(
     dense_sizes = [p.numel() for p in model.parameters() if id(p) not in experts]
     expert_sizes = [p.numel() // ep for p in model.parameters() if id(p) in experts]
     size = 2 if bf16 else 4
+    gradient_size = 4 if sums_in_fp32(recipe, parallelism, bf16) else 2
     stage = parallelism.zero_stage
     groups = [(dense_sizes, world)] + [(group, world // ep) for group in _split(expert_sizes)]
     local = sum(dense_sizes) + sum(expert_sizes)
@@ -92,16 +93,18 @@ def make_plan(
         parts = sum(_padded(sum(sizes), ALIGNMENT * ranks) // ranks for sizes, ranks in groups)
         weights = local
         gradients = parts if stage == 2 else local
+        if stage == 1 and gradient_size > size:  # summed in flat tensors, which are padded
+            gradients = sum(_padded(sum(sizes), ALIGNMENT * ranks) for sizes, ranks in groups)
         masters = parts if stage else local
     states = len(optimizer_kind(recipe.optimizer.name).state) + len(recipe.ema.decays)
     kept = kept or dict.fromkeys(MODES, 0.0)
     return Plan(
         weights=weights * size,
-        gradients=gradients * size,
+        gradients=gradients * gradient_size,
         master=masters * 4 if stage else 0,
         state=masters * 4 * states,
         activations={mode: n * parallelism.micro_batch_size * size / 4 for mode, n in kept.items()},
-        sends=_traffic(recipe, parallelism, sum(dense_sizes), sum(expert_sizes), size),
+        sends=_traffic(recipe, parallelism, sum(dense_sizes), sum(expert_sizes), size, gradient_size),
         flops=training_flops(recipe, model),
         images=parallelism.micro_batch_size * parallelism.accumulation,
     )
@@ -180,8 +183,10 @@ def _kept_bytes(recipe: Recipe, depth: int) -> dict[str, int]:
     return result
 
 
-def _traffic(recipe: Recipe, parallelism: Parallelism, dense: int, experts: int, size: int) -> dict[str, float]:
-    """Bytes that a rank sends each step."""
+def _traffic(
+    recipe: Recipe, parallelism: Parallelism, dense: int, experts: int, size: int, gradient_size: int
+) -> dict[str, float]:
+    """Bytes that a rank sends each step; the sizes are bytes of a number: of weights and tokens, and of gradients."""
     world = parallelism.world_size
     ep = parallelism.ep_size
     images = parallelism.micro_batch_size * parallelism.accumulation
@@ -195,7 +200,7 @@ def _traffic(recipe: Recipe, parallelism: Parallelism, dense: int, experts: int,
     reduces = 1 if parallelism.zero_stage < 2 else parallelism.accumulation
     return {
         "all-to-all": all_to_all,
-        "reduce-scatter": share * size * reduces,
+        "reduce-scatter": share * gradient_size * reduces,
         "all-gather": share * size * gathers,
     }
 

@@ -149,6 +149,9 @@ class Recipe:
     activation_checkpointing: Literal["none", "blocks", "experts"] = "none"  # what is recomputed to save memory
     compile: Literal["none", "dense"] = "none"  # torch.compile of attention and dense MLPs; needs a C++ compiler
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    # In bf16: what gradients are summed in, over micro-batches and ranks. auto: fp32 where micro-batches are
+    # accumulated or more than 8 ranks meet, else bf16
+    gradients: Literal["auto", "bf16", "fp32"] = "auto"
     initial_weights: str | None = None  # model folder to begin from (an export, an upcycled one); null: drawn
     looks: LooksConfig = field(default_factory=LooksConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -156,6 +159,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, as in the YAML file."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]  # pydantic's dataclasses are dataclasses
+
+    def in_bf16(self, device_type: str) -> bool:
+        """Whether the network computes in bf16 on such a device ("cuda", "cpu"), else in float32."""
+        return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
 
     @property
     def token_choice(self) -> MoEConfig | None:

@@ -1,14 +1,21 @@
 """Training of the other families: a pixel model is the same run on any topology; DiffMoE's ranks share thresholds."""
 
 import json
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import finish, start_training
 
-from moe_dit import load_model
+from moe_dit import build_model, load_model, load_recipe
+from moe_dit.data import Latents, batches, training_inputs
 from moe_dit.export import export_checkpoint
+from moe_dit.flow import Flow
+from moe_dit.manifest import read_manifest
+from moe_dit.models.diffmoe import ExpertChoiceMoE
+from moe_dit.runtime.ranks import World
 
 
 def train(ranks: int, ds: str, shards: Path, run: Path, *flags: str) -> list[dict]:
@@ -50,3 +57,50 @@ def test_diffmoe_trains_on_two_ranks_and_continues(latents, tmp_path):
     threshold = load_model(tmp_path / "model").state_dict()["blocks.1.mlp.expert_threshold"]
     # An exponential mean of quantiles near one half, from 0: 0.5 (1 - 0.95^4).
     assert threshold.mean().item() == pytest.approx(0.5 * (1 - 0.95**4), rel=0.3)
+
+
+@pytest.fixture(scope="module")
+def diffmoe_in_micro_batches(latents):
+    """Three steps of four micro-batches in one plain process: losses, and the thresholds after.
+
+    Each micro-batch finds the thresholds as the step found them, and the step leaves the mean of what they left.
+    """
+    recipe = load_recipe("digits_diffmoe", ["global_batch_size=32", "max_micro_batch_size=8"])
+    manifest, model = read_manifest(latents), build_model(recipe)
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    layers = [layer for layer in model.modules() if isinstance(layer, ExpertChoiceMoE)]
+    stream, losses = batches(replace(recipe, steps=3), manifest, 8, 0, World()), []
+    for _ in range(3):
+        adam.zero_grad()
+        found = [layer.expert_threshold.clone() for layer in layers]
+        left, loss = [torch.zeros_like(threshold) for threshold in found], 0.0
+        for batch in islice(stream, 4):
+            inputs = training_inputs(recipe, batch, Latents.of(recipe, manifest))
+            for layer, threshold in zip(layers, found, strict=True):
+                layer.expert_threshold.copy_(threshold)
+            part = Flow().loss(model, inputs["x"], inputs["y"], noise=inputs["noise"], t=inputs["u"])["loss"] / 4
+            part.backward()
+            loss += part.item()
+            for layer, threshold in zip(layers, left, strict=True):
+                threshold += layer.expert_threshold / 4
+        for layer, threshold in zip(layers, left, strict=True):
+            layer.expert_threshold.copy_(threshold)
+        adam.step()
+        losses.append(loss)
+    return losses, {name: value for name, value in model.named_buffers() if name.endswith("expert_threshold")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "mode"), [(1, "blocks"), (1, "experts"), (2, "none")])
+def test_thresholds_move_once_a_step(diffmoe_in_micro_batches, latents, tmp_path, ranks, mode):
+    """However a step is cut into micro-batches and ranks, and whether layers are computed twice."""
+    losses, thresholds = diffmoe_in_micro_batches
+    flags = ["global_batch_size=32", "max_micro_batch_size=8", f"activation_checkpointing={mode}"]
+    flags = ["--recipe", "digits_diffmoe", "--steps", "3", *(f"--set={flag}" for flag in flags)]
+    got = train(ranks, "zero1_ep1", latents, tmp_path / "run", *flags)
+    assert [record["loss"] for record in got] == pytest.approx(losses, rel=1e-5)
+    export_checkpoint(tmp_path / "run", "model", tmp_path / "model")
+    state = load_model(tmp_path / "model").state_dict()
+    assert len(thresholds) == 3
+    for name, want in thresholds.items():
+        torch.testing.assert_close(state[name], want, rtol=1e-5, atol=0)

@@ -26,6 +26,7 @@ from moe_dit.models.layers import (
 )
 from moe_dit.models.moe import Experts, SwiGLU
 from moe_dit.models.network import Network, NetworkConfig
+from moe_dit.models.recomputing import recomputing
 from moe_dit.schema import STRICT, Count, Natural, NonNegative, Positive, Problem
 
 gelu_tanh: Any = partial(nn.GELU, approximate="tanh")
@@ -61,8 +62,9 @@ class ExpertChoiceMoE(nn.Module):
     """Each expert takes the tokens of the batch that score highest for it.
 
     In training it takes ``capacity * T / E`` of them. A small predictor, which sends no gradient into the network,
-    learns from the tokens' values alone which were taken; ``expert_threshold`` follows, as an exponential mean, the
-    prediction that just as many tokens exceed. In evaluation an expert takes as many tokens as exceed its threshold.
+    learns from the tokens' values alone which were taken; ``expert_threshold`` follows, as an exponential mean that
+    each training forward moves, the prediction that just as many tokens exceed. In evaluation an expert takes as many
+    tokens as exceed its threshold.
 
     Args:
         hidden_size: D.
@@ -126,10 +128,11 @@ class ExpertChoiceMoE(nn.Module):
         score_EK, token_EK = scores_ET.topk(take, dim=-1, sorted=False)
         taken_ET = torch.zeros_like(scores_ET).scatter_(1, token_EK, 1.0)
         loss = F.binary_cross_entropy_with_logits(capacity_TE, taken_ET.T)
-        self.layer_losses = {"capacity_loss": self.capacity_loss_weight * loss}
-        with torch.no_grad():
-            quantile_E = capacity_TE.sigmoid().topk(take, dim=0).values[-1]
-            self.expert_threshold.lerp_(quantile_E, 1 - self.ema_decay)
+        if not recomputing():
+            self.layer_losses = {"capacity_loss": self.capacity_loss_weight * loss}
+            with torch.no_grad():
+                quantile_E = capacity_TE.sigmoid().topk(take, dim=0).values[-1]
+                self.expert_threshold.lerp_(quantile_E, 1 - self.ema_decay)
         count_E = torch.full_like(token_EK[:, 0], take, dtype=torch.int32)
         return token_EK.flatten(), score_EK.flatten(), count_E
 

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from moe_dit.models.dropout import Dropout
+from moe_dit.models.recomputing import recomputing
 from moe_dit.schema import STRICT, Count, NonNegative, Positive, Problem, divisors
 
 
@@ -148,11 +149,13 @@ class Router(nn.Module):
         # scatter_add rather than bincount: bincount waits for the GPU to learn its output's size.
         ones = torch.ones_like(experts_TK, dtype=torch.int32).flatten()
         counts_E = ones.new_zeros(scores_TE.shape[1]).scatter_add_(0, experts_TK.flatten(), ones)
-        self.layer_losses = {
+        losses = {
             name: weight * AUXILIARY_LOSSES[name](logits_TE, scores_TE, counts_E)
             for name, weight in self.auxiliary_losses.items()
             if self.training
         }
+        if not recomputing():
+            self.layer_losses = losses
         return weights_TK, experts_TK, counts_E
 
     def _keep_best_groups(self, choice_TE: torch.Tensor) -> torch.Tensor:
@@ -336,8 +339,9 @@ class MoE(nn.Module):
         """[N, tokens of a sample, D] -> the same."""
         x_TD = x.flatten(0, -2)
         weights_TK, experts_TK, counts_E = self.router(x_TD)
-        with torch.no_grad():
-            self.tokens_per_expert += counts_E
+        if not recomputing():
+            with torch.no_grad():
+                self.tokens_per_expert += counts_E
         top_k = experts_TK.shape[1]
         order_N = experts_TK.flatten().argsort(stable=True)  # rows sorted by expert; N = T K
         token_N = order_N // top_k

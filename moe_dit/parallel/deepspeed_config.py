@@ -1,14 +1,79 @@
-"""The DeepSpeed JSON: how the work is spread. Checked here, completed from the recipe and the number of ranks."""
+"""The DeepSpeed JSON: how the work is spread. Checked here, completed from the recipe and the number of ranks.
 
+A JSON must not change a result, so it is held against a list of what is known not to (:data:`NEUTRAL`, by the sources
+of DeepSpeed 0.19.8); everything else is refused.
+"""
+
+import difflib
 import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
 
-# What decides the experiment stands in the recipe alone, so that a JSON can never change a result.
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value may be: in words, and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _whole(value: Any) -> bool:
+    """Whether a number is an integer; people write 2e8, which JSON reads as a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+
+
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+COUNT = Kind("a positive integer", lambda value: _whole(value) and value > 0)
+NATURAL = Kind("a non-negative integer", lambda value: _whole(value) and value >= 0)
+# allgather_bucket_size must be a multiple of DeepSpeed's nccl_start_alignment_factor.
+EVEN = Kind("a positive, even integer", lambda value: _whole(value) and value > 0 and value % 2 == 0)
+# Without these two DeepSpeed does not train expert-parallel layers, and for others they make no difference.
+ALWAYS = Kind("true", lambda value: value is True)
+NAMES = Kind("a list of names", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
+PATH = Kind("a file name or null", lambda value: value is None or isinstance(value, str))
+
+# The keys that say how work is spread, or look at it, and leave results as they are.
+NEUTRAL: dict[str, Kind | dict[str, Kind]] = {
+    "zero_optimization": {
+        "stage": Kind("0, 1, 2 or 3", lambda value: _whole(value) and value in (0, 1, 2, 3)),
+        "overlap_comm": FLAG,
+        "contiguous_gradients": ALWAYS,
+        "reduce_scatter": ALWAYS,
+        "reduce_bucket_size": COUNT,
+        "allgather_bucket_size": EVEN,
+        "use_multi_rank_bucket_allreduce": FLAG,
+        "sub_group_size": COUNT,
+        "stage3_prefetch_bucket_size": NATURAL,
+        "stage3_param_persistence_threshold": NATURAL,
+        "stage3_model_persistence_threshold": NATURAL,
+        "stage3_max_live_parameters": NATURAL,
+        "stage3_max_reuse_distance": NATURAL,
+    },
+    "expert_parallel": {"enabled": FLAG, "autoep_size": COUNT},
+    "comms_logger": {"enabled": FLAG, "verbose": FLAG, "prof_all": FLAG, "debug": FLAG, "prof_ops": NAMES},
+    "flops_profiler": {
+        "enabled": FLAG,
+        "profile_step": COUNT,
+        "module_depth": Kind("an integer", _whole),
+        "top_modules": COUNT,
+        "detailed": FLAG,
+        "output_file": PATH,
+    },
+    "wall_clock_breakdown": FLAG,
+    "memory_breakdown": FLAG,
+    "dump_state": FLAG,
+}
+
+FEW_RANKS = 8  # a node's; what sums over them may be rounded to bf16 on the way
+
+# What decides the experiment stands in the recipe alone.
 RECIPE_DECIDES = {
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "max_micro_batch_size",
@@ -17,9 +82,76 @@ RECIPE_DECIDES = {
     "optimizer": "optimizer",
     "scheduler": "optimizer.warmup_steps",
     "bf16": "precision",
+    "bfloat16": "precision",
     "fp16": "precision",
     "torch_autocast": "precision",
+    "data_types": "gradients",
+    "communication_data_type": "gradients",
+    "activation_checkpointing": "activation_checkpointing",
+    "compile": "compile",
+    "tensorboard": "metrics.sinks",
+    "wandb": "metrics.sinks",
+    "csv_monitor": "metrics.sinks",
+    "comet": "metrics.sinks",
 }
+
+_SUMS = "changes how gradients are summed"
+_ROUNDS = "rounds what ranks send each other, and so changes results"
+_OFFLOADS = "moves training state to where checkpoints here do not find it; use more GPUs or a higher ZeRO stage"
+REFUSED = {
+    "prescale_gradients": _SUMS,
+    "gradient_predivide_factor": _SUMS,
+    "gradient_allreduce_op": _SUMS,
+    "managed_gradient_accumulation": "is decided here, by the recipe's batch sizes",
+    "checkpoint": "is of no use: checkpoints here are not DeepSpeed's",
+    "steps_per_print": "is of no use: a run reports its own progress",
+    "zero_allow_untested_optimizer": "is set here",
+    "zero_force_ds_cpu_optimizer": _OFFLOADS,
+    "zero_optimization.offload_optimizer": _OFFLOADS,
+    "zero_optimization.offload_param": _OFFLOADS,
+    "zero_optimization.cpu_offload": _OFFLOADS,
+    "zero_optimization.cpu_offload_param": _OFFLOADS,
+    "zero_optimization.zenflow": "changes how weights are updated",
+    "zero_optimization.zero_quantized_weights": _ROUNDS,
+    "zero_optimization.zero_quantized_nontrainable_weights": _ROUNDS,
+    "zero_optimization.zero_quantized_gradients": _ROUNDS,
+    "zero_optimization.zero_hpz_partition_size": "does not go with expert-parallel layers",
+    "zero_optimization.round_robin_gradients": "serves offloading alone, which is not used here",
+    "zero_optimization.parameter_alignment": "pads state in another way than plans and checkpoints here reckon with",
+    "zero_optimization.compute_grad_norm": "leaves out the gradient's norm, which a run records and checks",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "is of no use: jobs/export.py makes models",
+    "expert_parallel.load_balance_coeff": "is decided by the recipe; set balance.rate there",
+}
+
+
+def wrong_keys(config: Mapping[str, Any]) -> Iterator[str]:
+    """What a JSON says that it should not, a line a key: refused and unknown keys, and wrong types."""
+    for key, value in config.items():
+        if key in RECIPE_DECIDES:
+            yield f"{key} is decided by the recipe; remove it and set {RECIPE_DECIDES[key]} there"
+            continue
+        yield from _wrong(key, value, NEUTRAL, "a DeepSpeed JSON here")
+        section = NEUTRAL.get(key)
+        if isinstance(section, dict) and isinstance(value, dict):
+            for inner, inner_value in value.items():
+                yield from _wrong(inner, inner_value, section, key, f"{key}.")
+
+
+def _wrong(key: str, value: Any, valid: Mapping[str, Kind | dict], where: str, prefix: str = "") -> Iterator[str]:
+    name = prefix + key
+    kind = valid.get(key)
+    if name in REFUSED:
+        yield f"{name} {REFUSED[name]}; remove it"
+    elif kind is None:
+        near = difflib.get_close_matches(key, valid, 1)
+        hint = f"did you mean {near[0]}?" if near else "remove it: what is not known to be neutral could change results"
+        *keys, last = valid
+        yield f"{where} takes {', '.join(keys)} and {last}, not {key}; {hint}"
+    elif isinstance(kind, dict):
+        if not isinstance(value, dict):
+            yield f"{name} is {value!r}; it should be an object"
+    elif not kind.fits(value):
+        yield f"{name} is {value!r}; it should be {kind.words}"
 
 
 @dataclass(frozen=True)
@@ -39,35 +171,36 @@ def load_parallelism(file: str, recipe: Recipe, world_size: int) -> Parallelism:
     """Read a DeepSpeed JSON and check it against the recipe and the number of ranks.
 
     Raises:
-        InputError: an unreadable file, a key that the recipe decides, sizes that do not divide.
+        InputError: an unreadable file, a key that could change a result, a wrong value, sizes that do not divide.
     """
     path = Path(file)
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(), object_pairs_hook=partial(_without_duplicates, file))
     except FileNotFoundError:
         known = sorted(str(p) for p in path.parent.glob("*.json"))
         raise InputError(
             f"no DeepSpeed configuration {file}; {'there are ' + ', '.join(known) if known else ''}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{file} should hold a JSON object")
-    for key, instead in RECIPE_DECIDES.items():
-        if key in config:
-            raise InputError(f"{file}: {key} is decided by the recipe; remove it and set {instead} there")
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if stage not in (0, 1, 2, 3):
-        raise InputError(f"{file}: zero_optimization.stage should be 0, 1, 2 or 3")
+    for problem in wrong_keys(config):
+        raise InputError(f"{file}: {problem}")
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
     experts = config.get("expert_parallel", {})
-    unknown = set(experts) - {"enabled", "autoep_size"} if isinstance(experts, dict) else {"expert_parallel"}
-    if unknown:
-        raise InputError(f"{file}: expert_parallel takes enabled and autoep_size, not {', '.join(sorted(unknown))}")
-    ep_size = experts.get("autoep_size", 1) if experts.get("enabled", False) else 1
-    if not isinstance(ep_size, int) or isinstance(ep_size, bool) or ep_size < 1:
-        raise InputError(f"{file}: expert_parallel.autoep_size is {ep_size!r}; it should be a positive integer")
+    ep_size = int(experts.get("autoep_size", 1)) if experts.get("enabled", False) else 1
     return _divide(file, config, stage, ep_size, recipe, world_size)
+
+
+def _without_duplicates(file: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of keys that stand twice, json alone would take the last and say nothing."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise InputError(f"{file}: {key} stands twice in one object; leave one")
+        values[key] = value
+    return values
 
 
 def _divide(file: str, config: dict, stage: int, ep_size: int, recipe: Recipe, world_size: int) -> Parallelism:
@@ -99,18 +232,34 @@ def _divide(file: str, config: dict, stage: int, ep_size: int, recipe: Recipe, w
     return Parallelism(file, stage, ep_size, world_size, share // accumulation, accumulation, config)
 
 
+def sums_in_fp32(recipe: Recipe, parallelism: Parallelism, bf16: bool) -> bool:
+    """Whether gradients are summed in float32, over micro-batches and ranks, where weights compute in bf16.
+
+    A sum of n numbers of bf16, rounded as it grows, is off by about 2^-9 of itself in each step, and from some hundred
+    equal terms on takes no more. So ``gradients: auto`` is float32 where micro-batches are accumulated, and where more
+    than FEW_RANKS ranks meet.
+    """
+    if not bf16 or recipe.gradients != "auto":
+        return not bf16 or recipe.gradients == "fp32"
+    return parallelism.accumulation > 1 or parallelism.world_size > FEW_RANKS
+
+
 def for_deepspeed(parallelism: Parallelism, recipe: Recipe, bf16: bool) -> dict[str, Any]:
     """The configuration that deepspeed.initialize gets."""
     config = dict(parallelism.json)
     # Expert-parallel layers are built before the engine sees the model (moe_dit.parallel).
     config.pop("expert_parallel", None)
+    if bf16 and sums_in_fp32(recipe, parallelism, bf16):
+        config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return config | {
         "train_batch_size": recipe.global_batch_size,
         "train_micro_batch_size_per_gpu": parallelism.micro_batch_size,
         "gradient_accumulation_steps": parallelism.accumulation,
         # Without ZeRO the engine clips itself (Engine._clip_without_zero says why).
         "gradient_clipping": recipe.optimizer.clip_grad_norm if parallelism.zero_stage else 0.0,
-        "bf16": {"enabled": bf16},
+        # With float32 sums, ZeRO 1 is another class in DeepSpeed 0.19.8 (BF16_Optimizer), which computes the same. Told
+        # to update at once, it frees each bf16 gradient when it has added it; else it keeps them all beside the sums.
+        "bf16": {"enabled": bf16, "immediate_grad_update": bf16},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,  # progress and metrics are ours
     }

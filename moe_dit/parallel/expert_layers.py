@@ -18,6 +18,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from moe_dit.models.moe import MoE, Rows, token_rows
+from moe_dit.models.recomputing import recomputing
 
 
 class ExpertParallelMoE(AutoEPMoELayer):
@@ -87,7 +88,12 @@ class ExpertParallelMoE(AutoEPMoELayer):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[N, T, D] -> [N, T, D]."""
         rows = token_rows(self.experts, hidden_states)
-        return super().forward(hidden_states if rows is None else _pack_rows(hidden_states, rows))
+        counted = self.tokens_per_expert.clone() if recomputing() else None
+        try:
+            return super().forward(hidden_states if rows is None else _pack_rows(hidden_states, rows))
+        finally:  # torch ends a second computation by an exception, as soon as it has what it needs
+            if counted is not None:
+                self.tokens_per_expert.copy_(counted)
 
     def _finalize_output(
         self, output: torch.Tensor, x: torch.Tensor, hidden_states: torch.Tensor, hdim: int

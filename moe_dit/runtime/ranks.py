@@ -56,7 +56,7 @@ def _ranks_on_this_node() -> int:
 
 
 def set_rendezvous() -> None:
-    """Give torch.distributed the environment it reads, where the launcher (srun, or none) did not set it."""
+    """Give torch.distributed and DeepSpeed the environment they read, where the launcher did not set it, or not so."""
     this = world()
     env = os.environ
     if "MASTER_ADDR" not in env:
@@ -69,8 +69,13 @@ def set_rendezvous() -> None:
             env["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = "0" if this.size == 1 else "29500"
+    # A gloo group connects every rank with every other when it is made. Every group of ours and of DeepSpeed's has gloo
+    # for CPU tensors: with some hundred ranks that is more sockets than a process may open. This connects at first use.
+    env.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     env["RANK"] = str(this.rank)
-    env["LOCAL_RANK"] = str(this.local_rank)
+    # DeepSpeed takes it for the index of the rank's GPU, and SLURM may let each task see one GPU alone.
+    gpus = torch.cuda.device_count()
+    env["LOCAL_RANK"] = str(this.local_rank % gpus if gpus else this.local_rank)
     env["WORLD_SIZE"] = str(this.size)
 
 
