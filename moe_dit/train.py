@@ -3,7 +3,7 @@
 import fcntl
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,9 @@ from moe_dit.schema import differences
 
 if TYPE_CHECKING:
     from moe_dit.checkpoint import Checkpointer
+    from moe_dit.checkpoint_files import Damaged
     from moe_dit.engine import Engine
+    from moe_dit.lineage import Start
     from moe_dit.looks import Looks
     from moe_dit.metrics import Metrics, Report
 
@@ -41,7 +43,8 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         recipe: what to train; its data.path is the shards to read.
         ds_file: the DeepSpeed JSON.
         run: folder for the results.
-        resume: "auto" (continue the run if it has a checkpoint), "never" (refuse if it has one), or a checkpoint.
+        resume: "auto" (continue the run if it has a checkpoint), "never" (refuse if it has one), or a checkpoint to
+            begin from (:func:`moe_dit.lineage.choose`).
 
     Raises:
         InputError: whatever cannot work is found here, before ranks start and anything is written.
@@ -56,14 +59,16 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     recipe = _resolve(recipe, manifest)
 
     # DeepSpeed and TensorBoard take seconds to import: bad input should not have to wait for them.
-    from moe_dit.checkpoint import Checkpointer, name_of, set_latest
+    from moe_dit.checkpoint import Checkpointer
+    from moe_dit.checkpoint_files import Damaged, name_of
     from moe_dit.engine import Engine, start_ranks
     from moe_dit.initial_weights import check_initial_weights, load_initial_weights
+    from moe_dit.lineage import set_latest, write_history
     from moe_dit.metrics import Metrics
     from moe_dit.sinks import check_sinks
 
     check_sinks(recipe)
-    if recipe.initial_weights is not None and _resumed(recipe, run, resume) is None:
+    if recipe.initial_weights is not None and _resumed(recipe, run, resume).checkpoint is None:
         check_initial_weights(recipe)  # a run that continues needs them no more
     end_with_launcher()
     device = ranks.device()
@@ -71,7 +76,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     request = StopRequest()
     locks = []
 
-    def open_run() -> Path | None:
+    def open_run() -> "Start":
         """Decide on rank 0 alone what is continued: ranks that each looked might see different moments."""
         _resumed(recipe, run, resume)  # refuse before the folder is touched
         locks.append(_lock(run))
@@ -84,21 +89,34 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         from moe_dit.looks import Looks  # brings in evaluation, which a run without looks need not wait for
 
         looks = Looks(recipe, run, device, parallelism.micro_batch_size)
-    checkpoint = ranks.from_rank_0(open_run)
+    start = ranks.from_rank_0(open_run)
     engine = Engine(recipe, parallelism, device)
     checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
-    first_step = checkpointer.load(engine, checkpoint) if checkpoint else 0
-    if recipe.initial_weights is not None and not checkpoint:
+    first_step = 0
+    damaged: dict[Path, Damaged] = {}
+    while start.checkpoint is not None:
+        try:
+            first_step = checkpointer.load(engine, start.checkpoint)
+            break
+        except Damaged as error:  # on every rank alike
+            damaged[start.checkpoint] = error
+            start = ranks.from_rank_0(lambda: _resumed(recipe, run, resume, damaged))
+    checkpointer.history = start.history
+    if recipe.initial_weights is not None and start.checkpoint is None:
         load_initial_weights(engine, Path(recipe.initial_weights))
     held = engine.bytes_held_by_rank()
     metrics = None
     if world.rank == 0:
-        if checkpoint and checkpoint.parent == checkpointer.folder:
-            set_latest(checkpointer.folder, checkpoint.name)
+        if start.own:
+            # Before anything is saved: a requeued job goes on from here too.
+            set_latest(checkpointer.folder, name_of(first_step))
+        write_history(run, start.history)
         _write_config(run, recipe, parallelism.json)
         write_json(run / "memory.json", held)
-        metrics = Metrics(run, first_step, recipe)
-    say(_headline(recipe, parallelism, manifest, checkpoint, engine))
+        metrics = Metrics(run, first_step, recipe, start.records)
+    for note in start.notes:
+        say(note)
+    say(_headline(recipe, parallelism, manifest, start.checkpoint, engine))
     stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
     micro_batches = _micro_batches(engine, stream, Latents.of(recipe, manifest))
     try:
@@ -106,6 +124,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     finally:
         if metrics is not None:
             metrics.close()
+    checkpointer.confirm(last_step)
     ranks.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
     ranks.stop()
     for lock in locks:
@@ -183,9 +202,9 @@ def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
     loss = report.losses["loss"]
     if math.isfinite(loss) and math.isfinite(report.grad_norm):
         return
-    from moe_dit.checkpoint import complete_checkpoints, newest
+    from moe_dit.lineage import newest
 
-    last = newest(complete_checkpoints(run / "checkpoints"))
+    last = newest(run / "checkpoints")
     what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
     first, end = ((report.step - n) * recipe.global_batch_size for n in (1, 0))
     raise Stop(
@@ -204,19 +223,20 @@ def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
     return replace(recipe, data=data, initial_weights=weights)
 
 
-def _resumed(recipe: Recipe, run: Path, resume: str) -> Path | None:
-    """The checkpoint that ``resume`` means, if any; InputError where it cannot continue this recipe."""
-    from moe_dit.checkpoint import find_checkpoint, read_description
+def _resumed(recipe: Recipe, run: Path, resume: str, damaged: "Mapping[Path, Damaged] | None" = None) -> "Start":
+    """Where to begin, as ``resume`` says; InputError where that is a checkpoint that cannot continue this recipe."""
+    from moe_dit.checkpoint_files import read_description
+    from moe_dit.lineage import choose
 
-    checkpoint = find_checkpoint(run if resume in ("auto", "never") else Path(resume))
-    if checkpoint is None:
-        if resume not in ("auto", "never"):
-            raise InputError(f"--resume {resume}: no checkpoint there; give auto, never, a run or a checkpoint folder")
-        return None
-    if resume == "never":
-        raise InputError(f"--resume never, but {run} has {checkpoint.name}; give another --out, or --resume auto")
-    _check_same(recipe, read_description(checkpoint), checkpoint)
-    return checkpoint
+    start = choose(run, resume, damaged)
+    if start.checkpoint is not None:
+        description = read_description(start.checkpoint)
+        _check_same(recipe, description, start.checkpoint)
+        if not start.own and description["step"] == recipe.steps:
+            raise InputError(
+                f"{start.checkpoint} has done all of the {recipe.steps} steps asked for; give more --steps"
+            )
+    return start
 
 
 def _check_same(recipe: Recipe, description: dict, checkpoint: Path) -> None:
