@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("--recipe", default=DEFAULT_RECIPE, help="name or .yaml file (default: %(default)s)")
     parser.add_argument("--data", metavar="SHARDS", help="folder of shards (default: the recipe's own)")
     parser.add_argument("--out", metavar="RUN", help="folder for the results (default: runs/RECIPE)")
-    parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint to start from (default: auto)")
+    resume = "auto, never, or a checkpoint to begin from if RUN has none of its own (default: auto)"
+    parser.add_argument("--resume", default="auto", help=resume)
     parser.add_argument("--steps", type=int, metavar="N", help="train until step N (default: the recipe's)")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a recipe key")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")

@@ -1,38 +1,40 @@
 """The one checkpoint format: training state by logical name, readable at any number of ranks, EP degree and ZeRO stage.
 
 A checkpoint is a folder RUN/checkpoints/step_00000100 of torch.distributed.checkpoint's files, in which each rank wrote
-what it owns, plus state.json. Its tensors are flattened logical weights, "weight/blocks.0.attn.qkv.weight", likewise
-"exp_avg/", "exp_avg_sq/" and "ema/", and "buffer/" for balance biases. It is written under a temporary name and
-renamed when complete; RUN/checkpoints/latest names the newest complete one and moves last.
+what it owns, plus state.json (moe_dit/checkpoint_files.py reads them). Its tensors are flattened logical weights,
+"weight/blocks.0.attn.qkv.weight", likewise "exp_avg/", "exp_avg_sq/" and "ema/", and "buffer/" for balance biases. It
+is written under a temporary name and renamed when complete; RUN/checkpoints/latest names the newest complete one and
+moves last. Which one a run continues from: moe_dit/lineage.py.
 """
 
-import json
-import pickle
 import shutil
 import threading
-import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from moe_dit.checkpoint_files import (
+    Attempt,
+    cause_of,
+    check_complete,
+    name_of,
+    read_state,
+    sizes_of,
+    tensors_of,
+    write_description,
+)
 from moe_dit.engine import Engine
+from moe_dit.lineage import State, named_by_latest, newest, set_latest, superfluous
 from moe_dit.runtime.errors import InputError, Stop
-from moe_dit.runtime.files import publish_folder, remove_folder, write_json, write_text
-from moe_dit.runtime.progress import say
-from moe_dit.runtime.ranks import world
-
-FORMAT = 1
+from moe_dit.runtime.files import publish_folder, remove_folder
+from moe_dit.runtime.ranks import from_rank_0, world
 
 
 class FlatSlice(torch.Tensor):
@@ -78,12 +80,16 @@ class Checkpointer:
         run: the run's folder.
         keep: newest checkpoints to keep.
         milestone_every: steps between checkpoints that are kept for good; 0 for none.
+
+    Attributes:
+        history: the starts of the training command that led to what is saved (:class:`moe_dit.lineage.Start`).
     """
 
     def __init__(self, run: Path, keep: int, milestone_every: int = 0):
         self.folder = run / "checkpoints"
         self.keep = keep
         self.milestone_every = milestone_every
+        self.history: Sequence[Attempt] = []
         # Collectives of its own, apart from the ranks' training traffic.
         self.group: Any = torch.distributed.new_group(backend="gloo")
         self._writer: threading.Thread | None = None
@@ -99,15 +105,17 @@ class Checkpointer:
         if world().rank == 0:
             state |= {f"buffer/{name}": value.to("cpu", copy=True) for name, value in engine.buffers().items()}
         description = {
-            "format": FORMAT,
             "step": step,
             "position": step * engine.recipe.global_batch_size,
             "world_size": engine.parallelism.world_size,
             "ep_size": engine.parallelism.ep_size,
             "zero_stage": engine.parallelism.zero_stage,
+            "history": [asdict(attempt) for attempt in self.history],
             "recipe": engine.recipe.to_dict(),
         }
-        self._writer = threading.Thread(target=self._write, args=(state, description), name="checkpoint")
+        # A save has failed until it is done, whatever may keep its thread from saying so.
+        self._error = Stop(f"checkpoint {self.folder / name_of(step)} was not written to its end")
+        self._writer = threading.Thread(target=self._write, args=(state, description, engine.device), name="checkpoint")
         self._writer.start()
 
     def wait(self) -> None:
@@ -124,59 +132,84 @@ class Checkpointer:
 
     def failed(self) -> bool:
         """Whether a save has failed on this rank, without waiting for one that is under way."""
-        return self._error is not None
+        under_way = self._writer is not None and self._writer.is_alive()
+        return not under_way and self._error is not None
 
     def close(self) -> None:
         """Wait for a save under way to end, on every way out of a run; whether it failed is :meth:`wait`'s to tell."""
         if self._writer is not None:
             self._writer.join()
 
-    def _write(self, state: dict[str, Any], description: dict[str, Any]) -> None:
+    def confirm(self, step: int) -> Path:
+        """Make sure, before a run says that it is done, that the checkpoint of its last step is there and whole.
+
+        Returns:
+            It.
+
+        Raises:
+            Stop: it is not, on every rank alike.
+        """
+        checkpoint = self.folder / name_of(step)
+
+        def check() -> None:
+            check_complete(checkpoint)
+            if (named := named_by_latest(self.folder)) != checkpoint.name:
+                raise ValueError(f"{self.folder / 'latest'} names {named} instead of {checkpoint.name}")
+
+        try:
+            from_rank_0(check, self.group)
+        except (Stop, OSError, ValueError) as error:
+            raise Stop(f"step {step} was reached, but it is not saved: {error}", everywhere=True) from None
+        return checkpoint
+
+    def _write(self, state: dict[str, Any], description: dict[str, Any], device: torch.device) -> None:
         final = self.folder / name_of(description["step"])
         temporary = self.folder / f".{final.name}.tmp"
         try:
-            self._on_rank_0(lambda: _make_empty(temporary))
+            if device.type == "cuda":
+                # A thread begins on GPU 0, whichever is its rank's, and torch's writer looks at the current one.
+                torch.cuda.set_device(device)
+            from_rank_0(lambda: _make_empty(temporary), self.group)
             dcp.save(state, storage_writer=FileSystemWriter(temporary), process_group=self.group)
-            self._on_rank_0(lambda: self._publish(description, temporary, final))
-        except (Exception, CheckpointException) as error:
+            from_rank_0(lambda: self._publish(description, temporary, final), self.group)
+            self._error = None
+        except BaseException as error:  # dcp's own is no Exception
+            self._error = Stop(f"checkpoint {final} could not be written: {cause_of(error)}")
             if world().rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free
-            last = newest(complete_checkpoints(self.folder))
             self._error = Stop(
-                f"checkpoint {final} could not be written, with {free / 1e6:.0f} MB free on that disk: "
-                f"{_cause(error)}; the newest complete one is {last or 'none'}, and the same command continues from it"
+                f"checkpoint {final} could not be written{_free(self.folder)}: {cause_of(error)}; the newest complete "
+                f"one is {newest(self.folder) or 'none'}, and the same command continues from it",
+                everywhere=True,
             )
-
-    def _on_rank_0(self, function: Callable[[], None]) -> None:
-        """Call a function on rank 0, and let every rank know how it ended."""
-        outcome: list[str | None] = [None]
-        if world().rank == 0:
-            try:
-                function()
-            except (OSError, ValueError) as error:
-                outcome = [_cause(error)]
-        torch.distributed.broadcast_object_list(outcome, src=0, group=self.group)
-        if outcome[0] is not None:
-            raise OSError(outcome[0])
 
     def _publish(self, description: dict[str, Any], temporary: Path, final: Path) -> None:
         """Check what was written, give it its name, let ``latest`` say so, and prune."""
-        write_json(temporary / "state.json", description)
+        write_description(temporary, description)
         check_complete(temporary)
-        publish_folder(temporary, final)  # one that is there is of a run that was taken back to an earlier step
+        publish_folder(temporary, final)  # one that is there is of a branch that the run has left
         set_latest(self.folder, final.name)
-        for old in complete_checkpoints(self.folder)[: -self.keep]:
-            if not self.milestone_every or step_of(old) % self.milestone_every:
-                remove_folder(old)
+        for old in superfluous(self.folder, State(self.history, description["step"]), self.keep, self.milestone_every):
+            remove_folder(old)
 
     def load(self, engine: Engine, checkpoint: Path) -> int:
         """Fill the engine's state from a checkpoint, whatever topology wrote it; returns its step.
 
         Raises:
-            InputError: the checkpoint is unreadable or of another network; the engine is as it was.
+            Damaged: the checkpoint is unreadable, on every rank alike; the engine is as it was.
+            InputError: it lacks what this recipe's training keeps, likewise.
         """
-        description = read_description(checkpoint)
+
+        def open_checkpoint() -> tuple[int, Any]:
+            description, index = check_complete(checkpoint)
+            if missing := sorted(tensors_of(engine.recipe).items() - sizes_of(index).items()):
+                raise InputError(
+                    f"{checkpoint} has no {missing[0][0]} of size {list(missing[0][1])}, which a run of recipe "
+                    f"{engine.recipe.name} keeps; it was saved by one of {description['recipe']['name']}"
+                )
+            return description["step"], index
+
+        step, index = from_rank_0(open_checkpoint, self.group)
         pieces = list(engine.pieces())
         targets: dict[str, Any] = {
             f"{kind}/{piece.name}": FlatSlice(torch.empty(tensor.shape), piece.start, piece.numel)
@@ -185,25 +218,15 @@ class Checkpointer:
         }
         buffers = engine.buffers()
         plain = {f"buffer/{name}": torch.empty_like(value, device="cpu") for name, value in buffers.items()}
-        read_state({**targets, **plain}, checkpoint, self.group)
+        read_state({**targets, **plain}, checkpoint, self.group, index)
         with torch.no_grad():
             for piece in pieces:
                 for kind, tensor in piece.tensors.items():
                     tensor.copy_(targets[f"{kind}/{piece.name}"].data_1d)
             for name, value in buffers.items():
                 value.copy_(plain[f"buffer/{name}"])
-        engine.set_step(description["step"])
-        return description["step"]
-
-
-def name_of(step: int) -> str:
-    """A checkpoint's folder name."""
-    return f"step_{step:08d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's folder name says."""
-    return int(checkpoint.name.removeprefix("step_"))
+        engine.set_step(step)
+        return step
 
 
 def _make_empty(folder: Path) -> None:
@@ -211,88 +234,9 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _cause(error: BaseException) -> str:
-    """What went wrong, without torch's wrapping: dcp gathers each rank's error into one exception."""
-    failures = getattr(error, "failures", {})
-    cause = next((exception for exception, _ in failures.values()), error)
-    # A write that fails makes torch's zip writer fail once more, with a message of its own.
-    while not isinstance(cause, OSError) and isinstance(cause.__context__, OSError):
-        cause = cause.__context__
-    text = f"{type(cause).__name__}: {cause}" if not isinstance(cause, OSError) else str(cause)
-    return " ".join(text.split())[:300]
-
-
-def check_complete(checkpoint: Path) -> None:
-    """Hold a checkpoint's files against its index: every element of every tensor is there; ValueError otherwise."""
-    metadata = FileSystemReader(checkpoint).read_metadata()
-    for name, tensor in metadata.state_dict_metadata.items():
-        if isinstance(tensor, TensorStorageMetadata):
-            stored = sum(chunk.sizes.numel() for chunk in tensor.chunks)
-            if stored != tensor.size.numel():
-                raise ValueError(f"{name} has {stored} of {tensor.size.numel()} elements")
-    for place in (metadata.storage_data or {}).values():
-        file = checkpoint / place.relative_path
-        if file.stat().st_size < place.offset + place.length:
-            raise ValueError(f"{file.name} is truncated")
-
-
-def set_latest(folder: Path, name: str) -> None:
-    """Let ``latest`` name a checkpoint, in one indivisible step."""
-    write_text(folder / "latest", name + "\n")
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of RUN/checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
-
-
-def newest(checkpoints: list[Path]) -> Path | None:
-    """The last of a list, or None."""
-    return checkpoints[-1] if checkpoints else None
-
-
-def find_checkpoint(run_or_checkpoint: Path) -> Path | None:
-    """The checkpoint that a path means: itself, or the newest readable one of a run; None where a run has none.
-
-    Raises:
-        InputError: a run's checkpoints are all unreadable.
-    """
-    if (run_or_checkpoint / "state.json").is_file():
-        return run_or_checkpoint
-    folder = run_or_checkpoint / "checkpoints"
-    candidates = complete_checkpoints(folder)
-    if (folder / "latest").is_file():
-        # `latest` may have been taken back to an earlier step on purpose.
-        last = (folder / "latest").read_text().strip()
-        candidates = [path for path in candidates if path.name <= last]
-    for checkpoint in reversed(candidates):
-        try:
-            read_description(checkpoint)
-            check_complete(checkpoint)
-            return checkpoint
-        except (InputError, OSError, ValueError, CheckpointException, pickle.UnpicklingError, EOFError) as error:
-            say(f"checkpoint {checkpoint} cannot be read ({_cause(error)}); taking the one before it")
-    if candidates:
-        raise InputError(f"no checkpoint in {folder} can be read; give another --out, or --resume CHECKPOINT")
-    return None
-
-
-def read_description(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's state.json: step, position, recipe and the topology that wrote it."""
+def _free(folder: Path) -> str:
+    """How much room there is, for a message."""
     try:
-        description = json.loads((checkpoint / "state.json").read_text())
-        if description["format"] != FORMAT:
-            raise InputError(f"{checkpoint} has format {description['format']}; this version reads {FORMAT}")
-        return description
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{checkpoint} is not a readable checkpoint: state.json: {error}") from None
-
-
-def read_state(targets: dict[str, torch.Tensor], checkpoint: Path, group: Any = None) -> None:
-    """Fill targets (whole flattened tensors or FlatSlices, on the CPU) by their names in a checkpoint."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant where group is None
-            dcp.load(targets, storage_reader=FileSystemReader(checkpoint), process_group=group, no_dist=group is None)
-    except (Exception, CheckpointException) as error:
-        raise InputError(f"checkpoint {checkpoint} cannot be read: {_cause(error)}") from None
+        return f", with {shutil.disk_usage(folder).free / 1e6:.0f} MB free on that disk"
+    except OSError:  # the folder could not even be made
+        return ""

@@ -52,7 +52,8 @@ def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> No
         weights: "ema", "ema2" (the second average) or "model" (the float32 master weights).
         folder: where to write.
     """
-    from moe_dit.checkpoint import find_checkpoint, read_description, read_state
+    from moe_dit.checkpoint_files import read_description, read_state
+    from moe_dit.lineage import find_checkpoint
 
     checkpoint = find_checkpoint(run_or_checkpoint)
     if checkpoint is None:

@@ -1,6 +1,7 @@
 """A run's record: metrics.jsonl, its sinks and the line behind the progress bar, without making a GPU wait."""
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from moe_dit.recipe import Recipe
-from moe_dit.runtime.files import write_text
+from moe_dit.runtime.files import write_bytes
 from moe_dit.runtime.progress import say
 from moe_dit.sinks import open_sinks
 
@@ -104,16 +105,18 @@ class Metrics:
 
     Args:
         run: the run's folder.
-        first_step: steps done before; records beyond it (of steps that will be repeated) are dropped.
+        first_step: steps done before.
         recipe: its global batch size makes a speed of a step's time.
+        kept: steps whose records tell of what is continued. Others that are there, of steps that will be repeated,
+            move to metrics_superseded.jsonl.
     """
 
     SECONDS_BETWEEN_FLUSHES = 1.0
 
-    def __init__(self, run: Path, first_step: int, recipe: Recipe):
+    def __init__(self, run: Path, first_step: int, recipe: Recipe, kept: int):
         self.path = run / "metrics.jsonl"
         self.images = recipe.global_batch_size
-        self._keep_until(first_step)
+        self._keep_until(kept)
         self._file = open(self.path, "a")
         self._sinks = open_sinks(recipe, run, first_step)
         self._load: torch.Tensor | None = None
@@ -171,14 +174,27 @@ class Metrics:
             sink.close()
 
     def _keep_until(self, step: int) -> None:
-        """Drop records after ``step``, and a last line that a kill cut short."""
+        """Set records after ``step`` aside, and a last line that a kill cut short."""
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
+        kept, superseded, steps = [], [], []
+        for line in self.path.read_bytes().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                continue
-        write_text(self.path, "".join(kept))
+                number = json.loads(line)["step"]
+                if number <= step:
+                    kept.append(line + b"\n")
+                    continue
+                steps.append(number)
+            except (ValueError, TypeError, KeyError):  # no record
+                pass
+            superseded.append(line + b"\n")
+        if not superseded:
+            return
+        aside = self.path.with_name("metrics_superseded.jsonl")
+        with open(aside, "ab") as file:
+            file.writelines(superseded)
+            file.flush()
+            os.fsync(file.fileno())
+        write_bytes(self.path, b"".join(kept))
+        what = f"the records of steps {min(steps)} to {max(steps)}" if steps else "a line that is no record"
+        say(f"{what} moved from {self.path} to {aside.name}: they are no part of what continues")

@@ -1,12 +1,12 @@
 """The training loop: from a recipe and a DeepSpeed JSON to a run folder, continuing where it stopped."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,7 +27,9 @@ from moe_dit.status import read_status, write_status
 
 if TYPE_CHECKING:
     from moe_dit.checkpoint import Checkpointer
+    from moe_dit.checkpoint_files import Damaged
     from moe_dit.engine import Engine
+    from moe_dit.lineage import Start
     from moe_dit.looks import Looks
     from moe_dit.metrics import Metrics, Report
 
@@ -42,76 +44,47 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         recipe: what to train; its data.path is the shards to read.
         ds_file: the DeepSpeed JSON.
         run: folder for the results.
-        resume: "auto" (continue the run if it has a checkpoint), "never" (refuse if it has one), or a checkpoint.
+        resume: "auto" (continue the run if it has a checkpoint), "never" (refuse if it has one), or a checkpoint to
+            begin from (:func:`moe_dit.lineage.choose`).
 
     Raises:
-        InputError: whatever cannot work is found here, before ranks start and anything is written.
+        InputError: whatever cannot work is found here, before anything is written.
         Interrupted: it was told to stop, and has saved.
         Stop: the loss is not finite any more, or a checkpoint could not be written.
     """
-    world = ranks.world()
-
-    def check() -> tuple[Recipe, Parallelism, Manifest]:
-        optimizer_kind(recipe.optimizer.name)
-        parallelism = load_parallelism(ds_file, recipe, world.size)
-        manifest = read_manifest(recipe.data.path)
-        check_manifest(manifest, recipe)
-        return _resolve(recipe, manifest), parallelism, manifest
-
-    recipe, parallelism, manifest = ranks.agreed(check)
+    recipe, parallelism, manifest = ranks.agreed(lambda: _check(recipe, ds_file))
 
     # DeepSpeed and TensorBoard take seconds to import: bad input should not have to wait for them.
-    from moe_dit.checkpoint import Checkpointer, name_of, set_latest
+    from moe_dit.checkpoint import Checkpointer
     from moe_dit.engine import Engine, start_ranks
-    from moe_dit.initial_weights import check_initial_weights, load_initial_weights
-    from moe_dit.metrics import Metrics
-    from moe_dit.sinks import check_sinks
+    from moe_dit.initial_weights import load_initial_weights
 
-    def check_again() -> None:
-        check_sinks(recipe)
-        if recipe.initial_weights is not None and _resumed(recipe, run, resume) is None:
-            check_initial_weights(recipe)  # a run that continues needs them no more
-
-    ranks.agreed(check_again)
+    ranks.agreed(lambda: _check_beginning(recipe, run, resume))
     request = StopRequest()
     request.watch_launchers()
     device = ranks.device()
     start_ranks()
-    locks = []
-
-    def open_run() -> Path | None:
-        """Decide on rank 0 alone what is continued: ranks that each looked might see different moments."""
-        _resumed(recipe, run, resume)  # refuse before the folder is touched
-        locks.append(_lock(run))
-        remove_unfinished(run)
-        remove_unfinished(run / "checkpoints")
-        return _resumed(recipe, run, resume)
-
     looks = None
     if recipe.looks.every:
         from moe_dit.looks import Looks  # brings in evaluation, which a run without looks need not wait for
 
         looks = Looks(recipe, run, device, parallelism.micro_batch_size)
-    checkpoint = ranks.from_rank_0(open_run)
-    with _told(run):
+    with ExitStack() as held:
+        # Rank 0 alone decides what is continued: ranks that each looked might see different moments.
+        start = ranks.from_rank_0(lambda: _open_run(recipe, run, resume, held))
+        held.enter_context(_told(run))
         engine = Engine(recipe, parallelism, device)
         checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
-        first_step = checkpointer.load(engine, checkpoint) if checkpoint else 0
-        if recipe.initial_weights is not None and not checkpoint:
+        start, first_step = _load(engine, checkpointer, start, recipe, run, resume)
+        if recipe.initial_weights is not None and start.checkpoint is None:
             load_initial_weights(engine, Path(recipe.initial_weights))
-        held = engine.bytes_held_by_rank()
-
-        def open_record() -> Metrics:
-            if checkpoint and checkpoint.parent == checkpointer.folder:
-                set_latest(checkpointer.folder, checkpoint.name)
-            _write_config(run, recipe, parallelism.json)
-            write_json(run / "memory.json", held)
-            return Metrics(run, first_step, recipe)
-
-        say(_headline(recipe, parallelism, manifest, checkpoint, engine))
-        stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, world)
+        bytes_held = engine.bytes_held_by_rank()
+        metrics = ranks.on_rank_0(lambda: _open_record(engine, run, start, first_step, bytes_held))
+        for note in start.notes:
+            say(note)
+        say(_headline(recipe, parallelism, manifest, start.checkpoint, engine))
+        stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, ranks.world())
         micro_batches = _micro_batches(engine, stream, Latents.of(recipe, manifest))
-        metrics = open_record() if world.rank == 0 else None
         try:
             last_step = _loop(engine, micro_batches, checkpointer, metrics, looks, request, run, first_step)
         finally:
@@ -119,13 +92,78 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
             checkpointer.close()
             if metrics is not None:
                 metrics.close()
-        last = f"step {last_step}, saved in {checkpointer.folder / name_of(last_step)}"
+        last = f"step {last_step}, saved in {checkpointer.confirm(last_step)}"
         ranks.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
         if last_step < recipe.steps:
             raise Interrupted(f"stopped as asked after {last}; the same command continues", everywhere=True)
     say(f"done: {last}")
-    for lock in locks:
-        lock.close()
+
+
+def _check(recipe: Recipe, ds_file: str) -> tuple[Recipe, Parallelism, Manifest]:
+    """What can be checked at once: the recipe, completed from its shards; how the work is spread; the shards."""
+    optimizer_kind(recipe.optimizer.name)
+    parallelism = load_parallelism(ds_file, recipe, ranks.world().size)
+    manifest = read_manifest(recipe.data.path)
+    check_manifest(manifest, recipe)
+    return _resolve(recipe, manifest), parallelism, manifest
+
+
+def _check_beginning(recipe: Recipe, run: Path, resume: str) -> None:
+    """Where the run's numbers go, and what it begins from."""
+    from moe_dit.initial_weights import check_initial_weights
+    from moe_dit.sinks import check_sinks
+
+    check_sinks(recipe)
+    if recipe.initial_weights is not None and _resumed(recipe, run, resume).checkpoint is None:
+        check_initial_weights(recipe)  # a run that continues needs them no more
+
+
+def _open_run(recipe: Recipe, run: Path, resume: str, held: ExitStack) -> "Start":
+    """Hold the run's folder until ``held`` ends, clear what a kill left, and decide what is continued."""
+
+    def patience() -> float:
+        # The ranks of a run that was just killed may take a moment to end, and one that was told to stop saves first.
+        return GRACE_SECONDS if read_status(run).get("state") == "stopping" else 10.0
+
+    _resumed(recipe, run, resume)  # refuse before the folder is touched
+    held.enter_context(lock_folder(run, "another training run", patience))
+    remove_unfinished(run)
+    remove_unfinished(run / "checkpoints")
+    return _resumed(recipe, run, resume)
+
+
+def _load(
+    engine: "Engine", checkpointer: "Checkpointer", start: "Start", recipe: Recipe, run: Path, resume: str
+) -> tuple["Start", int]:
+    """Fill the engine from what the run starts from, or from the one before where that turns out to be damaged."""
+    from moe_dit.checkpoint_files import Damaged
+
+    damaged: dict[Path, Damaged] = {}
+    first_step = 0
+    while start.checkpoint is not None:
+        try:
+            first_step = checkpointer.load(engine, start.checkpoint)
+            break
+        except Damaged as error:  # on every rank alike
+            damaged[start.checkpoint] = error
+            start = ranks.from_rank_0(lambda: _resumed(recipe, run, resume, damaged))
+    checkpointer.history = start.history
+    return start, first_step
+
+
+def _open_record(engine: "Engine", run: Path, start: "Start", first_step: int, bytes_held: list[dict]) -> "Metrics":
+    """Begin, or go on with, what a run's folder says of it."""
+    from moe_dit.checkpoint_files import name_of
+    from moe_dit.lineage import set_latest, write_history
+    from moe_dit.metrics import Metrics
+
+    if start.own:
+        # Before anything is saved: a requeued job goes on from here too.
+        set_latest(run / "checkpoints", name_of(first_step))
+    write_history(run, start.history)
+    _write_config(run, engine.recipe, engine.parallelism.json)
+    write_json(run / "memory.json", bytes_held)
+    return Metrics(run, first_step, engine.recipe, start.records)
 
 
 @contextmanager
@@ -216,9 +254,9 @@ def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
     loss = report.losses["loss"]
     if math.isfinite(loss) and math.isfinite(report.grad_norm):
         return
-    from moe_dit.checkpoint import complete_checkpoints, newest
+    from moe_dit.lineage import newest
 
-    last = newest(complete_checkpoints(run / "checkpoints"))
+    last = newest(run / "checkpoints")
     what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
     first, end = ((report.step - n) * recipe.global_batch_size for n in (1, 0))
     raise Stop(
@@ -238,19 +276,20 @@ def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
     return replace(recipe, data=data, initial_weights=weights)
 
 
-def _resumed(recipe: Recipe, run: Path, resume: str) -> Path | None:
-    """The checkpoint that ``resume`` means, if any; InputError where it cannot continue this recipe."""
-    from moe_dit.checkpoint import find_checkpoint, read_description
+def _resumed(recipe: Recipe, run: Path, resume: str, damaged: "Mapping[Path, Damaged] | None" = None) -> "Start":
+    """Where to begin, as ``resume`` says; InputError where that is a checkpoint that cannot continue this recipe."""
+    from moe_dit.checkpoint_files import read_description
+    from moe_dit.lineage import choose
 
-    checkpoint = find_checkpoint(run if resume in ("auto", "never") else Path(resume))
-    if checkpoint is None:
-        if resume not in ("auto", "never"):
-            raise InputError(f"--resume {resume}: no checkpoint there; give auto, never, a run or a checkpoint folder")
-        return None
-    if resume == "never":
-        raise InputError(f"--resume never, but {run} has {checkpoint.name}; give another --out, or --resume auto")
-    _check_same(recipe, read_description(checkpoint), checkpoint)
-    return checkpoint
+    start = choose(run, resume, damaged)
+    if start.checkpoint is not None:
+        description = read_description(start.checkpoint)
+        _check_same(recipe, description, start.checkpoint)
+        if not start.own and description["step"] == recipe.steps:
+            raise InputError(
+                f"{start.checkpoint} has done all of the {recipe.steps} steps asked for; give more --steps"
+            )
+    return start
 
 
 def _check_same(recipe: Recipe, description: dict, checkpoint: Path) -> None:
@@ -266,16 +305,6 @@ def _check_same(recipe: Recipe, description: dict, checkpoint: Path) -> None:
             )
     if description["step"] > recipe.steps:
         raise InputError(f"{checkpoint} has done {description['step']} steps, more than the {recipe.steps} asked for")
-
-
-def _lock(run: Path) -> IO[str]:
-    """Hold the run folder, so that two runs started at once cannot write into each other."""
-
-    def patience() -> float:
-        # The ranks of a run that was just killed may take a moment to end, and one that was told to stop saves first.
-        return GRACE_SECONDS if read_status(run).get("state") == "stopping" else 10.0
-
-    return lock_folder(run, "another training run", patience)
 
 
 def _write_config(run: Path, recipe: Recipe, ds_config: dict) -> None:

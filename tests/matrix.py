@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dit.build import build_model
-from moe_dit.checkpoint import find_checkpoint, read_state
+from moe_dit.checkpoint_files import read_state
 from moe_dit.export import export_checkpoint
+from moe_dit.lineage import find_checkpoint
 from moe_dit.recipe_file import load_recipe
 
 TOPOLOGIES = [(1, 1, 1), (2, 1, 2), (2, 2, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3), (4, 2, 2), (4, 4, 2), (4, 4, 3)]

@@ -11,7 +11,7 @@ import torch
 from helpers import ENV, ROOT, STEPS, export, finish, free_port, losses, start_training
 
 from moe_dit import build_model, load_recipe
-from moe_dit.checkpoint import read_state
+from moe_dit.checkpoint_files import read_state
 from moe_dit.parallel.deepspeed_config import Parallelism
 from moe_dit.plan import make_plan
 

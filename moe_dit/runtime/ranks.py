@@ -94,8 +94,23 @@ def start(timeout: timedelta = timedelta(minutes=30), alone: bool = False) -> Wo
     return this
 
 
-def from_rank_0(function: Callable[[], Any]) -> Any:
+def on_rank_0(function: Callable[[], Any]) -> Any:
+    """Call ``function`` on rank 0 alone, and give its result there, None elsewhere, or end all with what went wrong.
+
+    Raises:
+        Stop, Exception: as :func:`from_rank_0`.
+    """
+    kept: list[Any] = []
+    from_rank_0(lambda: kept.append(function()))
+    return kept[0] if kept else None
+
+
+def from_rank_0(function: Callable[[], Any], group: Any = None) -> Any:
     """Call ``function`` on rank 0 alone, and give its result to every rank, or end all with what went wrong.
+
+    Args:
+        function: gives something that can be pickled.
+        group: all ranks, in a process group of its own; None for the usual one.
 
     Raises:
         Stop: rank 0's own, on every rank.
@@ -104,7 +119,7 @@ def from_rank_0(function: Callable[[], Any]) -> Any:
     outcome = _outcome(function) if world().rank == 0 else None
     if torch.distributed.is_initialized():
         box = [_error(outcome) or outcome]
-        torch.distributed.broadcast_object_list(box, src=0)
+        torch.distributed.broadcast_object_list(box, src=0, group=group)
         outcome = outcome if world().rank == 0 else box[0]
     if isinstance(outcome, Stop):
         raise type(outcome)(str(outcome), everywhere=True)
