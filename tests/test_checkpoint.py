@@ -185,6 +185,7 @@ def test_the_checkpoint_thread_does_not_touch_the_first_gpu(one_rank, tmp_path):
 # --- branches ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_going_back_prunes_the_branch_that_was_left_and_nothing_foreign(eight_steps, tmp_path):
     run = copy(eight_steps, tmp_path)
     folder = run / "checkpoints"
@@ -285,6 +286,7 @@ def test_a_run_with_an_empty_latest_continues_and_keeps_its_record(eight_steps, 
     assert not (run / "metrics_superseded.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_checkpoints_is_not_begun_again(eight_steps, tmp_path):
     run = copy(eight_steps, tmp_path)
     for checkpoint in complete_checkpoints(run / "checkpoints"):
@@ -316,6 +318,7 @@ def test_records_that_are_cut_are_kept_beside(tmp_path):
 # --- --resume CHECKPOINT ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_requeued_job_goes_back_once(eight_steps, tmp_path):
     run = copy(eight_steps, tmp_path)
     folder = run / "checkpoints"
@@ -360,6 +363,7 @@ def test_going_back_again_to_the_same_step_takes_another_word(branched, tmp_path
     assert start.checkpoint == folder / step(4) and not start.history[-1].asked
 
 
+@pytest.mark.slow
 def test_another_runs_checkpoint_is_for_a_run_without_any(eight_steps, branched, tmp_path):
     other = tmp_path / "run"
     begin = ["--resume", str(eight_steps / "checkpoints" / step(6)), "--set=checkpoint.every=1"]
@@ -403,13 +407,12 @@ def flips(data: bytes, count: int):
         yield place, bytes(changed)
 
 
-@pytest.fixture(params=["new", "format 1, before checksums"])
+@pytest.fixture(params=["new", pytest.param("before checksums", marks=pytest.mark.slow)])
 def whole(request, eight_steps, tmp_path) -> Path:
     source = eight_steps / "checkpoints" / step(8) if request.param == "new" else OLD / "run/checkpoints" / step(3)
     return shutil.copytree(source, tmp_path / source.name)
 
 
-@pytest.mark.slow
 def test_a_changed_byte_of_the_index_never_loads_wrong(whole):
     truth = everything(whole)
     outcomes = Counter()
@@ -420,7 +423,7 @@ def test_a_changed_byte_of_the_index_never_loads_wrong(whole):
             got = everything(whole)
         except Damaged as error:
             outcomes["refused"] += 1
-            assert str(error).startswith(f"checkpoint {whole} cannot be read: .metadata: ") and "\n" not in str(error)
+            assert str(error).startswith(f"checkpoint {whole} cannot be read: ") and "\n" not in str(error)
         else:  # a byte that means nothing
             outcomes["loaded"] += 1
             assert got.keys() == truth.keys() and all(torch.equal(got[name], truth[name]) for name in truth)
@@ -477,6 +480,7 @@ def test_damaged_files_are_one_line_and_the_checkpoint_before(eight_steps, tmp_p
     assert losses(run) == pytest.approx(LOSSES, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_ranks_that_meet_a_damaged_record_take_the_checkpoint_before_together(eight_steps, tmp_path):
     run = copy(eight_steps, tmp_path)
     damaged = run / "checkpoints" / step(8)
