@@ -20,6 +20,12 @@ STEPS = 12  # of the runs that others are held against
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def project_files() -> list[str]:
+    """The project's files as they stand: those that git knows, and new ones that it does not ignore."""
+    found = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
+    return [name for name in found.split("\0") if name and (ROOT / name).is_file()]
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as s:

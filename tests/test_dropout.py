@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from draws import DROPOUT, philox
 from helpers import finish, losses, start_training
 
 from moe_dit import build_model
@@ -18,21 +19,11 @@ from moe_dit.recipe_file import load_recipe
 from moe_dit.runtime.ranks import World
 
 
-def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 as its paper writes it (Salmon et al., SC 2011), in Python's own integers."""
-    c, k = list(counter), list(key)
-    for _ in range(10):
-        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
-        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c
-
-
 def test_what_is_kept_is_16_bits_of_philox_a_value():
     seed, layer, position, row, channels, p = 5 + (3 << 32), 0xABCDEF01, 7 + (2 << 32), 9, 21, 0.3
     want = []
     for block in range(3):  # of eight values
-        words = philox([row * 3 + block, layer, 7, 2], [5, 3 ^ 10])
+        words = philox([row * 3 + block, layer, 7, 2], [5, 3 ^ DROPOUT])
         want += [half >= round(0.3 * 65536) for word in words for half in (word & 0xFFFF, word >> 16)]
     got = keep_mask(seed, layer, torch.tensor([position]), torch.tensor([row]), channels, p)
     assert got[0].tolist() == want[:21]

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from autoencoders import dc, flux_like, kl, write_images
-from helpers import ENV, ROOT, finish, free_port, losses, records, start_training
+from helpers import ENV, ROOT, finish, free_port, losses, project_files, records, start_training
 from safetensors.torch import load_file
 
 from moe_dit import build_model, load_recipe
@@ -55,9 +55,8 @@ class Copy:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        files = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
-        for name in filter(None, files.split("\0")):
-            if not name.startswith("tests/") and (ROOT / name).is_file():
+        for name in project_files():
+            if not name.startswith("tests/"):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

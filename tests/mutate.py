@@ -1,0 +1,453 @@
+"""Break the code, one line at a time, and say which breaks no test notices.
+
+    python tests/mutate.py                                 # all; about ten minutes on two cores
+    python tests/mutate.py --only flow-sign kid-subsets
+    python tests/mutate.py --list
+
+A mutation is an edit of a copy of the project, and the tests that must fail for it. One that survives is a hole in the
+tests; one whose text is not found is to be renewed, with the line that it broke.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import ENV, ROOT, project_files
+from rich.console import Console
+from rich.table import Table
+
+LIMIT = 300  # seconds; a mutation whose tests then still run has made them hang, which is noticed too
+
+console = Console(soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One edit, after which the project computes something else.
+
+    Attributes:
+        name: for --only.
+        file: what is edited.
+        text: what stands there, exactly once.
+        replacement: what stands there instead.
+        test: the test that must fail, or a parametrized one of which a case must, as pytest's node id.
+    """
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    test: str
+
+
+MUTATIONS = [
+    # What an earlier review broke without a test noticing.
+    Mutation(
+        "label-dropout-stream",
+        "moe_dit/data.py",
+        "Stream.LABEL_DROP, position",
+        "Stream.TIME, position",
+        "tests/test_literals.py::test_each_of_a_sample_s_draws_has_its_own_stream",
+    ),
+    Mutation(
+        "noise-stream",
+        "moe_dit/data.py",
+        "normal(seed, Stream.NOISE, position",
+        "normal(seed, Stream.LATENT, position",
+        "tests/test_literals.py::test_each_of_a_sample_s_draws_has_its_own_stream",
+    ),
+    Mutation(
+        "pixel-flip-vertical",
+        "moe_dit/data.py",
+        "image[:, :, ::-1]",
+        "image[:, ::-1]",
+        "tests/test_literals.py::test_the_order_of_samples_and_their_flips",
+    ),
+    Mutation(
+        "pixel-scale",
+        "moe_dit/data.py",
+        "/ 127.5 - 1",
+        "/ 255",
+        "tests/test_literals.py::test_pixels_reach_the_network_between_minus_one_and_one",
+    ),
+    Mutation(
+        "warm-up-not-applied",
+        "moe_dit/engine.py",
+        'group["lr"] = self.learning_rate(step)',
+        'group["lr"] = self.recipe.optimizer.lr',
+        "tests/test_steps.py::test_the_first_step_under_zero_1",
+    ),
+    Mutation(
+        "biases-not-restored",
+        "moe_dit/checkpoint.py",
+        'value.copy_(plain[f"buffer/{name}"])',
+        '"bias" in name or value.copy_(plain[f"buffer/{name}"])',
+        "tests/test_steps.py::test_a_run_that_continues_takes_the_second_step",
+    ),
+    Mutation(
+        "thresholds-not-restored",
+        "moe_dit/checkpoint.py",
+        'value.copy_(plain[f"buffer/{name}"])',
+        '"threshold" in name or value.copy_(plain[f"buffer/{name}"])',
+        "tests/test_steps.py::test_thresholds_of_expert_choice_continue",
+    ),
+    Mutation(
+        "milestones-inverted",
+        "moe_dit/checkpoint.py",
+        "if not self.milestone_every or step_of(old) % self.milestone_every:",
+        "if not self.milestone_every or not step_of(old) % self.milestone_every:",
+        "tests/test_steps.py::test_milestones_are_kept_beside_the_newest",
+    ),
+    Mutation(
+        "latest-ignored",
+        "moe_dit/checkpoint.py",
+        "if path.name <= last]",
+        "if path.name]",
+        "tests/test_steps.py::test_latest_says_which_checkpoint_is_exported",
+    ),
+    Mutation(
+        "gradient-not-checked",
+        "moe_dit/train.py",
+        "math.isfinite(loss) and math.isfinite(report.grad_norm)",
+        "math.isfinite(loss)",
+        "tests/test_steps.py::test_a_gradient_that_is_not_finite_stops_the_run_and_is_never_saved",
+    ),
+    Mutation(
+        "sampler-always-euler",
+        "eval/generate.py",
+        "method=sampling.method",
+        'method="euler"',
+        "tests/test_literals.py::test_samples_follow_the_recipe_and_the_flags[recipe]",
+    ),
+    Mutation(
+        "interval-dropped",
+        "eval/generate.py",
+        "            cfg_interval=sampling.cfg_interval,\n",
+        "",
+        "tests/test_literals.py::test_samples_follow_the_recipe_and_the_flags",
+    ),
+    Mutation(
+        "precision-recall-swapped",
+        "eval/score.py",
+        'return result["precision"], result["recall"]',
+        'return result["recall"], result["precision"]',
+        "tests/test_literals.py::test_precision_is_of_the_samples_and_recall_of_the_real_images",
+    ),
+    Mutation(
+        "imbalance-of-best-layer",
+        "moe_dit/metrics.py",
+        "load.mean(1)).amax()",
+        "load.mean(1)).amin()",
+        "tests/test_literals.py::test_imbalance_is_the_worst_layer_s",
+    ),
+    # Where it would hurt most, a file each.
+    Mutation(
+        "warm-up-off-by-one",
+        "moe_dit/schedule.py",
+        "(step + 1) / warmup",
+        "step / warmup",
+        "tests/test_optimizer.py::test_the_rate_of_each_step",
+    ),
+    Mutation(
+        "average-of-the-other-weight",
+        "moe_dit/ema.py",
+        "weights, 1 - decay)",
+        "weights, decay)",
+        "tests/test_optimizer.py::test_averages_follow_weights_that_change_in_place",
+    ),
+    Mutation(
+        "flow-sign",
+        "moe_dit/flow.py",
+        "target = x - noise if",
+        "target = noise - x if",
+        "tests/test_flow.py::test_loss_is_the_velocity_s_squared_error",
+    ),
+    Mutation(
+        "heun-at-the-old-time",
+        "moe_dit/sampler.py",
+        "velocity(z_next, t_next)",
+        "velocity(z_next, t)",
+        "tests/test_flow.py::test_sampling_transports_noise_to_the_data",
+    ),
+    Mutation(
+        "normal-pairs-swapped",
+        "moe_dit/randomness.py",
+        "[radius * angle.cos(), radius * angle.sin()]",
+        "[radius * angle.sin(), radius * angle.cos()]",
+        "tests/test_literals.py::test_each_of_a_sample_s_draws_has_its_own_stream",
+    ),
+    Mutation(
+        "flip-stream",
+        "moe_dit/data.py",
+        "Stream.FLIP, where",
+        "Stream.TIME, where",
+        "tests/test_literals.py::test_the_order_of_samples_and_their_flips",
+    ),
+    Mutation(
+        "load-loss-not-times-experts",
+        "moe_dit/models/moe.py",
+        "counts_E.sum() * len(counts_E)",
+        "counts_E.sum()",
+        "tests/test_literals.py::test_auxiliary_losses_of_two_tokens",
+    ),
+    Mutation(
+        "rope-rows-for-columns",
+        "moe_dit/models/layers.py",
+        "torch.cat([rows, columns]",
+        "torch.cat([columns, rows]",
+        "tests/test_reference.py::test_the_published_code_s_recorded_quantities_are_matched[dsmoe_e8]",
+    ),
+    Mutation(
+        "predictor-sends-gradient",
+        "moe_dit/models/diffmoe.py",
+        "self.capacity_predictor(x_TD.detach())",
+        "self.capacity_predictor(x_TD)",
+        "tests/test_reference.py::test_the_published_code_s_recorded_quantities_are_matched[diffmoe_e8]",
+    ),
+    Mutation(
+        "class-tokens-turned",
+        "moe_dit/models/jit.py",
+        "if i >= in_context_start else 0",
+        "if i > in_context_start else 0",
+        "tests/test_reference.py::test_the_published_code_s_recorded_quantities_are_matched[jitmoe_e8]",
+    ),
+    Mutation(
+        "time-embedder-xavier",
+        "moe_dit/models/initialization.py",
+        "(time\\..*\\.weight|label\\.weight)$",
+        "(label\\.weight)$",
+        "tests/test_literals.py::test_the_embedders_of_time_and_label_begin_small",
+    ),
+    Mutation(
+        "clip-without-experts",
+        "moe_dit/engine.py",
+        "torch._foreach_mul_(dense + experts,",
+        "torch._foreach_mul_(dense,",
+        "tests/test_steps.py::test_the_first_step_without_zero",
+    ),
+    Mutation(
+        "never-clipped",
+        "moe_dit/parallel/deepspeed_config.py",
+        "recipe.optimizer.clip_grad_norm if parallelism.zero_stage else 0.0",
+        "0.0",
+        "tests/test_steps.py::test_the_first_step_under_zero_1",
+    ),
+    Mutation(
+        "experts-drawn-alike",
+        "moe_dit/parallel/expert_layers.py",
+        "first_expert=ep_rank * self.num_local_experts)",
+        "first_expert=0)",
+        "tests/test_steps.py::test_the_first_step_of_two_ranks_that_share_the_experts[2]",
+    ),
+    Mutation(
+        "betas-swapped",
+        "moe_dit/optimizer.py",
+        "first, second = config.betas",
+        "second, first = config.betas",
+        "tests/test_steps.py::test_the_first_step_under_zero_1",
+    ),
+    Mutation(
+        "adam-begins-anew",
+        "moe_dit/checkpoint.py",
+        'engine.set_step(description["step"])',
+        "engine.set_step(0)",
+        "tests/test_steps.py::test_a_run_that_continues_takes_the_second_step",
+    ),
+    Mutation(
+        "other-seed-continues",
+        "moe_dit/train.py",
+        '("seed", "global_batch_size"',
+        '("global_batch_size"',
+        "tests/test_steps.py::test_a_run_does_not_continue_as_another_experiment[seed]",
+    ),
+    Mutation(
+        "second-average-not-exported",
+        "moe_dit/export.py",
+        '"weight" if weights == "model" else weights',
+        '"weight" if weights == "model" else "ema"',
+        "tests/test_steps.py::test_each_kind_of_weights_is_exported_as_itself",
+    ),
+    Mutation(
+        "upcycled-not-unscaled",
+        "moe_dit/upcycle.py",
+        " / layer.router.routed_scale",
+        "",
+        "tests/test_upcycle.py::test_an_upcycled_mixture_computes_the_dense_function",
+    ),
+    Mutation(
+        "gate-for-up",
+        "moe_dit/reference/weights.py",
+        'half = slice(shape[0]) if matrix == "gate"',
+        'half = slice(shape[0]) if matrix == "up"',
+        "tests/test_reference.py::test_the_published_code_s_recorded_quantities_are_matched[jit_dense]",
+    ),
+    Mutation(
+        "averages-begin-as-drawn",
+        "moe_dit/initial_weights.py",
+        'kinds = ["weight", *engine.recipe.ema.decays]',
+        'kinds = ["weight"]',
+        "tests/test_steps.py::test_the_first_step_under_zero_1",
+    ),
+    Mutation(
+        "crop-off-centre",
+        "data_prep/images.py",
+        "left = (image.width - size) // 2",
+        "left = image.width - size",
+        "tests/test_data_prep.py::test_center_crop_is_adms",
+    ),
+    Mutation(
+        "labels-in-shard-order",
+        "data_prep/shards.py",
+        "str(labels[index])",
+        "str(labels[i])",
+        "tests/test_data_prep.py::test_pixels_are_the_crops",
+    ),
+    Mutation(
+        "mirror-upside-down",
+        "data_prep/encode_latents.py",
+        "images.flip(-1)",
+        "images.flip(-2)",
+        "tests/test_data_prep.py::test_latents_are_the_vaes_posteriors",
+    ),
+    Mutation(
+        "shards-not-hashed",
+        "data_prep/verify.py",
+        'if sha256(path) != record["sha256"]:',
+        "if not sha256(path):",
+        "tests/test_data_prep.py::test_verify",
+    ),
+    Mutation(
+        "images-not-rounded",
+        "eval/generate.py",
+        "* 127.5).round()",
+        "* 127.5)",
+        "tests/test_literals.py::test_images_are_rounded_to_the_nearest_grey",
+    ),
+    Mutation(
+        "recall-of-first-classes",
+        "eval/score.py",
+        "torch.linspace(0, len(real) - 1, min(PR_REFERENCE, len(real)))",
+        "torch.arange(0.0, min(PR_REFERENCE, len(real)))",
+        "tests/test_literals.py::test_recall_asks_for_every_class_of_a_large_reference",
+    ),
+    Mutation(
+        "fitted-to-held-out",
+        "eval/features.py",
+        "_fit(x[~held_out], y[~held_out])",
+        "_fit(x, y)",
+        "tests/test_literals.py::test_held_out_accuracy_is_of_images_that_were_not_fitted",
+    ),
+    Mutation(
+        "other-weights-continue",
+        "eval/sample_folder.py",
+        '(model / "config.json", *sorted(model.glob("*.safetensors")))',
+        '(model / "config.json",)',
+        "tests/test_literals.py::test_samples_of_other_weights_are_not_continued",
+    ),
+    Mutation(
+        "atlas-transposed",
+        "eval/atlas.py",
+        ".unflatten(0, (self.side, self.side))",
+        ".unflatten(0, (self.side, self.side)).transpose(0, 1)",
+        "tests/test_atlas.py::test_choice_by_position",
+    ),
+]
+
+
+class Copy:
+    """A copy of the project whose files are edited, and whose tests run on it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in project_files():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+    def apply(self, mutation: Mutation) -> bool:
+        """Edit the file; False, and nothing done, where the text is not there exactly once."""
+        file = self.folder / mutation.file
+        content = file.read_text() if file.is_file() else ""
+        if content.count(mutation.text) != 1:
+            return False
+        file.write_text(content.replace(mutation.text, mutation.replacement))
+        return True
+
+    def undo(self, mutation: Mutation) -> None:
+        """Make the file what it is in the project."""
+        shutil.copy2(ROOT / mutation.file, self.folder / mutation.file)
+
+    def test(self, tests: list[str], limit: float | None = None) -> tuple[int | None, str]:
+        """Run tests until one fails; gives pytest's exit status (None where it took too long) and its output."""
+        # Bytecode is told by its source's size and second: an edit of equal length might not be seen.
+        env = ENV | {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
+        log = self.folder / "pytest.log"
+        with open(log, "w") as output:
+            try:
+                status = subprocess.run(command, cwd=self.folder, env=env, stdout=output, stderr=output, timeout=limit)
+            except subprocess.TimeoutExpired:
+                return None, log.read_text()
+        return status.returncode, log.read_text()
+
+
+def judge(copy: Copy, mutation: Mutation) -> tuple[bool, str]:
+    """Whether a mutation is noticed, and what became of it in a word or two."""
+    if not copy.apply(mutation):
+        return False, "text not found"
+    status, output = copy.test([mutation.test], LIMIT)
+    copy.undo(mutation)
+    if status is None:
+        return True, "killed (hung)"
+    if status == 1:
+        return True, "killed"
+    # Any status but 0 means that no test ran, so that nothing is known.
+    return False, "SURVIVED" if status == 0 else f"no test ran: {output.strip().splitlines()[-1]}"
+
+
+def chosen(names: list[str] | None) -> list[Mutation]:
+    """The mutations of these names, or all."""
+    known = {mutation.name: mutation for mutation in MUTATIONS}
+    if unknown := [name for name in names or () if name not in known]:
+        sys.exit(f"error: no mutation {', '.join(unknown)}; --list shows them")
+    return [known[name] for name in names] if names else MUTATIONS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutations (default: all)")
+    parser.add_argument("--list", action="store_true", help="show the mutations, and break nothing")
+    args = parser.parse_args()
+    mutations = chosen(args.only)
+    if args.list:
+        for mutation in mutations:
+            console.print(f"{mutation.name}  {mutation.file}  {mutation.test}", markup=False, highlight=False)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Copy(Path(folder) / "project")
+        # A test that fails anyhow would kill every mutation.
+        tests = sorted({mutation.test for mutation in mutations})
+        console.print(f"running the {len(tests)} tests without a mutation")
+        status, output = copy.test(tests)
+        if status:
+            sys.exit(f"error: without any mutation the tests must pass:\n{output[-3000:]}")
+        table = Table("mutation", "file", "seconds", "", title="mutations")
+        good = 0
+        for mutation in mutations:
+            began = time.monotonic()
+            killed, verdict = judge(copy, mutation)
+            good += killed
+            row = mutation.name, mutation.file, f"{time.monotonic() - began:.0f}", verdict
+            console.print(*row, markup=False, highlight=False)
+            table.add_row(*row)
+    console.print(table)
+    console.print(f"{good} of {len(mutations)} mutations are killed")
+    sys.exit(good < len(mutations))
+
+
+if __name__ == "__main__":
+    main()
