@@ -98,16 +98,16 @@ MUTATIONS = [
     ),
     Mutation(
         "milestones-inverted",
-        "moe_dit/checkpoint.py",
-        "if not self.milestone_every or step_of(old) % self.milestone_every:",
-        "if not self.milestone_every or not step_of(old) % self.milestone_every:",
+        "moe_dit/lineage.py",
+        "if not milestone_every or (step_of(path.name) or 0) % milestone_every]",
+        "if not milestone_every or not (step_of(path.name) or 0) % milestone_every]",
         "tests/test_steps.py::test_milestones_are_kept_beside_the_newest",
     ),
     Mutation(
         "latest-ignored",
-        "moe_dit/checkpoint.py",
-        "if path.name <= last]",
-        "if path.name]",
+        "moe_dit/lineage.py",
+        "candidates = candidates[: names.index(named) + 1]",
+        "candidates = candidates[:]",
         "tests/test_steps.py::test_latest_says_which_checkpoint_is_exported",
     ),
     Mutation(
@@ -127,7 +127,7 @@ MUTATIONS = [
     Mutation(
         "interval-dropped",
         "eval/generate.py",
-        "            cfg_interval=sampling.cfg_interval,\n",
+        "        cfg_interval=sampling.cfg_interval,\n",
         "",
         "tests/test_literals.py::test_samples_follow_the_recipe_and_the_flags",
     ),
@@ -254,7 +254,7 @@ MUTATIONS = [
     Mutation(
         "adam-begins-anew",
         "moe_dit/checkpoint.py",
-        'engine.set_step(description["step"])',
+        "engine.set_step(step)",
         "engine.set_step(0)",
         "tests/test_steps.py::test_a_run_that_continues_takes_the_second_step",
     ),
