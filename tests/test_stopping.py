@@ -14,6 +14,8 @@ from helpers import ENV, ROOT, STEPS, free_port, kill, losses, ranks_of, wait_fo
 
 TERM, USR1, INT, HUP, KILL = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGKILL
 
+LAUNCH = "deepspeed.launcher.launch"
+
 
 def start(launcher: str, latents: Path, run: Path, workers: int) -> list[subprocess.Popen]:
     """Two ranks that would train on and on; "tasks" starts each by itself, as srun does."""
@@ -83,6 +85,22 @@ def test_told_to_stop_in_any_way_it_saves(two_ranks, latents, tmp_path, launcher
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
     both = min(done, STEPS)
     assert losses(run)[:both] == pytest.approx(losses(two_ranks)[:both], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_ranks_of_a_launcher_that_died_before_they_began_end_too(latents, tmp_path):
+    run = tmp_path / "run"
+    (runner,) = start("deepspeed", latents, run, 0)
+    try:
+        while not (family := [p for p in psutil.Process(runner.pid).children() if LAUNCH in p.cmdline()]):
+            time.sleep(0.01)
+        runner.kill()
+        _, left = psutil.wait_procs(family, timeout=120)  # the second launcher ends when its ranks have
+        assert not left
+    finally:
+        kill(runner)
+    assert (run / "checkpoints/latest").exists()
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
 
 
 @pytest.mark.parametrize("number", [INT, HUP])

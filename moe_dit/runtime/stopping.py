@@ -47,11 +47,11 @@ class StopRequest:
     def watch_launchers(self) -> None:
         """From now on, take the end of a launcher above this process for a request; nothing where there is none."""
         above = launchers()
-        if above:
+        if above or _left_behind(above):
             threading.Thread(target=self._watch, args=(above,), name="launcher watch", daemon=True).start()
 
     def _watch(self, above: list[psutil.Process]) -> None:
-        while all(_alive(process) for process in above):
+        while not _left_behind(above) and all(_alive(process) for process in above):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         self.asked = True
         time.sleep(GRACE_SECONDS)
@@ -75,6 +75,18 @@ def signals_held() -> Iterator[None]:
 def launchers() -> list[psutil.Process]:
     """The ancestors of this process that are Python launchers of ranks."""
     return [process for process in psutil.Process().parents() if _is(process, _LAUNCHERS)]
+
+
+def _left_behind(above: list[psutil.Process]) -> bool:
+    """Whether a launcher was gone before this rank could see it; ``above`` are those that it saw."""
+    if not above:  # what torchrun and DeepSpeed's launcher give to their ranks
+        return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
+    # DeepSpeed's runner starts its launcher, which ssh or a person starts otherwise, and never init.
+    try:
+        parent = above[-1].parent() if _is(above[-1], {"deepspeed.launcher.launch"}) else None
+        return parent is not None and (parent.pid == 1 or parent.name() == "systemd")
+    except psutil.Error:
+        return True
 
 
 def end_torchrun(local_rank: int) -> None:
