@@ -10,12 +10,22 @@ import sys
 import time
 from pathlib import Path
 
-from moe_dit import load_model
+import torch
+
+from moe_dit import build_model, load_model
 from moe_dit.runtime import command
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12  # of the runs that others are held against
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def ds_file(folder: Path, stage: int, ep: int, **zero) -> Path:
+    """A DeepSpeed JSON of ZeRO's stage and the degree of expert parallelism."""
+    path = folder / f"zero{stage}_ep{ep}.json"
+    sections = {"expert_parallel": {"enabled": True, "autoep_size": ep}, "zero_optimization": {"stage": stage, **zero}}
+    path.write_text(json.dumps(sections))
+    return path
 
 
 def free_port() -> int:
@@ -86,6 +96,16 @@ def export(run: Path, out: Path, weights: str):
     command = [sys.executable, "jobs/export.py", str(run), "--weights", weights, "--out", str(out)]
     subprocess.run(command, check=True, cwd=ROOT, env=ENV)
     return load_model(out)
+
+
+def state_of(run: Path, step: int, kind: str, recipe: str = "digits") -> dict[str, torch.Tensor]:
+    """A kind of training state of each weight, flattened, from a run's checkpoint."""
+    from moe_dit.checkpoint import read_state  # brings in DeepSpeed, which not every test file needs
+
+    shapes = {name: weight.shape for name, weight in build_model(recipe, device="meta").named_parameters()}
+    state = {f"{kind}/{name}": torch.empty(shape.numel()) for name, shape in shapes.items()}
+    read_state(state, run / "checkpoints" / f"step_{step:08d}")
+    return {name.removeprefix(f"{kind}/"): value for name, value in state.items()}
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen, timeout: float = 120) -> None:
