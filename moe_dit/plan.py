@@ -92,10 +92,12 @@ def make_plan(
     else:
         parts = sum(_padded(sum(sizes), ALIGNMENT * ranks) // ranks for sizes, ranks in groups)
         weights = local
-        gradients = parts if stage == 2 else local
-        if stage == 1 and gradient_size > size:  # summed in flat tensors, which are padded
-            gradients = sum(_padded(sum(sizes), ALIGNMENT * ranks) for sizes, ranks in groups)
         masters = parts if stage else local
+        apart = gradient_size > size  # float32 sums beside bf16 gradients: in flat tensors, padded as the weights'
+        if stage == 2:
+            gradients = parts if apart else max(_touched(groups, rank, world) for rank in range(world))
+        else:
+            gradients = sum(_padded(sum(sizes), ALIGNMENT * ranks) for sizes, ranks in groups) if apart else local
     states = len(optimizer_kind(recipe.optimizer.name).state) + len(recipe.ema.decays)
     kept = kept or dict.fromkeys(MODES, 0.0)
     return Plan(
@@ -112,6 +114,19 @@ def make_plan(
 
 def _padded(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def _touched(groups: list[tuple[list[int], int]], rank: int, world: int) -> int:
+    """Elements of the weights that a rank's shares touch: ZeRO 2 keeps the whole gradient of one that it cuts."""
+    touched = 0
+    for sizes, ranks in groups:
+        share = _padded(sum(sizes), ALIGNMENT * ranks) // ranks
+        first = share * (rank * ranks // world)
+        start = 0
+        for n in sizes:
+            touched += n if start < first + share and first < start + n else 0
+            start += n
+    return touched
 
 
 def _split(sizes: list[int]) -> list[list[int]]:

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import psutil
+import torch
 
-from moe_dit import load_model
+from moe_dit import build_model, load_model
 from moe_dit.runtime import command
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,14 @@ def project_files() -> list[str]:
     """The project's files as they stand: those that git knows, and new ones that it does not ignore."""
     found = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
     return [name for name in found.split("\0") if name and (ROOT / name).is_file()]
+
+
+def ds_file(folder: Path, stage: int, ep: int, **zero) -> Path:
+    """A DeepSpeed JSON of ZeRO's stage and the degree of expert parallelism."""
+    path = folder / f"zero{stage}_ep{ep}.json"
+    sections = {"expert_parallel": {"enabled": True, "autoep_size": ep}, "zero_optimization": {"stage": stage, **zero}}
+    path.write_text(json.dumps(sections))
+    return path
 
 
 def free_port() -> int:
@@ -100,6 +109,16 @@ def export(run: Path, out: Path, weights: str):
     command = [sys.executable, "jobs/export.py", str(run), "--weights", weights, "--out", str(out)]
     subprocess.run(command, check=True, cwd=ROOT, env=ENV)
     return load_model(out)
+
+
+def state_of(run: Path, step: int, kind: str, recipe: str = "digits") -> dict[str, torch.Tensor]:
+    """A kind of training state of each weight, flattened, from a run's checkpoint."""
+    from moe_dit.checkpoint import read_state  # brings in DeepSpeed, which not every test file needs
+
+    shapes = {name: weight.shape for name, weight in build_model(recipe, device="meta").named_parameters()}
+    state = {f"{kind}/{name}": torch.empty(shape.numel()) for name, shape in shapes.items()}
+    read_state(state, run / "checkpoints" / f"step_{step:08d}")
+    return {name.removeprefix(f"{kind}/"): value for name, value in state.items()}
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen, timeout: float = 120) -> None:

@@ -1,6 +1,7 @@
 """Which rank this process is, under deepspeed, torchrun, srun or alone."""
 
 import os
+import resource
 import socket
 import subprocess
 from collections.abc import Callable
@@ -72,6 +73,9 @@ def set_rendezvous() -> None:
     # A gloo group connects every rank with every other when it is made. Every group of ours and of DeepSpeed's has gloo
     # for CPU tensors: with some hundred ranks that is more sockets than a process may open. This connects at first use.
     env.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    # Rank 0 still meets all the others twice: as the store that they found each other by, and as a save's coordinator.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     env["RANK"] = str(this.rank)
     # DeepSpeed takes it for the index of the rank's GPU, and SLURM may let each task see one GPU alone.
     gpus = torch.cuda.device_count()
