@@ -375,6 +375,8 @@ def test_another_runs_checkpoint_is_for_a_run_without_any(eight_steps, branched,
     log = train(other, *begin, "--steps=8")  # the requeued job
     assert f"continuing {other / 'checkpoints' / step(7)}" in log
     assert [record["loss"] for record in records(other)] == pytest.approx(LOSSES[6:], rel=1e-6)
+    # What a run without a checkpoint has recorded leads nowhere.
+    assert choose(tmp_path / "unsaved", begin[1]).records == 0
     # Aimed at a run that went its own way, it takes nothing from it.
     run = copy(branched, tmp_path / "own")
     before = (run / "metrics.jsonl").read_bytes()
