@@ -23,6 +23,7 @@ from moe_dit.data import Latents, ShardReader, TrainingSamples, training_inputs
 from moe_dit.export import save_export
 from moe_dit.manifest import read_manifest
 from moe_dit.metrics import imbalance
+from moe_dit.models.diffmoe import ExpertChoiceMoE
 from moe_dit.models.moe import load_loss, z_loss
 
 # --- what training draws and reads ------------------------------------------------------------------------------------
@@ -105,6 +106,22 @@ def test_auxiliary_losses_of_two_tokens():
     counts = torch.tensor([3, 1])
     assert load_loss(logits, scores, counts).item() == pytest.approx(1.5 * 0.7 + 0.5 * 0.3)
     assert z_loss(logits, scores, counts).item() == pytest.approx((math.log(2) ** 2 + math.log(4) ** 2) / 2)
+
+
+def test_a_capacity_predictor_sends_no_gradient_into_the_network():
+    """Its loss of one token of two for one expert: sigmoid(0) each, and nothing for what it is predicted from."""
+    layer = ExpertChoiceMoE(2, 2, num_experts=1, capacity=0.5, capacity_loss_weight=3.0)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.fill_(0.5)
+        layer.capacity_predictor[2].weight.zero_()
+        layer.capacity_predictor[2].bias.zero_()
+    x = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]], requires_grad=True)
+    layer(x)
+    loss = layer.layer_losses["capacity_loss"]
+    assert loss.item() == pytest.approx(3 * math.log(2))
+    assert torch.autograd.grad(loss, x, retain_graph=True, allow_unused=True) == (None,)
+    assert torch.autograd.grad(loss, layer.capacity_predictor[2].weight)[0].shape == (1, 2)
 
 
 def test_imbalance_is_the_worst_layer_s():
