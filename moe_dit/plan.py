@@ -45,8 +45,8 @@ MODES = ("none", "experts", "blocks")  # of activation checkpointing, from the f
 ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: flat groups are padded to a multiple of this times the ranks
 MAX_GROUP = 178956971  # elements in a group of expert weights (split_params_into_different_moe_groups_for_optimizer)
 
-# Kernels launched, forward and backward: aten operators of dsmoe_s_e16 (10 blocks, 5 of them MoE, 126 parameters) at EP 8
-# and ZeRO 2, counted with a TorchDispatchMode at DeepSpeed 0.19.8; the totals stand beside the divisors.
+# Kernels launched, forward and backward: aten operators of dsmoe_s_e16 (10 blocks, 5 of them MoE, 126 parameters) at
+# EP 8 and ZeRO 2, counted with a TorchDispatchMode at DeepSpeed 0.19.8; the totals stand beside the divisors.
 LAUNCHES_DRAWS = 548  # a micro-batch's noise, times, labels
 LAUNCHES_BLOCK = (570 + 380) / 10  # attention with rotation; modulation, norms and residuals
 LAUNCHES_MOE = (210 + 280 + 105 + 85 + 75) / 5  # router, dispatch, combine, experts, shared expert
