@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from data_prep.autoencoder import hash_weights
+from eval.captured import captured
 from eval.features import (
     Extractor,
     fingerprint,
@@ -61,6 +62,7 @@ def add_sampling_arguments(parser: Parser, default_num: int | None = None) -> No
     add("--vae", metavar="NAME_or_DIR", help="VAE that decodes latents: a hub name or a folder")
     add("--seed", type=int, default=0, metavar="N", help="default 0")
     add("--batch", type=int, metavar="N", help="samples computed at once on a rank")
+    add("--capture", action="store_true", help="replay the network as a CUDA graph (bf16 on a GPU; not DiffMoE)")
     add("--inception", metavar="FILE.pth", help="Inception V3 weights for features, or the word download")
     add("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not used")
 
@@ -100,6 +102,8 @@ def sample(args, out: Path, save: str) -> None:
         extractor = _fitted_extractor(out, args.reference, size, device)
     labels = labels_for(torch.arange(args.num), sampling, recipe.model.num_classes).tolist()
     model = to_compute(model, recipe, device)
+    if args.capture:
+        model = captured(model, recipe, device)
     vae = vae.to(device) if vae is not None else None
     _sample_missing(args, out, lambda indices: generate(model, recipe, sampling, vae, indices), labels, extractor)
     ranks.barrier()
@@ -125,28 +129,52 @@ def _sample_missing(args, out, generate_batch, labels: list[int], extractor: Ext
     # Every rank must have looked before one of them adds files.
     ranks.barrier()
     description = "sampling" if world.size == 1 else f"sampling (rank 0 of {world.size})"
+    folder, end = (out / "images", args.num) if extractor is None else (out / "preview", GRID)
     writes: list[Any] = []
+
     with (
         task(description, total, total - sum(len(batch) for batch in to_do)) as progress,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     ):
+
+        def write(batch: torch.Tensor, pixels: torch.Tensor, arrived: Any) -> None:
+            """Give a batch's files to the threads, once those of the batch before are written."""
+            if arrived is not None:
+                arrived.synchronize()
+            for done in writes:
+                done.result()
+            writes[:] = [
+                pool.submit(write_image, folder / image_name(i, labels[i]), picture)
+                for i, picture in zip(batch.tolist(), pixels.numpy(), strict=True)
+                if i in missing and i < end
+            ]
+            progress.advance(len(batch))
+
+        # A batch's pixels are taken up one batch later: the GPU waits once a batch, for the check in generate, no more.
+        last = None
         for batch in to_do:
             images = generate_batch(batch.to(device))
             if extractor is not None:
                 _write_features(out, extractor, images, batch, labels)
-            folder, end = (out / "images", args.num) if extractor is None else (out / "preview", GRID)
-            pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-            # The files of one batch are written while the next is computed.
-            for write in writes:
-                write.result()
-            writes = [
-                pool.submit(write_image, folder / image_name(i, labels[i]), picture)
-                for i, picture in zip(batch.tolist(), pixels, strict=True)
-                if i in missing and i < end
-            ]
-            progress.advance(len(batch))
-        for write in writes:
-            write.result()
+            copying = _start_copy(images.permute(0, 2, 3, 1).contiguous())
+            if last is not None:
+                write(*last)
+            last = (batch, *copying)
+        if last is not None:
+            write(*last)
+        for done in writes:
+            done.result()
+
+
+def _start_copy(pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """A tensor's copy on the CPU, and the event after which it is whole (None: it is already)."""
+    if not pixels.is_cuda:
+        return pixels, None
+    copy = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+    copy.copy_(pixels, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copy, arrived
 
 
 def _write_features(out: Path, extractor: Extractor, images: torch.Tensor, batch: torch.Tensor, labels: list) -> None:

@@ -45,7 +45,7 @@ def _size(n: float) -> str:
 
 
 def print_plan(args) -> None:
-    from moe_dit.plan import GPUS, UTILISATION, best_mode, images_per_second, make_plan, measure_activations
+    from moe_dit.plan import GPUS, LAUNCH, UTILISATION, best_mode, images_per_second, make_plan, measure_activations
 
     recipe = load_recipe(args.recipe, args.set)
     parallelism = load_parallelism(args.ds, recipe, args.gpus)
@@ -67,8 +67,12 @@ def print_plan(args) -> None:
     console.print(sends)
     speed = images_per_second(plan, args.gpu, parallelism)
     console.print(
-        f"arithmetic {plan.flops / 1e9:,.0f} GFLOP an image; an estimate of {speed:,.0f} images/s in all, at "
-        f"{UTILISATION:.0%} of the peak and full bandwidth"
+        f"arithmetic {plan.flops / 1e9:,.0f} GFLOP an image; about {plan.launches:,.0f} kernels a step, which take at "
+        f"least {plan.launches * LAUNCH * 1e3:,.0f} ms to launch"
+    )
+    console.print(
+        f"an estimate, not measured: {speed:,.0f} images/s in all, at {UTILISATION:.0%} of the peak (or the launches' "
+        f"time, where longer) and full bandwidth"
     )
     best = best_mode(plan, args.gpu)
     if best is None:

@@ -2,7 +2,8 @@
 
 Weights and optimizer state are exact: the same rules of partition and padding as DeepSpeed 0.19.8's, applied to the
 network on the meta device. Activations are measured on two small depths of the real network on the CPU and extended
-along the depth. Traffic is counted from the algorithms, and the speed estimated from arithmetic and traffic.
+along the depth. Traffic is counted from the algorithms, and the speed estimated from arithmetic, traffic and the time
+that it takes to launch a step's kernels.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_dit.build import build_model
-from moe_dit.models.moe import MoE
+from moe_dit.models.moe import Experts, MoE
 from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import Parallelism, sums_in_fp32
 from moe_dit.parallel.recompute import apply_activation_checkpointing
@@ -38,10 +39,21 @@ NODE = 8  # GPUs that NVLink joins
 NETWORK = 50e9  # bytes/s of a GPU's share of the network between nodes: 400 Gb/s
 UTILISATION = 0.35  # share of the peak that training of this kind commonly reaches
 RESERVED = 3e9  # CUDA context, communication buffers and the allocator's slack
+LAUNCH = 5e-6  # seconds of host time to launch a kernel from torch; not measured here
 MODES = ("none", "experts", "blocks")  # of activation checkpointing, from the fastest to the smallest
 
 ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: flat groups are padded to a multiple of this times the ranks
 MAX_GROUP = 178956971  # elements in a group of expert weights (split_params_into_different_moe_groups_for_optimizer)
+
+# Kernels launched, forward and backward: aten operators of dsmoe_s_e16 (10 blocks, 5 of them MoE, 126 parameters) at
+# EP 8 and ZeRO 2, counted with a TorchDispatchMode at DeepSpeed 0.19.8; the totals stand beside the divisors.
+LAUNCHES_DRAWS = 548  # a micro-batch's noise, times, labels
+LAUNCHES_BLOCK = (570 + 380) / 10  # attention with rotation; modulation, norms and residuals
+LAUNCHES_MOE = (210 + 280 + 105 + 85 + 75) / 5  # router, dispatch, combine, experts, shared expert
+LAUNCHES_DENSE = 50 / 5  # a dense block's MLP
+LAUNCHES_HOOK = 173 / 126  # a parameter's gradient into its bucket
+LAUNCHES_STEP = 560 / 126  # a parameter, once a step: search for overflow, norm, optimizer
+COMPILED = (12 + 21) / (35 + 73)  # what torch.compile leaves of a dense block's, forward and backward
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,8 @@ class Plan:
     sends: dict[str, float]
     flops: float  # of one image, forward and backward
     images: int  # a step, on this rank
+    launches: float  # kernels a step
+    overlapped: frozenset[str]  # kinds of collective that travel during arithmetic
 
     def total(self, mode: str) -> float:
         """Bytes needed on the GPU."""
@@ -109,7 +123,30 @@ def make_plan(
         sends=_traffic(recipe, parallelism, sum(dense_sizes), sum(expert_sizes), size, gradient_size),
         flops=training_flops(recipe, model),
         images=parallelism.micro_batch_size * parallelism.accumulation,
+        launches=launches(recipe, model, parallelism.accumulation),
+        overlapped=_overlapped(parallelism),
     )
+
+
+def _overlapped(parallelism: Parallelism) -> frozenset[str]:
+    """Gradients travel during the backward pass where overlap_comm says so; ZeRO 3 also fetches weights ahead of use.
+
+    Under ZeRO 1 and 2 the weights are gathered after the optimizer, when there is nothing to compute meanwhile.
+    """
+    stage = parallelism.zero_stage
+    overlap = parallelism.json.get("zero_optimization", {}).get("overlap_comm", stage == 3)
+    kinds = {"all-reduce", "reduce-scatter"} if overlap else set()
+    return frozenset(kinds | ({"all-gather"} if stage == 3 else set()))
+
+
+def launches(recipe: Recipe, model: torch.nn.Module, accumulation: int) -> float:
+    """Kernels that a step launches, by the counts above; without recomputing, which launches a forward pass again."""
+    depth = recipe.model.depth
+    moe = sum(isinstance(module, Experts) for module in model.modules())
+    parameters = len(list(model.parameters()))
+    dense = (LAUNCHES_BLOCK * depth + LAUNCHES_DENSE * (depth - moe)) * (COMPILED if recipe.compile != "none" else 1)
+    micro_batch = LAUNCHES_DRAWS + dense + LAUNCHES_MOE * moe + LAUNCHES_HOOK * parameters
+    return accumulation * micro_batch + LAUNCHES_STEP * parameters
 
 
 def _padded(n: int, multiple: int) -> int:
@@ -211,26 +248,31 @@ def _traffic(
     # Tokens go out and come back, in the forward and in the backward pass.
     all_to_all = 4.0 * layers * rows * recipe.model.hidden_size * size * (ep - 1) / ep
     share = dense * (world - 1) / world + experts * (1 - ep / world)
-    gathers = {0: 1, 1: 1, 2: 1, 3: 2 * parallelism.accumulation}[parallelism.zero_stage]
-    reduces = 1 if parallelism.zero_stage < 2 else parallelism.accumulation
-    return {
-        "all-to-all": all_to_all,
-        "reduce-scatter": share * gradient_size * reduces,
-        "all-gather": share * size * gathers,
-    }
+    stage = parallelism.zero_stage
+    reduces = 1 if stage < 2 else parallelism.accumulation
+    if stage == 3:
+        gradients = {"reduce-scatter": share * gradient_size * reduces}
+    else:  # also where reduce_scatter is true: DeepSpeed 0.19.8 all-reduces under ZeRO 1 and 2, twice the bytes
+        gradients = {"all-reduce": 2 * share * gradient_size * reduces}
+    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * parallelism.accumulation}[stage]
+    return {"all-to-all": all_to_all, **gradients, "all-gather": share * size * gathers}
 
 
 def images_per_second(plan: Plan, gpu: str, parallelism: Parallelism) -> float:
     """An estimate of what all GPUs together should reach.
 
-    Arithmetic at a common utilisation, with gradients and weights travelling meanwhile; the tokens' all-to-all is
-    waited for.
+    Arithmetic at a common utilisation, or launching kernels where that takes longer; what overlaps travels meanwhile,
+    the rest and the tokens' all-to-all is waited for. Reading data, looks and saves are left out.
     """
     card = GPUS[gpu]
-    compute = plan.images * plan.flops / (card.flops * UTILISATION)
-    overlapped = plan.sends["reduce-scatter"] + plan.sends["all-gather"]
-    overlapped /= card.nvlink if parallelism.world_size <= NODE else NETWORK
-    waited = plan.sends["all-to-all"] / (card.nvlink if parallelism.ep_size <= NODE else NETWORK)
+    compute = max(plan.images * plan.flops / (card.flops * UTILISATION), plan.launches * LAUNCH)
+
+    def seconds(kind: str) -> float:
+        ranks = parallelism.ep_size if kind == "all-to-all" else parallelism.world_size
+        return plan.sends[kind] / (card.nvlink if ranks <= NODE else NETWORK)
+
+    overlapped = sum(seconds(kind) for kind in plan.sends if kind in plan.overlapped)
+    waited = sum(seconds(kind) for kind in plan.sends if kind not in plan.overlapped)
     return plan.images * parallelism.world_size / (max(compute, overlapped) + waited)
 
 

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers import ENV, ROOT
 
 from moe_dit.parallel.deepspeed_config import Parallelism
-from moe_dit.plan import MODES, make_plan, measure_activations
+from moe_dit.plan import MODES, images_per_second, make_plan, measure_activations
 from moe_dit.recipe_file import load_recipe
 
 
@@ -39,6 +40,52 @@ def test_tokens_travel_in_proportion_to_the_experts_elsewhere():
     assert sent(8) == 4 * 3 * (8 * 16 * 2) * 128 * 2 * 7 / 8
     assert sent(2) == sent(8) / (7 / 8) / 2
     assert sent(1) == 0
+
+
+def test_gradients_are_all_reduced_and_weights_gathered():
+    def sends(ranks, ep, zero):
+        return make_plan(load_recipe("digits"), topology(ranks, ep, zero)).sends
+
+    # 7/8 of the 1,626,528 weights that are not experts' travel there and back, in bf16; experts have no second copy.
+    assert sends(8, 8, 2) == {"all-to-all": 688_128, "all-reduce": 5_692_848, "all-gather": 2_846_424}
+    # ZeRO 3 scatters; nothing is gathered under ZeRO 0.
+    assert sends(8, 8, 3)["reduce-scatter"] == 2_846_424
+    assert sends(8, 8, 0)["all-gather"] == 0
+
+
+def test_a_step_cannot_be_faster_than_its_launches():
+    plan = make_plan(load_recipe("dsmoe_s_e16"), topology(8, 8, 2))
+    # the micro-batch that was counted, and its step
+    counted = (548 + 570 + 380 + 210 + 280 + 105 + 85 + 75 + 50 + 173) + 560
+    assert plan.launches == pytest.approx(counted)
+    quick = replace(plan, flops=0.0, sends=dict.fromkeys(plan.sends, 0.0))
+    assert images_per_second(quick, "h100-80g", topology(8, 8, 2)) == pytest.approx(64 / (counted * 5e-6))
+    # 9 GB a step over NVLink's 450 GB/s: gathered weights take their 20 ms beside it, gradients within it if told so
+    for kind, overlapped, seconds in (
+        ("all-gather", frozenset(), counted * 5e-6 + 0.02),
+        ("all-reduce", frozenset(), counted * 5e-6 + 0.02),
+        ("all-reduce", frozenset({"all-reduce"}), 0.02),
+    ):
+        slow = replace(quick, sends=quick.sends | {kind: 9e9}, overlapped=overlapped)
+        assert images_per_second(slow, "h100-80g", topology(8, 8, 2)) == pytest.approx(64 / seconds)
+
+
+def test_what_overlaps_is_what_deepspeed_is_told():
+    def overlapped(stage, **keys):
+        parallelism = replace(topology(8, 8, stage), json={"zero_optimization": {"stage": stage, **keys}})
+        return make_plan(load_recipe("digits"), parallelism).overlapped
+
+    assert overlapped(2) == overlapped(1) == overlapped(2, overlap_comm=False) == set()
+    assert overlapped(2, overlap_comm=True) == {"all-reduce", "reduce-scatter"}
+    assert overlapped(3) == {"all-reduce", "reduce-scatter", "all-gather"}
+
+
+def test_accumulating_launches_a_micro_batch_again():
+    def launches(accumulation):
+        parallelism = replace(topology(8, 8, 2), accumulation=accumulation)
+        return make_plan(load_recipe("dsmoe_s_e16"), parallelism).launches
+
+    assert launches(3) - launches(1) == pytest.approx(2 * 2476)
 
 
 def test_recomputing_keeps_less():

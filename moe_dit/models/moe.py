@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from moe_dit.kernels import combine, dispatch, places
 from moe_dit.models.dropout import Dropout
 from moe_dit.models.recomputing import recomputing
 from moe_dit.schema import STRICT, Count, NonNegative, Positive, Problem, divisors
@@ -342,14 +343,13 @@ class MoE(nn.Module):
         if not recomputing():
             with torch.no_grad():
                 self.tokens_per_expert += counts_E
-        top_k = experts_TK.shape[1]
-        order_N = experts_TK.flatten().argsort(stable=True)  # rows sorted by expert; N = T K
-        token_N = order_N // top_k
+        order_N, place_TK = places(experts_TK)  # rows sorted by expert; N = T K
         rows = token_rows(self.experts, x)
-        rows = None if rows is None else Rows(rows.position[token_N], rows.token[token_N])
-        out_ND = self.experts(x_TD[token_N], counts_E, rows)
-        slots_TKD = torch.empty_like(out_ND).index_copy(0, order_N, out_ND).unflatten(0, (-1, top_k))
-        routed_TD = (slots_TKD * weights_TK[..., None]).sum(1).to(x.dtype)
+        if rows is not None:
+            token_N = order_N // experts_TK.shape[1]
+            rows = Rows(rows.position[token_N], rows.token[token_N])
+        out_ND = self.experts(dispatch(x_TD, order_N, place_TK), counts_E, rows)
+        routed_TD = combine(out_ND, place_TK, weights_TK).to(x.dtype)
         other = x if self.shared_experts is None else self.shared_experts(x)
         return routed_TD.view_as(x) + other
 
