@@ -6,7 +6,6 @@ seed) alone; only DiffMoE's experts choose among the samples of a batch, so that
 """
 
 import math
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from eval.atlas_file import Atlas, entropy_bits, save_atlas, shares
+from eval.atlas_file import Atlas, entropy_bits, is_atlas, save_atlas, shares
 from eval.sample_folder import model_fingerprint
 from moe_dit.build import to_compute
 from moe_dit.data import Latents, ShardReader, TrainingSamples, check_manifest, training_inputs
@@ -27,7 +26,7 @@ from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import explained
+from moe_dit.runtime.files import check_new_file
 from moe_dit.runtime.progress import say, task
 
 EXAMPLES = """\
@@ -191,16 +190,6 @@ def make_atlas(
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def _check_out(out: Path) -> None:
-    """Complain before the work, rather than after it, where the result could not be written."""
-    if out.is_dir():
-        raise InputError(f"--out {out} is a folder; give the name of a file, such as {out / 'atlas.npz'}")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"there is no folder {out.parent} for --out {out}; make it first")
-    with explained(f"into the folder of --out {out}"):
-        tempfile.TemporaryFile(dir=out.absolute().parent).close()
-
-
 def main() -> None:
     parser = Parser(__doc__ or "", EXAMPLES)
     add = parser.add_argument
@@ -212,12 +201,12 @@ def main() -> None:
     add("--batch", type=int, default=64, metavar="N", help="samples computed at once; default %(default)s")
     add("--out", type=Path, required=True, metavar="ATLAS", help="file to write, .npz")
     args = parser.parse_args()
-    for flag in ("samples", "times", "batch"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} is {getattr(args, flag)}; it should be at least 1")
+    for flag, most in (("samples", 10**9), ("times", 10_000), ("batch", 100_000)):
+        if not 1 <= getattr(args, flag) <= most:
+            raise InputError(f"--{flag} is {getattr(args, flag)}; it should be 1 to {most:,}")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed is {args.seed}; it should be at least 0 and below 2^63")
-    _check_out(args.out)
+    check_new_file(args.out, is_atlas)
     model, recipe = load_export(args.model)
     manifest = read_manifest(args.data)
     settings = {"samples": args.samples, "times": args.times, "seed": args.seed, "batch": args.batch}

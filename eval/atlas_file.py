@@ -1,17 +1,31 @@
 """A routing atlas: what eval.atlas counted, and its file."""
 
 import json
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval.arrays import read_arrays
+from eval.plots import printable
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file
 
 FORMAT = "moe-dit-atlas-1"
+# Kind and dimensions: layers, times, experts, classes, rows and columns.
+ARRAYS = {
+    "by_time": ("i", "LTE"),
+    "by_class": ("i", "LCE"),
+    "by_position": ("i", "LRKE"),
+    "together": ("i", "LEE"),
+    "entropy": ("f", "LT"),
+    "class_tokens_by_time": ("i", "LTE"),
+    "times": ("f", "T"),
+    "samples_by_class": ("i", "C"),
+    "layers": ("U", "L"),
+    "classes": ("U", "C"),
+}
 FEWEST = 5  # expected counts for a ratio: the usual rule for tables of counts
 
 
@@ -81,14 +95,41 @@ def save_atlas(atlas: Atlas, file: Path) -> None:
 def load_atlas(file: Path) -> Atlas:
     """Read what :func:`save_atlas` wrote; InputError where it is something else."""
     try:
-        with np.load(file) as arrays:
-            values = {field.name: arrays[field.name] for field in fields(Atlas)}
+        values: dict[str, Any] = read_arrays(file, [field.name for field in fields(Atlas)])
         values["settings"] = json.loads(str(values["settings"]))
         found = values["settings"].pop("format")
     except FileNotFoundError:
         raise InputError(f"no atlas {file}; python -m eval.atlas makes one") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile):
-        raise InputError(f"{file} is not an atlas; python -m eval.atlas makes one") from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise InputError(f"{file} is not an atlas, or damaged; python -m eval.atlas makes one") from None
     if found != FORMAT:
         raise InputError(f"{file}: its format is {found!r}, expected {FORMAT!r}; make it anew with eval.atlas")
+    if wrong := _wrong(values):
+        raise InputError(f"{file}: {wrong} is not what an atlas holds; make it anew with eval.atlas")
+    for name in ("layers", "classes"):  # which are drawn as text
+        values[name] = np.array([printable(text) for text in values[name].tolist()])
     return Atlas(**values)
+
+
+def is_atlas(file: Path) -> bool:
+    """Whether a file is what :func:`save_atlas` wrote."""
+    try:
+        return isinstance(load_atlas(file), Atlas)
+    except InputError:
+        return False
+
+
+def _wrong(values: dict[str, Any]) -> str | None:
+    """The first value that an atlas cannot have, or None."""
+    sizes: dict[str, int] = {}
+    for name, (kind, dimensions) in ARRAYS.items():
+        array = values[name]
+        if array.dtype.kind != kind or array.ndim != len(dimensions) or not array.size:
+            return name
+        if any(sizes.setdefault(letter, size) != size for letter, size in zip(dimensions, array.shape, strict=True)):
+            return name
+        if (kind == "i" and array.min() < 0) or (kind == "f" and not np.isfinite(array).all()):
+            return name
+    settings = values["settings"]
+    counted = all(type(settings.get(key)) is int and settings[key] >= 0 for key in ("samples", "seed"))
+    return None if counted and settings["samples"] and settings.get("choice") in ("token", "expert") else "settings"

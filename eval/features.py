@@ -10,10 +10,12 @@ import io
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -27,12 +29,13 @@ from data_prep.images import EXTENSIONS, center_crop, list_images
 from moe_dit.data import ShardReader
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import new_file
+from moe_dit.runtime.files import explained, new_file
 from moe_dit.runtime.progress import say, task
 
 PUBLISHED_INCEPTION = "6726825d"  # start of the SHA-256 of torch-fidelity's weights, the TensorFlow ones of 2015-12-05
 BATCH = 64
 WORKERS = min(8, os.cpu_count() or 1)  # image coding releases Python's lock, so threads are enough
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # its last chunk, which is empty
 FIT_IMAGES = 20_000  # a bigger reference is thinned to about this many for the fit
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -54,7 +57,7 @@ def reference_images(path: Path) -> list[ImageFile]:
     Raises:
         InputError: nothing there, no images in it, or shards of latents.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(f"no reference {path}; it should be a .npz file, a folder of shards or a folder of images")
     images = _shard_images(path) if (path / "manifest.json").exists() else _folder_images(path)
     if not images:
@@ -63,10 +66,14 @@ def reference_images(path: Path) -> list[ImageFile]:
 
 
 def _folder_images(folder: Path) -> list[ImageFile]:
-    if any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot list {folder}: {error.strerror}") from None
+    if any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
         paths, labels, _ = list_images(folder)
         return [ImageFile(Path(path), label) for path, label in zip(paths, labels, strict=True)]
-    return [ImageFile(file, None) for file in sorted(folder.iterdir()) if file.name.lower().endswith(EXTENSIONS)]
+    return [ImageFile(file, None) for file in entries if file.name.lower().endswith(EXTENSIONS)]
 
 
 def _shard_images(folder: Path) -> list[ImageFile]:
@@ -106,11 +113,34 @@ def read_image(image: ImageFile, size: int | None = None) -> torch.Tensor:
         with open(image.file, "rb") as file:
             file.seek(image.offset)
             picture = Image.open(io.BytesIO(file.read(image.length))).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise InputError(f"{image.file} holds an image that cannot be read; remove or replace it") from None
-    if size is not None and picture.size != (size, size):
-        picture = center_crop(picture, size)
+        if size is not None and picture.size != (size, size):
+            picture = center_crop(picture, size)
+    except Exception:  # decoders raise whatever they meet
+        raise _unreadable(image.file) from None
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def image_file_size(file: Path) -> tuple[int, int]:
+    """Width and height of an image file, by its first bytes; InputError where those, or its last, are no image's."""
+    try:
+        with open(file, "rb") as opened, Image.open(opened) as image:
+            if image.format == "PNG" and not ends_as_png(opened):
+                raise _unreadable(file)
+            return image.size
+    except InputError:
+        raise
+    except Exception:  # decoders raise whatever they meet
+        raise _unreadable(file) from None
+
+
+def ends_as_png(file: BinaryIO) -> bool:
+    """Whether the end of a PNG file is there."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))  # a program may have put something behind it
+    return PNG_END in file.read()
+
+
+def _unreadable(file: Path) -> InputError:
+    return InputError(f"{file} holds an image that cannot be read; remove or replace it")
 
 
 def read_batches(images: list[ImageFile], size: int) -> Iterator[torch.Tensor]:
@@ -168,27 +198,6 @@ def extract(extractor: Extractor, images: list[ImageFile], size: int, descriptio
     return Features(torch.cat(features), torch.cat(logits), labels_of(images))
 
 
-def load_features(folder: Path, num: int) -> Features:
-    """The features of samples 0 to num - 1 that eval.sample --save features left in a samples folder, in index order.
-
-    Raises:
-        InputError: some are missing or cannot be read.
-    """
-    keys = ("features", "logits", "labels", "indices")
-    try:
-        batches = [np.load(file) for file in sorted((folder / "features").glob("batch_*.npz"))]
-        joined = [torch.from_numpy(np.concatenate([batch[key] for batch in batches])) for key in keys]
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"{folder}/features holds no features; eval.sample --save features makes them") from None
-    features, logits, labels, indices = joined
-    # Runs with different --batch may have computed an index twice.
-    _, first = np.unique(indices.numpy(), return_index=True)
-    first = first[:num]
-    if len(first) < num or int(indices[first[-1]]) != num - 1:
-        raise InputError(f"{folder} holds {len(first)} of {num} samples; run eval.sample again, it continues")
-    return Features(features[first], logits[first], labels[first])
-
-
 def labels_of(images: list[ImageFile]) -> torch.Tensor | None:
     """Labels, int64 [N], or None where an image has none."""
     labels = [image.label for image in images if image.label is not None]
@@ -230,7 +239,7 @@ def inception(weights: str, device: torch.device) -> Extractor:
 def _check_inception(path: Path) -> None:
     """torch-fidelity unpickles whatever the file holds: make sure first that it holds tensors alone."""
     advice = "torch-fidelity's file is weights-inception-2015-12-05-6726825d.pth"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"no Inception weights {path}; {advice}, and --inception download fetches it")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
@@ -349,17 +358,22 @@ def _fitted(network: FittedCNN, accuracy: float, device: torch.device) -> Extrac
 
 def save_fitted(extractor: Extractor, path: Path) -> None:
     """Write a fitted extractor, so that samples and reference meet the very same one."""
-    with new_file(path) as file:
+    with explained(str(path)), new_file(path) as file:
         torch.save(fitted_state(extractor), file)
 
 
 def load_fitted(path: Path, device: torch.device) -> Extractor:
-    """Read what :func:`save_fitted` wrote."""
+    """Read what :func:`save_fitted` wrote; InputError where it is missing or damaged."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: these features cannot be scored; sample them again") from None
-    return fitted_from_state(saved, device)
+        with zipfile.ZipFile(path) as members:
+            if broken := members.testzip():  # torch itself (2.14) loads tensors without a look at their checksums
+                raise ValueError(f"{broken} has another checksum")
+        return fitted_from_state(torch.load(path, map_location="cpu", weights_only=True), device)
+    except Exception as error:  # torch raises many kinds for a file that is not whole
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise InputError(
+            f"{path} is {what}, without which the features beside it say nothing; sample into another --out"
+        ) from None
 
 
 def fitted_state(extractor: Extractor) -> dict:

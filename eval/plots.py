@@ -59,11 +59,18 @@ STYLE: Any = {
     "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "moe-dit",
+    "text.parse_math": False,  # names of classes may have a dollar in them
 }
 # A share beside an even one: a factor of 4 is full colour.
 RATIOS = ((0.25, "a quarter or less"), (0.5, "half"), (1.0, "even"), (2.0, "double"), (4.0, "4 times or more"))
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
+
+
+def printable(text: str) -> str:
+    """A name as text that can be drawn: what no page can show becomes a question mark."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
 
 # --- curves -----------------------------------------------------------------------------------------------------------
 

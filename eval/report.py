@@ -7,7 +7,7 @@ import base64
 import html
 import io
 import json
-import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from PIL import Image
 
 from eval.atlas_file import load_atlas
 from eval.atlas_page import atlas_parts
-from eval.plots import bars, heat_map, line_chart
+from eval.plots import bars, heat_map, line_chart, printable
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import explained, write_text
+from moe_dit.runtime.files import check_new_file, explained, write_bytes
 from moe_dit.runtime.progress import say
 
 EXAMPLES = """\
@@ -28,6 +28,8 @@ EXAMPLES = """\
       --out report.html
 """
 LOOK = re.compile(r"step_(\d+)\.png")
+BEGINNING = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>'
+SUMMARY = '<dl class="summary">'
 LARGEST_IMAGE = 1280  # pixels; a bigger grid of samples is scaled down
 
 STYLE = """
@@ -71,11 +73,13 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-            # A step that was repeated after a stop counts as it was last computed; one may also have several lines.
-            step = int(record["step"])
-            records[step] = records.get(step, {}) | record
-        except (ValueError, KeyError, TypeError):
+            step = record["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
+        if type(step) is int and abs(step) < 2**53:  # an axis is of floats
+            # A step that was repeated after a stop counts as it was last computed; one may also have several lines.
+            named = {printable(key): value for key, value in record.items()}
+            records[step] = records.get(step, {}) | named
     if not records:
         raise InputError(f"{file} holds no step yet; let the run make one first")
     return [records[step] for step in sorted(records)]
@@ -87,17 +91,22 @@ def curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[floa
     values = []
     for record in records:
         value = record.get(key)
-        if isinstance(value, int | float) and math.isfinite(value):
+        if _is_number(value):
             steps.append(record["step"])
             values.append(float(value))
     return steps, values
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a curve can be drawn of."""
+    return type(value) in (int, float) and abs(value) < 1e100
 
 
 def data_uri(file: Path) -> str:
     """An image file as a data URI; a large one scaled down."""
     try:
         image = Image.open(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # decoders raise whatever they meet
         raise InputError(f"{file} is not an image; eval.sample writes it") from None
     buffer = io.BytesIO()
     if max(image.size) > LARGEST_IMAGE:
@@ -117,7 +126,7 @@ def last_load(records: list[dict[str, Any]]) -> tuple[int, list[list[float]]] | 
     """The step and value of the last recorded expert load."""
     for record in reversed(records):
         load = record.get("expert_load")
-        if isinstance(load, list) and load and all(isinstance(layer, list) and layer for layer in load):
+        if isinstance(load, list) and load and all(_is_list_of_numbers(layer) for layer in load):
             return record["step"], load
     return None
 
@@ -164,21 +173,21 @@ def report(run_folder: Path, samples: Path | None, scores: Path | None, atlas: P
     parts += _looks(run_folder, records)
     if samples is not None:
         grid = samples / "samples.png"
-        if not grid.exists():
+        if not os.path.exists(grid):
             raise InputError(f"no {grid}; --samples should be a folder that eval.sample finished")
         parts.append(section("Samples", "", f'<img alt="samples" src="{data_uri(grid)}">'))
     if scores is not None:
         parts.append(section("Scores", "", _scores_table(scores)))
     config = run_folder / "config.yaml"
-    if config.exists():
-        text = html.escape(config.read_text())
+    if config.is_file():
+        text = html.escape(config.read_text(errors="replace"))
         parts.append(section("Recipe", "", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>"))
     title = html.escape(run_folder.absolute().name)
     listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in summary.items())
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"{BEGINNING}{title}</title>"
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-        f'<body><h1>{title}</h1><dl class="summary">{listed}</dl>{"".join(parts)}</body></html>\n'
+        f"<body><h1>{title}</h1>{SUMMARY}{listed}</dl>{''.join(parts)}</body></html>\n"
     )
 
 
@@ -189,7 +198,7 @@ def _more_losses(records: list[dict[str, Any]]) -> list[str]:
     if held_out:
         note = "Of samples that are never trained on: where it rises while the loss falls, the model learns by heart."
         parts.append(section("Held-out loss", note, line_chart(steps, held_out, "held-out loss")))
-    by_time = [record for record in records if _finite_list(record.get("held_out_loss_by_time"))]
+    by_time = [record for record in records if _is_list_of_numbers(record.get("held_out_loss_by_time"))]
     if by_time:
         note = f"At step {by_time[-1]['step']:,}, for equal parts of t: which noise levels the loss is made of."
         drawing = bars(by_time[-1]["held_out_loss_by_time"], "held-out loss", "t (0 noise, 1 data)")
@@ -202,10 +211,8 @@ def _more_losses(records: list[dict[str, Any]]) -> list[str]:
     return parts
 
 
-def _finite_list(value: Any) -> bool:
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_number(v) for v in value)
 
 
 def _experts(records: list[dict[str, Any]]) -> list[str]:
@@ -237,15 +244,13 @@ def _looks(run_folder: Path, records: list[dict[str, Any]]) -> list[str]:
 
 
 def _scores_table(file: Path) -> str:
-    from eval.score import rows  # with torch's metrics it takes seconds to import
+    from eval.score import read_scores, rows  # with torch's metrics it takes seconds to import
 
-    try:
-        result = json.loads(file.read_text())
-        shown = rows(result) + [(key, str(value)) for key, value in result.get("sampling", {}).items()]
-    except OSError:
-        raise InputError(f"no scores {file}; eval.score writes them") from None
-    except (ValueError, AttributeError, TypeError):
-        raise InputError(f"{file} does not hold scores; eval.score writes them") from None
+    result = read_scores(file)
+    sampling = result.get("sampling")
+    shown = rows(result) + [
+        (key, str(value)) for key, value in (sampling if isinstance(sampling, dict) else {}).items()
+    ]
     hidden = ("model_sha256", "vae_sha256", "num", "features", "save")
     cells = (
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
@@ -253,6 +258,12 @@ def _scores_table(file: Path) -> str:
         if name not in hidden or (name, value) in rows(result)
     )
     return f"<table>{''.join(cells)}</table>"
+
+
+def _is_report(file: Path) -> bool:
+    """Whether a file is a page that :func:`report` made."""
+    page = file.read_bytes()
+    return page.startswith(BEGINNING.encode()) and SUMMARY.encode() in page
 
 
 def main() -> None:
@@ -264,13 +275,10 @@ def main() -> None:
     add("--atlas", type=Path, metavar="ATLAS", help="what eval.atlas wrote")
     add("--out", type=Path, required=True, metavar="report.html", help="file to write")
     args = parser.parse_args()
-    if args.out.is_dir():
-        raise InputError(f"--out {args.out} is a folder; give the name of a file, such as {args.out / 'report.html'}")
-    if not args.out.absolute().parent.is_dir():
-        raise InputError(f"there is no folder {args.out.parent} for --out {args.out}; make it first")
+    check_new_file(args.out, _is_report)
     page = report(args.run, args.samples, args.scores, args.atlas)
     with explained(str(args.out)):
-        write_text(args.out, page)
+        write_bytes(args.out, page.encode(errors="replace"))  # a folder's name may be no Unicode
     say(f"report in {args.out}")
 
 

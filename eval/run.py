@@ -1,5 +1,6 @@
 """Sample a model and score the samples in one go, on any number of ranks, without writing the images."""
 
+import os
 import shutil
 import tempfile
 from datetime import timedelta
@@ -9,6 +10,7 @@ from eval.sample import add_sampling_arguments, sample
 from eval.score import check_out, check_reference, load_statistics, present, score
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.files import explained
 from moe_dit.runtime.ranks import from_rank_0
 
 EXAMPLES = """\
@@ -30,14 +32,21 @@ def main() -> None:
     args = parser.parse_args()
     world = ranks.start(timedelta(hours=12))
 
+    out = args.out or (args.samples / "metrics.json" if args.samples else None)
+
     def prepare() -> Path:
-        check_out(args.out)
+        # The samples folder itself may still have to be made.
+        if out is not None and (args.out or os.path.isdir(args.samples)):
+            check_out(out)
         check_reference(args.reference, args.inception)
         if args.reference.suffix == ".npz":
             load_statistics(args.reference)  # to complain before the work rather than after it
+        if args.samples:
+            return args.samples
         # Beside the result, where all nodes can reach it: /tmp is each node's own.
         beside = args.out.absolute().parent if args.out else Path.cwd()
-        return args.samples or Path(tempfile.mkdtemp(prefix=".samples-", dir=beside))
+        with explained(f"into {beside}"):
+            return Path(tempfile.mkdtemp(prefix=".samples-", dir=beside))
 
     samples = from_rank_0(prepare)
     try:
@@ -45,8 +54,7 @@ def main() -> None:
         # The reference takes rank 0 long: nobody should wait for it.
         ranks.stop()
         if world.rank == 0:
-            result = score(samples, args.reference, args.inception)
-            present(result, args.out or (args.samples / "metrics.json" if args.samples else None))
+            present(score(samples, args.reference, args.inception), out)
     finally:
         if world.rank == 0 and args.samples is None:
             shutil.rmtree(samples, ignore_errors=True)

@@ -1,16 +1,17 @@
 """Sample an exported model, on any number of ranks; continues after a stop.
 
 Sample i is a function of (seed, i) alone. Indices are cut into fixed batches, which the ranks share; a batch is always
-computed whole, so neither the number of ranks nor a stop changes the arithmetic.
+computed whole, so neither the number of ranks nor a stop changes the arithmetic. Where the samples of a batch depend on
+each other (DiffMoE), that holds for the last batch too, which goes beyond --num, and a folder keeps to one --batch.
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from data_prep.autoencoder import hash_weights
@@ -25,14 +26,24 @@ from eval.features import (
     save_fitted,
 )
 from eval.generate import Sampling, generate, image_size, labels_for, load_decoder, resolve
-from eval.sample_folder import GRID, image_name, model_fingerprint, open_folder, saved_indices, write_grid, write_image
+from eval.sample_folder import (
+    GRID,
+    image_name,
+    model_fingerprint,
+    open_folder,
+    saved_features,
+    saved_images,
+    write_features,
+    write_grid,
+    write_image,
+)
 from moe_dit.build import to_compute
 from moe_dit.export import load_export
 from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import new_file
+from moe_dit.runtime.files import explained
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.ranks import from_rank_0
 
@@ -45,6 +56,8 @@ EXAMPLES = """\
 
 Under torchrun and deepspeed write -n, not --num: they would take it for a flag of their own.
 """
+MOST_SAMPLES = 10_000_000  # a folder of more images is of no use to anybody, and their labels would fill the memory
+MOST_AT_ONCE = 100_000
 
 
 def add_sampling_arguments(parser: Parser, default_num: int | None = None) -> None:
@@ -69,11 +82,15 @@ def add_sampling_arguments(parser: Parser, default_num: int | None = None) -> No
 
 def sample(args, out: Path, save: str) -> None:
     """Sample this rank's share of the batches into the folder ``out``.
+
     Args:
         args: the flags of :func:`add_sampling_arguments`, with ``reference`` (real images for the fitted extractor).
         out: the folder.
         save: "images" or "features".
     """
+    for flag, most in (("num", MOST_SAMPLES), ("batch", MOST_AT_ONCE)):
+        if (getattr(args, flag) or 0) > most:
+            raise InputError(f"--{flag} is {getattr(args, flag)}; it should be at most {most:,}")
     device = ranks.device()
 
     def load() -> tuple[Any, Recipe, Sampling]:
@@ -90,54 +107,78 @@ def sample(args, out: Path, save: str) -> None:
         from_rank_0(lambda: _check_source(args, device))
         if args.inception is not None:
             extractor = ranks.agreed(lambda: inception(args.inception, device))
+    batch_size = args.batch or (256 if device.type == "cuda" else 64)
 
     def open_once() -> None:
         settings = {"model": str(args.model), "model_sha256": model_fingerprint(args.model), "num": args.num}
         settings |= vars(sampling) | {"cfg_interval": list(sampling.cfg_interval), "save": save}
         settings |= {"vae_sha256": hash_weights(vae) if vae is not None else None, "image_size": size}
+        settings |= {"batch": batch_size} if model.couples_samples else {}
         open_folder(out, settings | {"features": _source(args, extractor) if save == "features" else None})
 
     from_rank_0(open_once)
-    if save == "features" and extractor is None:
-        extractor = _fitted_extractor(out, args.reference, size, device)
     labels = labels_for(torch.arange(args.num), sampling, recipe.model.num_classes).tolist()
+    # On rank 0 alone: every rank must know what is there before one of them adds files.
+    saved = from_rank_0(lambda: saved_images(out, labels) if save == "images" else saved_features(out))
+    if save == "features" and extractor is None:
+        extractor = _fitted_extractor(out, args.reference, size, device, anew=not saved)
+    couples_samples = model.couples_samples
     model = to_compute(model, recipe, device)
     if args.capture:
         model = captured(model, recipe, device)
     vae = vae.to(device) if vae is not None else None
-    _sample_missing(args, out, lambda indices: generate(model, recipe, sampling, vae, indices), labels, extractor)
+    end = -(-args.num // batch_size) * batch_size if couples_samples else args.num
+    batches = list(torch.arange(end).split(batch_size))
+
+    def generate_batch(indices: torch.Tensor) -> torch.Tensor:
+        try:
+            return generate(model, recipe, sampling, vae, indices.to(device))
+        except torch.OutOfMemoryError:
+            raise InputError(f"--batch {batch_size} does not fit into the GPU's memory; give a smaller one") from None
+
+    with explained(f"samples to {out}"):
+        _sample_missing(out, batches, set(range(args.num)) - saved, generate_batch, labels, extractor)
     ranks.barrier()
     if ranks.world().rank == 0:
-        write_grid(out, save, sampling.labels)
+        with explained(f"samples to {out}"):
+            write_grid(out, save, sampling.labels)
 
 
-def _sample_missing(args, out, generate_batch, labels: list[int], extractor: Extractor | None) -> None:
-    """Sample this rank's batches that are not whole yet; generate_batch gives the images of indices."""
+def _sample_missing(
+    out: Path,
+    batches: list[torch.Tensor],
+    missing: set[int],
+    generate_batch: Callable[[torch.Tensor], torch.Tensor],
+    labels: list[int],
+    extractor: Extractor | None,
+) -> None:
+    """Sample this rank's batches that are not whole yet.
+
+    Args:
+        out: the samples folder.
+        batches: indices of all batches; those beyond the labels' number are computed, and not kept.
+        missing: indices to sample.
+        generate_batch: from indices to images uint8 [N, 3, H, W].
+        labels: of all samples that are kept.
+        extractor: where features are kept, not images.
+    """
     world = ranks.world()
-    device = ranks.device()
-    if extractor is None:
-        done = set(os.listdir(out / "images"))
-        missing = {i for i in range(args.num) if image_name(i, labels[i]) not in done}
-    else:
-        missing = set(range(args.num)) - saved_indices(out)
-    if len(missing) < args.num:
-        say(f"{args.num - len(missing)} of {args.num} samples are there; {len(missing)} to go")
-    batches = torch.arange(args.num).split(args.batch or (256 if device.type == "cuda" else 64))
+    num = len(labels)
+    if len(missing) < num:
+        say(f"{num - len(missing)} of {num} samples are there; {len(missing)} to go")
     share = [batches[k] for k in world.share(len(batches))]
     to_do = [batch for batch in share if not missing.isdisjoint(batch.tolist())]
-    total = sum(len(batch) for batch in share)
-    # Every rank must have looked before one of them adds files.
-    ranks.barrier()
+    total, left = (sum(int((batch < num).sum()) for batch in some) for some in (share, to_do))
     description = "sampling" if world.size == 1 else f"sampling (rank 0 of {world.size})"
-    folder, end = (out / "images", args.num) if extractor is None else (out / "preview", GRID)
+    folder, end = (out / "images", num) if extractor is None else (out / "preview", GRID)
     writes: list[Any] = []
 
     with (
-        task(description, total, total - sum(len(batch) for batch in to_do)) as progress,
+        task(description, total, total - left) as progress,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     ):
 
-        def write(batch: torch.Tensor, pixels: torch.Tensor, arrived: Any) -> None:
+        def write(kept: list[int], pixels: torch.Tensor, arrived: Any) -> None:
             """Give a batch's files to the threads, once those of the batch before are written."""
             if arrived is not None:
                 arrived.synchronize()
@@ -145,21 +186,22 @@ def _sample_missing(args, out, generate_batch, labels: list[int], extractor: Ext
                 done.result()
             writes[:] = [
                 pool.submit(write_image, folder / image_name(i, labels[i]), picture)
-                for i, picture in zip(batch.tolist(), pixels.numpy(), strict=True)
+                for i, picture in zip(kept, pixels.numpy(), strict=True)
                 if i in missing and i < end
             ]
-            progress.advance(len(batch))
+            progress.advance(len(kept))
 
         # A batch's pixels are taken up one batch later: the GPU waits once a batch, for the check in generate, no more.
         last = None
         for batch in to_do:
-            images = generate_batch(batch.to(device))
+            kept = batch[batch < num].tolist()
+            images = generate_batch(batch)[: len(kept)]
             if extractor is not None:
-                _write_features(out, extractor, images, batch, labels)
+                write_features(out, *extractor(images), kept, [labels[i] for i in kept])
             copying = _start_copy(images.permute(0, 2, 3, 1).contiguous())
             if last is not None:
                 write(*last)
-            last = (batch, *copying)
+            last = (kept, *copying)
         if last is not None:
             write(*last)
         for done in writes:
@@ -175,16 +217,6 @@ def _start_copy(pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
     arrived = torch.cuda.Event()
     arrived.record()
     return copy, arrived
-
-
-def _write_features(out: Path, extractor: Extractor, images: torch.Tensor, batch: torch.Tensor, labels: list) -> None:
-
-    features, logits = extractor(images)
-    arrays: dict[str, Any] = {"features": features.numpy(), "logits": logits.numpy(), "indices": batch.numpy()}
-    arrays["labels"] = np.array([labels[i] for i in batch.tolist()])
-    name = f"batch_{int(batch[0]):06d}.npz"  # the first index of the batch
-    with new_file(out / "features" / name) as file:
-        np.savez(file, **arrays)
 
 
 def _check_source(args, device: torch.device) -> None:
@@ -204,10 +236,14 @@ def _source(args, extractor: Extractor | None) -> str:
     return extractor.identity if extractor else f"fitted-cnn to {fingerprint(reference_images(args.reference))}"
 
 
-def _fitted_extractor(out: Path, reference: Path, size: int, device: torch.device) -> Extractor:
-    """The classifier that rank 0 fits and keeps, so that all ranks and the reference meet the very same one."""
+def _fitted_extractor(out: Path, reference: Path, size: int, device: torch.device, anew: bool) -> Extractor:
+    """The classifier that rank 0 fits and keeps, so that all ranks and the reference meet the very same one.
+
+    Args:
+        anew: nothing was made with the kept one.
+    """
     kept = out / "features" / "extractor.pt"
-    if not saved_indices(out):  # nothing was made with the kept one
+    if anew:
         from_rank_0(lambda: save_fitted(fit(reference_images(reference), size, device), kept))
     return load_fitted(kept, device)
 

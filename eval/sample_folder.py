@@ -2,18 +2,38 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from eval.features import read_image, sample_images
+from eval.arrays import read_arrays
+from eval.features import (
+    WORKERS,
+    Features,
+    ImageFile,
+    ends_as_png,
+    image_file_size,
+    read_image,
+    sample_images,
+)
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import new_file, remove_unfinished, write_json
+from moe_dit.runtime.files import explained, new_file, remove_unfinished, write_json
+from moe_dit.runtime.progress import say
 
 GRID = 100  # images shown in samples.png
+SETTINGS = "settings.json"
+WRITTEN = ("images", "features", "preview", "samples.png")  # what a folder gets beside its settings
+BATCH_ARRAYS = {"features": ("f", 2), "logits": ("f", 2), "labels": ("i", 1), "indices": ("i", 1)}  # kind, dimensions
+
+
+# --- the settings -----------------------------------------------------------------------------------------------------
 
 
 def model_fingerprint(model: Path) -> str:
@@ -25,33 +45,70 @@ def model_fingerprint(model: Path) -> str:
     return digest.hexdigest()
 
 
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings that a samples folder was made with; None where it has none (images that another program made).
+
+    Raises:
+        InputError: they are damaged, or another program's.
+    """
+    file = folder / SETTINGS
+    try:
+        settings = json.loads(file.read_text(), parse_constant=_refuse)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged ({error}); sample into another --out") from None
+    kinds = {"num": int, "save": str, "image_size": int, "model_sha256": str}
+    wrong = [
+        key for key, kind in kinds.items() if not isinstance(settings, dict) or type(settings.get(key)) is not kind
+    ]
+    if wrong or settings["num"] < 1 or settings["image_size"] < 1 or settings["save"] not in ("images", "features"):
+        what = f": {wrong[0]} is missing or of the wrong kind" if wrong else ""
+        raise InputError(f"{file} is not what eval.sample writes{what}; move it away, or sample into another --out")
+    return settings
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
+
+
 def open_folder(out: Path, settings: dict[str, Any]) -> None:
     """Make the samples folder with its settings.json, or check that it continues the one that is there.
 
     Raises:
-        InputError: the folder holds samples made with other settings; names those that differ.
+        InputError: there is something else, or samples made with other settings; names those that differ.
     """
-    file = out / "settings.json"
-    taken = out.exists() and (not out.is_dir() or any(out.glob("images/*.png")) or any(out.glob("features/batch_*")))
-    if taken:
-        try:
-            before = json.loads(file.read_text())
-            largest = max(settings["num"], before["num"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{out} is taken, and {file} does not tell by what; give another --out") from None
+    before = read_settings(out) if os.path.isdir(out) else None
+    if before is None:
+        _check_free(out)
+    else:
         # Paths may change, as fingerprints tell the model and the VAE; and more samples continue the same ones.
         differing = [key for key in settings if key not in ("model", "vae", "num") and before.get(key) != settings[key]]
         if differing:
             changes = ", ".join(f"{key} was {before.get(key)} and is now {settings[key]}" for key in differing)
             raise InputError(f"{out} holds samples made otherwise: {changes}; give the same settings or another --out")
-        settings = settings | {"num": largest}
-    try:
+        settings = settings | {"num": max(settings["num"], before["num"])}
+    with explained(f"samples to {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+        # The settings first: by them what follows is known to be ours.
+        write_json(out / SETTINGS, settings, indent=2)
+        for name in (SETTINGS, "samples.png"):
+            remove_unfinished(out, f"{name}.*")
         for name in ("images",) if settings["save"] == "images" else ("features", "preview"):
-            (out / name).mkdir(parents=True, exist_ok=True)
+            (out / name).mkdir(exist_ok=True)
             remove_unfinished(out / name)
-        write_json(file, settings, indent=2)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}; give another --out") from None
+
+
+def _check_free(out: Path) -> None:
+    """Raise InputError where samples would get in the way of what is there without settings of ours."""
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise InputError(f"{out} is taken: it is not a folder; give another --out")
+    there = [name for name in WRITTEN if os.path.lexists(out / name)]
+    if there:
+        raise InputError(f"{out} is taken: it holds {there[0]} that eval.sample did not make; give another --out")
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 def image_name(index: int, label: int) -> str:
@@ -65,13 +122,51 @@ def write_image(path: Path, image: np.ndarray) -> None:
         Image.fromarray(image).save(file, format="PNG")
 
 
-def saved_indices(folder: Path) -> set[int]:
-    """Indices of the samples whose features are in SAMPLES/features."""
-    indices: set[int] = set()
-    for file in (folder / "features").glob("batch_*.npz"):
-        with np.load(file) as batch:
-            indices.update(batch["indices"].tolist())
-    return indices
+def saved_images(folder: Path, labels: Sequence[int]) -> set[int]:
+    """Which samples SAMPLES/images holds whole, of those with these labels; says which file is cut short."""
+    there = set(os.listdir(folder / "images"))
+    names = {i: image_name(i, label) for i, label in enumerate(labels)}
+    saved = [i for i, name in names.items() if name in there]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        whole = pool.map(lambda i: _has_its_end(folder / "images" / names[i]), saved)
+        cut = {i for i, good in zip(saved, whole, strict=True) if not good}
+    if cut:
+        say(f"{folder}/images/{names[min(cut)]} is cut short{_and_more(len(cut))}; sampling again what it held")
+    return set(saved) - cut
+
+
+def _has_its_end(file: Path) -> bool:
+    try:
+        with open(file, "rb") as opened:
+            return ends_as_png(opened)
+    except OSError:
+        return False
+
+
+def _and_more(count: int) -> str:
+    return f", and {count - 1} more" if count > 1 else ""
+
+
+def check_sizes(folder: Path, images: Sequence[ImageFile]) -> int:
+    """The side of the images of a samples folder, as :func:`eval.features.sample_images` lists them.
+
+    Raises:
+        InputError: they are not all of one size, not square, or one is no whole image, so far as the ends of a file
+            tell.
+    """
+    with ThreadPoolExecutor(WORKERS) as pool:
+        sizes = list(pool.map(image_file_size, [image.file for image in images]))
+    for image, size in zip(images, sizes, strict=True):
+        if size != sizes[0]:
+            first, other = (f"{width}x{height}" for width, height in (sizes[0], size))
+            raise InputError(
+                f"{folder} mixes images of {first} ({images[0].file.name}) and of {other} ({image.file.name}); "
+                "the samples of a folder should be of one size"
+            )
+    width, height = sizes[0]
+    if width != height:
+        raise InputError(f"{folder} holds images of {width}x{height}; samples should be square")
+    return width
 
 
 def write_grid(out: Path, save: str, labels: str) -> None:
@@ -83,3 +178,66 @@ def write_grid(out: Path, save: str, labels: str) -> None:
     columns = classes if labels == "balanced" and classes <= 10 else 10
     grid = make_grid([read_image(image) for image in images], nrow=columns, padding=2, pad_value=255)
     write_image(out / "samples.png", grid.permute(1, 2, 0).numpy())
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+def write_features(folder: Path, features: torch.Tensor, logits: torch.Tensor, indices: list[int], labels: list[int]):
+    """Write the features and logits (float32 [n, D] and [n, K]) of a batch's samples, atomically."""
+    arrays: dict[str, Any] = {"features": features.numpy(), "logits": logits.numpy()}
+    arrays |= {"indices": np.array(indices), "labels": np.array(labels)}
+    with new_file(folder / "features" / f"batch_{indices[0]:06d}.npz") as file:
+        np.savez(file, **arrays)
+
+
+def read_features(file: Path) -> dict[str, np.ndarray]:
+    """What :func:`write_features` wrote; ValueError where it is not whole or of another kind."""
+    arrays = read_arrays(file, BATCH_ARRAYS)
+    for name, (kind, dimensions) in BATCH_ARRAYS.items():
+        array = arrays[name]
+        if array.dtype.kind != kind or array.ndim != dimensions or len(array) != len(arrays["indices"]):
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
+    return arrays
+
+
+def saved_features(folder: Path) -> set[int]:
+    """Which samples SAMPLES/features holds; says which file is damaged."""
+    saved: set[int] = set()
+    damaged = []
+    for file in sorted((folder / "features").glob("batch_*.npz")):
+        try:
+            saved.update(read_features(file)["indices"].tolist())
+        except ValueError:
+            damaged.append(file)
+    if damaged:
+        say(f"{damaged[0]} is damaged{_and_more(len(damaged))}; sampling again what it held")
+    return saved
+
+
+def load_features(folder: Path, num: int) -> Features:
+    """The features of samples 0 to num - 1 that eval.sample --save features left in a samples folder, in index order.
+
+    Raises:
+        InputError: some are missing or damaged.
+    """
+    again = "run eval.sample again, it continues"
+    batches = []
+    for file in sorted((folder / "features").glob("batch_*.npz")):
+        try:
+            batches.append(read_features(file))
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}); {again} and makes it anew") from None
+    if not batches:
+        raise InputError(f"{folder}/features holds no features; eval.sample --save features makes them")
+    if len({(batch["features"].shape[1], batch["logits"].shape[1]) for batch in batches}) > 1:
+        raise InputError(f"{folder}/features mixes features of several networks; sample into another --out")
+    features, logits, labels, indices = (
+        torch.from_numpy(np.concatenate([batch[name] for batch in batches])) for name in BATCH_ARRAYS
+    )
+    # Runs with different --batch may have computed an index twice.
+    _, first = np.unique(indices.numpy(), return_index=True)
+    first = first[:num]
+    if len(first) < num or int(indices[first[-1]]) != num - 1:
+        raise InputError(f"{folder} holds {len(first)} of {num} samples; {again}")
+    return Features(features[first], logits[first], labels[first])

@@ -6,7 +6,7 @@ numbers do not depend on the batch size or the number of ranks.
 
 import json
 import math
-import zipfile
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from eval import features
+from eval.arrays import read_arrays
+from eval.sample_folder import check_sizes, load_features, read_settings
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import write_json
+from moe_dit.runtime.files import check_new_file, explained, write_json
 from moe_dit.runtime.progress import say
 
 EXAMPLES = """\
@@ -88,18 +90,28 @@ def load_statistics(file: Path) -> Statistics:
         InputError: another kind of file.
     """
     try:
-        with np.load(file) as arrays:
-            mu = arrays["mu"].astype(np.float64)
-            sigma = arrays["sigma"].astype(np.float64)
+        arrays = read_arrays(file, ("mu", "sigma"))
     except FileNotFoundError:
         raise InputError(f"no reference {file}; it should be a .npz file, a folder of shards or of images") from None
-    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
-        raise InputError(f"{file} does not hold mu and sigma, as ADM's and JiT's statistics files do") from None
+    except ValueError as error:
+        raise InputError(
+            f"{file} does not hold mu and sigma, as ADM's and JiT's statistics files do, or is damaged: {error}"
+        ) from None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"{file}: {name} holds {array.dtype}; it should hold real numbers")
+    mu = arrays["mu"].astype(np.float64)
+    sigma = arrays["sigma"].astype(np.float64)
     if mu.shape != (PUBLISHED_DIM,) or sigma.shape != (PUBLISHED_DIM, PUBLISHED_DIM):
         raise InputError(
             f"{file}: mu has shape {list(mu.shape)} and sigma {list(sigma.shape)}; "
             f"Inception's are [{PUBLISHED_DIM}] and [{PUBLISHED_DIM}, {PUBLISHED_DIM}]"
         )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise InputError(f"{file}: mu or sigma holds numbers that are not finite; compute the statistics again")
+    # 1e-3 of the largest is far above any rounding.
+    if np.abs(sigma - sigma.T).max() > 1e-3 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
+        raise InputError(f"{file}: sigma is not symmetric or has negative variances, so it is no covariance")
     return Statistics(mu, sigma)
 
 
@@ -107,18 +119,6 @@ def check_reference(reference: Path, inception: str | None) -> None:
     """Raise InputError where the reference is statistics of Inception features and Inception is not given."""
     if reference.suffix == ".npz" and inception is None:
         raise InputError(f"{reference} holds statistics of Inception features; give --inception FILE.pth or download")
-
-
-def load_settings(folder: Path) -> dict[str, Any]:
-    """The settings.json of a samples folder; empty where there is none (images that another program made)."""
-    if not folder.is_dir():
-        raise InputError(f"no samples {folder}; eval.sample makes them")
-    try:
-        return json.loads((folder / "settings.json").read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError):
-        raise InputError(f"{folder}/settings.json cannot be read; sample again with eval.sample") from None
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def score(folder: Path, reference: Path, inception: str | None) -> dict[str, Any
         InputError: samples missing or too few, or a reference that cannot be used.
     """
     device = ranks.device()
-    settings = load_settings(folder)
+    settings = read_settings(folder) or {}
     check_reference(reference, inception)
     published = load_statistics(reference) if reference.suffix == ".npz" else None
     real = [] if published is not None else features.reference_images(reference)
@@ -147,7 +147,7 @@ def score(folder: Path, reference: Path, inception: str | None) -> dict[str, Any
         raise InputError(f"the reference {reference} holds {len(real)} images; at least {FEWEST} are needed")
 
     if settings.get("save") == "features":
-        made = features.load_features(folder, settings["num"])
+        made = load_features(folder, settings["num"])
         if inception is not None:
             extractor = features.inception(inception, device)
         else:
@@ -164,7 +164,7 @@ def score(folder: Path, reference: Path, inception: str | None) -> dict[str, Any
                 f"{folder} holds {len(images)} of {settings['num']} samples; run eval.sample again, it continues"
             )
         _need_enough(folder, len(images))
-        size = features.read_image(images[0]).shape[-1]
+        size = check_sizes(folder, images)
         extractor = features.inception(inception, device) if inception else features.fit(real, size, device)
         made = features.extract(extractor, images, size, "features of the samples")
     _need_enough(folder, len(made.features))
@@ -181,6 +181,12 @@ def _need_enough(folder: Path, count: int) -> None:
 def compute(made, truth, extractor) -> dict[str, Any]:
     """The scores of the samples' Features against the reference's Features or Statistics."""
     known = isinstance(truth, Statistics)
+    for whose, found in (("samples", made), ("reference", truth)):
+        finite = isinstance(found, Statistics) or bool(
+            found.features.isfinite().all() and found.logits.isfinite().all()
+        )
+        if not finite:
+            raise InputError(f"the features of the {whose} are not finite; are the weights of {extractor.name} whole?")
     result: dict[str, Any] = {"features": extractor.name}
     result |= {"num_samples": len(made.features), "num_reference": None if known else len(truth.features)}
     result["fid"] = frechet_distance(statistics(made.features), truth if known else statistics(truth.features))
@@ -235,9 +241,6 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def present(result: dict[str, Any], out: Path | None) -> None:
     """Print the scores, and write them as JSON."""
-    if out is not None:
-        write_json(out, result, indent=2, allow_nan=False)
-        say(f"scores in {out}")
     console = Console()
     if console.is_terminal:
         table = Table(show_header=False)
@@ -246,12 +249,40 @@ def present(result: dict[str, Any], out: Path | None) -> None:
         console.print(table)
     else:
         print("\n".join(f"{name}: {value}" for name, value in rows(result)))
+    if out is not None:
+        with explained(str(out)):
+            write_json(out, result, indent=2, allow_nan=False)
+        say(f"scores in {out}")
 
 
-def check_out(out: Path | None) -> None:
-    """Raise InputError where the scores could not be written in the end."""
-    if out is not None and not out.absolute().parent.is_dir():
-        raise InputError(f"there is no folder {out.parent} for --out {out}; make it first")
+def read_scores(file: Path) -> dict[str, Any]:
+    """What :func:`present` wrote.
+
+    Raises:
+        InputError: no such file, or it holds other things.
+    """
+    try:
+        result = json.loads(file.read_text())
+        if not {"features", "num_samples", "fid"} <= result.keys():
+            raise ValueError
+        rows(result)
+    except FileNotFoundError:
+        raise InputError(f"no scores {file}; eval.score writes them") from None
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        raise InputError(f"{file} does not hold scores; eval.score writes them") from None
+    return result
+
+
+def check_out(out: Path) -> None:
+    """Raise InputError where the scores could not be written in the end, or would replace another file."""
+
+    def ours(file: Path) -> bool:
+        try:
+            return bool(read_scores(file))
+        except InputError:
+            return False
+
+    check_new_file(out, ours)
 
 
 def main() -> None:
@@ -262,9 +293,11 @@ def main() -> None:
     add("--inception", metavar="FILE.pth", help="Inception V3 weights, or the word download; else a fitted classifier")
     add("--out", type=Path, metavar="FILE.json", help="default SAMPLES/metrics.json")
     args = parser.parse_args()
-    check_out(args.out)
-    result = score(args.samples, args.reference, args.inception)
-    present(result, args.out or args.samples / "metrics.json")
+    out = args.out or args.samples / "metrics.json"
+    if not os.path.isdir(args.samples):
+        raise InputError(f"no samples {args.samples}; eval.sample makes them")
+    check_out(out)
+    present(score(args.samples, args.reference, args.inception), out)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ renamed. A stop at any moment leaves the old one or the new one. Temporary names
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,21 +73,49 @@ def write_yaml(path: Path, value: Any, comment: str = "") -> None:
     write_text(path, comment + yaml.safe_dump(value, sort_keys=False))
 
 
+def check_new_file(path: Path, ours: Callable[[Path], bool]) -> None:
+    """Complain before the work, rather than after it, where its result cannot be written or would replace another's.
+
+    Args:
+        path: where the result is to go.
+        ours: whether a file is an earlier result of the same kind, which may be replaced.
+
+    Raises:
+        InputError: there is something else at ``path``, or its folder is missing or cannot be written.
+    """
+    if os.path.islink(path):
+        raise InputError(f"{path} is a symbolic link, and would be replaced; give the file itself as --out")
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; give the name of a file as --out")
+    if os.path.lexists(path):
+        if not os.path.isfile(path):
+            raise InputError(f"{path} is not a file; give another --out")
+        if path.stat().st_size and not ours(path):
+            raise InputError(f"{path} exists, and this command did not write it; move it away, or give another --out")
+    if not os.path.isdir(path.parent):
+        raise InputError(f"there is no folder {path.parent} for --out {path}; make it first")
+    with explained(str(path)):
+        temporary_name(path).touch()
+        temporary_name(path).unlink()
+
+
 @contextmanager
 def new_folder(path: Path, ours: Sequence[str] = ()) -> Iterator[Path]:
     """A folder to fill, which gets the name ``path`` when the block ends well.
 
     Args:
         path: the folder's final name; its parents are made.
-        ours: patterns of the names that such a folder holds. One that is there is replaced if it holds no others.
+        ours: patterns of the files that such a folder holds. One that is there is replaced if it holds nothing else.
 
     Raises:
         InputError: there is something at ``path`` that may not be replaced; said before the block begins.
         OSError: it cannot be written.
     """
+    path = Path(os.path.abspath(path))  # "." and ".." are no names
     check_replaceable(path, ours)
     temporary = temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    made = [parent for parent in path.parents if not parent.exists()]
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed process of the same number left it
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -95,18 +123,31 @@ def new_folder(path: Path, ours: Sequence[str] = ()) -> Iterator[Path]:
         publish_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: in use
+                parent.rmdir()
 
 
 def check_replaceable(path: Path, ours: Sequence[str]) -> None:
-    """Raise InputError where ``path`` is a file, or a folder with other things in it than those named in ``ours``."""
+    """Raise InputError where ``path`` is not a folder, or one with other things in it than files named in ``ours``."""
     if not os.path.lexists(path):
         return
-    if not path.is_dir() or path.is_symlink():
+    if path.is_symlink():
+        raise InputError(f"{path} is a symbolic link, and would be replaced; give the folder itself as --out")
+    if not path.is_dir():
         raise InputError(f"{path} exists and is not a folder; give another --out")
-    others = sorted(entry.name for entry in path.iterdir() if not any(fnmatch(entry.name, name) for name in ours))
+    if path.is_mount() or path.samefile(Path.cwd()):
+        raise InputError(f"{path} is in use as a folder, and cannot be replaced; give a new folder in it as --out")
+    others = sorted(entry.name for entry in path.iterdir() if not _is_file_of(entry, ours))
     if others or not ours:
         what = f"holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}" if others else "exists already"
         raise InputError(f"{path} {what}, and would be replaced; move it away, or give another --out")
+
+
+def _is_file_of(entry: Path, patterns: Sequence[str]) -> bool:
+    """Whether a folder's entry is a plain file of one of these names: a link of this name is somebody else's."""
+    named = any(fnmatchcase(entry.name, pattern) for pattern in patterns)
+    return named and entry.is_file() and not entry.is_symlink()
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
