@@ -91,7 +91,7 @@ def curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[floa
     values = []
     for record in records:
         value = record.get(key)
-        if _is_number(value):
+        if value is not None and _is_number(value):
             steps.append(record["step"])
             values.append(float(value))
     return steps, values

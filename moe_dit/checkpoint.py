@@ -114,7 +114,7 @@ class Checkpointer:
             "recipe": engine.recipe.to_dict(),
         }
         # A save has failed until it is done, whatever may keep its thread from saying so.
-        self._error = Stop(f"checkpoint {self.folder / name_of(step)} was not written to its end")
+        self._error = Stop(f"checkpoint {self.folder / name_of(step)} was not written to its end", everywhere=True)
         self._writer = threading.Thread(target=self._write, args=(state, description, engine.device), name="checkpoint")
         self._writer.start()
 
@@ -174,7 +174,7 @@ class Checkpointer:
             from_rank_0(lambda: self._publish(description, temporary, final), self.group)
             self._error = None
         except BaseException as error:  # dcp's own is no Exception
-            self._error = Stop(f"checkpoint {final} could not be written: {cause_of(error)}")
+            self._error = Stop(f"checkpoint {final} could not be written: {cause_of(error)}", everywhere=True)
             if world().rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             self._error = Stop(

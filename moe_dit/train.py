@@ -157,13 +157,15 @@ def _open_record(engine: "Engine", run: Path, start: "Start", first_step: int, b
     from moe_dit.lineage import set_latest, write_history
     from moe_dit.metrics import Metrics
 
+    _write_config(run, engine.recipe, engine.parallelism.json)
+    write_json(run / "memory.json", bytes_held)
+    # The record first: a kill in between must not leave the steps of another branch in the record of the new one.
+    metrics = Metrics(run, first_step, engine.recipe, start.records)
     if start.own:
         # Before anything is saved: a requeued job goes on from here too.
         set_latest(run / "checkpoints", name_of(first_step))
     write_history(run, start.history)
-    _write_config(run, engine.recipe, engine.parallelism.json)
-    write_json(run / "memory.json", bytes_held)
-    return Metrics(run, first_step, engine.recipe, start.records)
+    return metrics
 
 
 @contextmanager
