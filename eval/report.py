@@ -90,10 +90,9 @@ def curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[floa
     steps = []
     values = []
     for record in records:
-        value = record.get(key)
-        if value is not None and _is_number(value):
+        if key in record and _is_number(record[key]):
             steps.append(record["step"])
-            values.append(float(value))
+            values.append(float(record[key]))
     return steps, values
 
 
@@ -247,10 +246,7 @@ def _scores_table(file: Path) -> str:
     from eval.score import read_scores, rows  # with torch's metrics it takes seconds to import
 
     result = read_scores(file)
-    sampling = result.get("sampling")
-    shown = rows(result) + [
-        (key, str(value)) for key, value in (sampling if isinstance(sampling, dict) else {}).items()
-    ]
+    shown = rows(result) + [(key, str(value)) for key, value in result.get("sampling", {}).items()]
     hidden = ("model_sha256", "vae_sha256", "num", "features", "save")
     cells = (
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,23 +53,19 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     """
     file = folder / SETTINGS
     try:
-        settings = json.loads(file.read_text(), parse_constant=_refuse)
+        settings = json.loads(file.read_text())
+        json.dumps(settings, allow_nan=False)  # numbers that no JSON has, which Python reads
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({error}); sample into another --out") from None
     kinds = {"num": int, "save": str, "image_size": int, "model_sha256": str}
-    wrong = [
-        key for key, kind in kinds.items() if not isinstance(settings, dict) or type(settings.get(key)) is not kind
-    ]
-    if wrong or settings["num"] < 1 or settings["image_size"] < 1 or settings["save"] not in ("images", "features"):
+    found = settings if isinstance(settings, dict) else {}
+    wrong = [key for key, kind in kinds.items() if type(found.get(key)) is not kind]
+    if wrong or found["num"] < 1 or found["image_size"] < 1 or found["save"] not in ("images", "features"):
         what = f": {wrong[0]} is missing or of the wrong kind" if wrong else ""
         raise InputError(f"{file} is not what eval.sample writes{what}; move it away, or sample into another --out")
     return settings
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number")
 
 
 def open_folder(out: Path, settings: dict[str, Any]) -> None:

@@ -182,10 +182,8 @@ def compute(made, truth, extractor) -> dict[str, Any]:
     """The scores of the samples' Features against the reference's Features or Statistics."""
     known = isinstance(truth, Statistics)
     for whose, found in (("samples", made), ("reference", truth)):
-        finite = isinstance(found, Statistics) or bool(
-            found.features.isfinite().all() and found.logits.isfinite().all()
-        )
-        if not finite:
+        values = () if isinstance(found, Statistics) else (found.features, found.logits)
+        if not all(value.isfinite().all() for value in values):
             raise InputError(f"the features of the {whose} are not finite; are the weights of {extractor.name} whole?")
     result: dict[str, Any] = {"features": extractor.name}
     result |= {"num_samples": len(made.features), "num_reference": None if known else len(truth.features)}
@@ -263,8 +261,8 @@ def read_scores(file: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(file.read_text())
-        if not {"features", "num_samples", "fid"} <= result.keys():
-            raise ValueError
+        if not {"features", "num_samples", "fid"} <= result.keys() or not isinstance(result.get("sampling", {}), dict):
+            raise ValueError("other keys")
         rows(result)
     except FileNotFoundError:
         raise InputError(f"no scores {file}; eval.score writes them") from None

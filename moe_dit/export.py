@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from moe_dit.build import build_model, load_model
@@ -15,7 +16,14 @@ from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_folder, write_yaml
 
 RECIPE_FILE = "recipe.yaml"
-MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", RECIPE_FILE)
+# Exactly what save_pretrained writes: a person's own files beside it are never replaced with it.
+MODEL_FILES = (
+    "config.json",
+    SAFETENSORS_WEIGHTS_NAME,
+    SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "-?????-of-?????.safetensors"),
+    SAFE_WEIGHTS_INDEX_NAME,
+    RECIPE_FILE,
+)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ NODE = 8  # GPUs that NVLink joins
 NETWORK = 50e9  # bytes/s of a GPU's share of the network between nodes: 400 Gb/s
 UTILISATION = 0.35  # share of the peak that training of this kind commonly reaches
 RESERVED = 3e9  # CUDA context, communication buffers and the allocator's slack
-LAUNCH = 5e-6  # seconds of host time to launch a kernel from torch; not measured here
+LAUNCH = 8e-6  # seconds of host time an operation of torch takes, autograd and launch; an estimate, not measured here
 MODES = ("none", "experts", "blocks")  # of activation checkpointing, from the fastest to the smallest
 
 ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: flat groups are padded to a multiple of this times the ranks
