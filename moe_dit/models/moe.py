@@ -140,7 +140,7 @@ class Router(nn.Module):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
             scores_TE = SCORES[self.score](logits_TE)
         choice_TE = scores_TE + self.e_score_correction_bias
-        if self.num_groups > 1:
+        if self.num_groups_kept < self.num_groups:
             choice_TE = self._keep_best_groups(choice_TE)
         experts_TK = choice_TE.topk(self.top_k, dim=-1, sorted=False).indices
         weights_TK = scores_TE.gather(1, experts_TK)
