@@ -304,7 +304,7 @@ def test_verify_looks_into_samples(shards, tmp_path):
         (["--images", "{images}/3"], "no class folders"),
         (["--images", "{empty}"], "holds no images"),
         (["--images", "{unreadable}", "--out", "{out}"], "cannot read the image .*broken.png"),
-        (["--out", "{file}"], "cannot use"),
+        (["--out", "{file}"], "cannot write into"),
         (["--out", "{foreign}"], "did not begin"),
     ],
 )

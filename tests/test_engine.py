@@ -274,7 +274,7 @@ def test_images_per_second_are_a_step_s_own(monkeypatch, tmp_path, lag):
     monkeypatch.setattr("time.perf_counter", lambda: now)
     reports, recipe = Reports(torch.device("cpu")), load_recipe("digits", ["metrics.sinks=[]"])
     reports.lag = lag
-    metrics = Metrics(tmp_path, 0, recipe)
+    metrics = Metrics(tmp_path, 0, recipe, 0)
     result = {"terms": torch.ones(1), "stop": torch.zeros(()), "load": torch.ones(3, 8)}
     for step, seconds in enumerate((0.5, 0.25, 0.5, 0.25, 1.0, 0.5), start=1):
         now += seconds
