@@ -92,6 +92,7 @@ class Checkpointer:
         self.history: Sequence[Attempt] = []
         # Collectives of its own, apart from the ranks' training traffic.
         self.group: Any = torch.distributed.new_group(backend="gloo")
+        _connect(self.group)
         self._writer: threading.Thread | None = None
         self._error: Stop | None = None
 
@@ -227,6 +228,19 @@ class Checkpointer:
                 value.copy_(plain[f"buffer/{name}"])
         engine.set_step(step)
         return step
+
+
+def _connect(group: Any) -> None:
+    """Use each collective of a save once.
+
+    gloo reads its fellows' addresses in the store when it first needs them (ranks.set_rendezvous makes it lazy), and
+    torchrun keeps the store: where it was killed, ranks that had not saved yet could not any more.
+    """
+    this = world()
+    parts: list[Any] = [None] * this.size
+    torch.distributed.gather_object(None, parts if this.rank == 0 else None, dst=0, group=group)
+    torch.distributed.scatter_object_list([None], parts if this.rank == 0 else None, src=0, group=group)
+    torch.distributed.broadcast_object_list([None], src=0, group=group)
 
 
 def _make_empty(folder: Path) -> None:

@@ -98,6 +98,8 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
     try:
         description = json.loads((checkpoint / STATE).read_bytes())
         sha256 = description.pop("sha256", None)
+        if sha256 is None and "index_sha256" in description:
+            raise ValueError("it has no sha256")
         if sha256 is not None and sha256 != _digest(description):
             raise ValueError("its values do not match its checksum")
         if description["format"] != FORMAT:
