@@ -6,6 +6,7 @@ the others one latent (AutoencoderDC, AutoencoderTiny, VQModel). As in diffusers
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def load_vae(name: str) -> Any:
     Raises:
         InputError: it is none, not of images, cannot be fetched or read, or lacks weights.
     """
-    local = Path(name).is_dir()
+    local = os.path.isdir(name)
     if not local and (Path(name).is_absolute() or name.startswith(".")):
         raise InputError(f"VAE {name}: no such folder")
     parts = name.split("/")

@@ -29,6 +29,7 @@ EXAMPLES = """\
 SIZE = 32
 BATCH = 16
 STEPS = 300
+MOST_STEPS = 100_000
 LEARNING_RATE = 3e-3
 KL_WEIGHT = 1e-4  # on the mean over latent values, beside the mean squared error over pixels
 
@@ -103,16 +104,14 @@ def measure(vae: Any, images: torch.Tensor) -> tuple[float, float]:
 
 def write_autoencoder(images: Path, out: Path, steps: int, seed: int) -> float:
     """Fit the VAE to class folders of images and save it with its scaling factor; gives the reconstruction error."""
-    if out.exists():
-        raise InputError(f"{out} exists already; delete it, or give another --out")
-    paths, _, _ = list_images(images)
-    pixels = np.stack([np.asarray(load_image(path, SIZE)) for path in paths])
-    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    vae = build_vae(seed)
-    fit(vae, values, steps, seed)
-    error, std = measure(vae, values)
-    vae.register_to_config(scaling_factor=1 / std)
     with explained(str(out)), new_folder(out) as folder:
+        paths, _, _ = list_images(images)
+        pixels = np.stack([np.asarray(load_image(path, SIZE)) for path in paths])
+        values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        vae = build_vae(seed)
+        fit(vae, values, steps, seed)
+        error, std = measure(vae, values)
+        vae.register_to_config(scaling_factor=1 / std)
         vae.save_pretrained(folder)
     return error
 
@@ -135,9 +134,9 @@ def main() -> None:
     vae.add_argument("--seed", type=int, default=0, help="of the initial weights, order and noise (0)")
     args = parser.parse_args()
 
+    if args.command == "autoencoder" and not (args.steps <= MOST_STEPS and 0 <= args.seed < 2**63):
+        raise InputError(f"--steps should be at most {MOST_STEPS:,}, and --seed at least 0 and below 2^63")
     if args.command == "images":
-        if args.out.exists():
-            raise InputError(f"{args.out} exists already; delete it, or give another --out")
         say(f"{args.out}: {write_images(args.out)} images")
     else:
         error = write_autoencoder(args.images, args.out, args.steps, args.seed)

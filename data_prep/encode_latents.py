@@ -14,7 +14,7 @@ import torch
 
 from data_prep.autoencoder import encode, hash_weights, latent_space, load_vae
 from data_prep.images import load_image
-from data_prep.shards import add_arguments, join, positive, write_shards
+from data_prep.shards import add_arguments, check_arguments, join, positive, write_shards
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
@@ -76,6 +76,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=positive, default=32, help="images encoded at once, a rank (32)")
     args = parser.parse_args()
+    check_arguments(args)
 
     join()
     device = ranks.device()

@@ -4,7 +4,7 @@ import io
 from functools import partial
 
 from data_prep.images import load_image
-from data_prep.shards import add_arguments, write_shards
+from data_prep.shards import add_arguments, check_arguments, write_shards
 from moe_dit.runtime.command import Parser, run
 
 EXAMPLES = """\
@@ -27,6 +27,7 @@ def main() -> None:
     parser = Parser("Pack class folders of images into pixel shards; continues after a stop.", EXAMPLES)
     add_arguments(parser)
     args = parser.parse_args()
+    check_arguments(args)
     write_shards(
         args,
         partial(read_png, size=args.size),

@@ -31,6 +31,8 @@ from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.ranks import from_rank_0, world
 
 SETTINGS = ".settings.json"
+LARGEST = 8192  # pixels along a side
+MOST_WORKERS = 512
 MEMBERS = {"latents": {"cls", "latent.npy", "latent_flip.npy"}, "pixels": {"cls", "png"}}
 
 # How a person calls what is in the settings file.
@@ -45,8 +47,8 @@ _SETTING_NAMES = {
 
 def positive(text: str) -> int:
     """An argparse type: a whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text}")
+    if not text.isdecimal() or len(text) > 18 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text[:30]}")
     return int(text)
 
 
@@ -57,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive, default=256, help="side of the centre crop in pixels (256)")
     parser.add_argument("--shard-size", type=positive, default=1024, help="samples a shard (1024)")
     parser.add_argument("--workers", type=int, help="processes that read images, a rank (chosen by data and cores)")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse numbers that no machine could take (InputError)."""
+    if args.size > LARGEST:
+        raise InputError(f"--size {args.size}: it should be at most {LARGEST}")
+    if args.workers is not None and not 0 <= args.workers <= MOST_WORKERS:
+        raise InputError(f"--workers {args.workers}: it should be 0 to {MOST_WORKERS}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,7 +86,7 @@ def read_keys(path: Path, kind: str) -> list[str]:
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 members.setdefault(key, set()).add(extension)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except Exception as error:  # tarfile raises whatever a damaged header leads it to
         raise ValueError(f"not a whole tar file ({error})") from error
     for key, extensions in members.items():
         if extensions != MEMBERS[kind]:
@@ -166,7 +176,7 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> bool:
     if path.exists():
         try:
             found = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}; give another --out") from error
         differing = [name for key, name in _SETTING_NAMES.items() if found.get(key) != settings[key]]
         if differing:
@@ -177,7 +187,8 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> bool:
         if any(folder.glob("*.tar")) or (folder / MANIFEST).exists():
             raise InputError(f"{folder} holds shards that this command did not begin; give another --out")
         _write_json(path, settings)
-    remove_unfinished(folder)
+    for name in ("shard-*", f"{MANIFEST}*", f"{SETTINGS}*"):  # other hidden files are not ours
+        remove_unfinished(folder, name)
     return (folder / MANIFEST).exists()
 
 
@@ -218,7 +229,7 @@ def _write_my_shards(args, kind, paths, labels, read, encode, batch) -> list[dic
         _Files(paths, read),
         batch_sampler=batches,
         collate_fn=_collate,
-        num_workers=_workers(len(paths)) if args.workers is None else max(args.workers, 0),
+        num_workers=_workers(len(paths)) if args.workers is None else args.workers,
         pin_memory=torch.cuda.is_available() and kind == "latents",
     )
     # One iterator for all shards, so that reading goes on while a shard is closed.

@@ -41,7 +41,8 @@ def load_model(folder: str | Path) -> Network:
     try:
         return FAMILIES[family].network.from_pretrained(folder, low_cpu_mem_usage=False).eval()
     except Exception as error:  # diffusers raises many kinds for a wrong folder
-        raise InputError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the model in {folder} cannot be loaded: {reason}") from None
 
 
 def to_compute(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
@@ -82,9 +83,9 @@ def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
         raise InputError(
             f"{folder} is not an exported model: it has no config.json; jobs/export.py makes one"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as a model's configuration: {error}") from None
     families = {family.network.__name__: key for key, family in FAMILIES.items()}
-    if name not in families:
+    if not isinstance(name, str) or name not in families:
         raise InputError(f"{file}: _class_name is {name!r}; it should be one of {', '.join(families)}")
     return families[name], {key: value for key, value in config.items() if not key.startswith("_")}

@@ -111,7 +111,7 @@ class ShardReader:
             self._indices[number] = self._index(path, shard["samples"])
         row = index - (self._ends[number] - shard["samples"])
         places = {extension: places[row] for extension, places in self._indices[number].items()}
-        return Members(path, self._file(number, path), places)
+        return Members(path, self._file(number, path), places, len(self.manifest.classes))
 
     def _file(self, number: int, path: Path) -> BinaryIO:
         if number not in self._files:
@@ -137,7 +137,7 @@ class ShardReader:
                     if row < samples:
                         places = index.setdefault(extension, np.zeros((samples, 2), np.int64))
                         places[row] = member.offset_data, member.size
-        except (OSError, tarfile.TarError) as error:
+        except Exception as error:  # tarfile raises whatever a damaged header leads it to
             raise InputError(f"shard {path} cannot be read: {error}") from None
         if len(rows) != samples:
             raise InputError(f"shard {path} holds {len(rows)} samples, its manifest says {samples}")
@@ -154,6 +154,7 @@ class Members:
     path: Path
     file: BinaryIO
     places: dict[str, np.ndarray]  # extension -> offset, size
+    classes: int  # of the shards
 
     def place(self, extension: str) -> tuple[int, int]:
         """Offset and size of one file in the shard."""
@@ -172,7 +173,10 @@ class Members:
 
     def label(self) -> int:
         """The class index."""
-        return int(self.read("cls"))
+        text = self.read("cls").strip()
+        if not text.isdigit() or len(text) > 18 or int(text) >= self.classes:
+            raise InputError(f"shard {self.path}: a label is {text[:20]!r}, not below {self.classes}")
+        return int(text)
 
     def array(self, extension: str) -> np.ndarray:
         """A .npy, or an image as uint8 [C, H, W]."""
@@ -181,7 +185,7 @@ class Members:
             if extension.endswith("npy"):
                 return np.load(data)
             return np.asarray(Image.open(data).convert("RGB")).transpose(2, 0, 1)
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # decoders raise whatever they meet
             raise InputError(f"shard {self.path}: .{extension} is damaged: {error}") from None
 
 
@@ -210,17 +214,24 @@ class TrainingSamples(Dataset):
 
     def _batch(self, positions: list[int]) -> dict[str, torch.Tensor]:
         n = len(self.reader)
+        manifest = self.reader.manifest
         where = torch.tensor(positions)
         flips = (uniform(self.seed, Stream.FLIP, where) < self.horizontal_flip).tolist()
         arrays = []
         labels = []
         for position, flip in zip(positions, flips, strict=True):
             members = self.reader.members(int(_order(self.seed, position // n, n)[position % n]))
-            if self.reader.manifest.kind == "latents":
-                arrays.append(members.array("latent_flip.npy" if flip else "latent.npy"))
+            if manifest.kind == "latents":
+                array = members.array("latent_flip.npy" if flip else "latent.npy")
             else:
                 image = members.array("png")
-                arrays.append(image[:, :, ::-1] if flip else image)
+                array = image[:, :, ::-1] if flip else image
+            if list(array.shape) != manifest.sample_shape:
+                raise InputError(
+                    f"shard {members.path}: a sample has shape {list(array.shape)}, its manifest says "
+                    f"{manifest.sample_shape}"
+                )
+            arrays.append(array)
             labels.append(members.label())
         return {"x": torch.from_numpy(np.stack(arrays)), "y": torch.tensor(labels), "position": where}
 

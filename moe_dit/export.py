@@ -1,5 +1,6 @@
 """Exports: one folder with config.json, safetensors and recipe.yaml, loadable without DeepSpeed."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from moe_dit.build import build_model, load_model
+from moe_dit.build import build_model, load_model, load_settings
+from moe_dit.initial_weights import check_same_network
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import load_recipe, parse_recipe
 from moe_dit.runtime.errors import InputError
@@ -30,12 +32,29 @@ MODEL_FILES = (
 def new_model_folder(folder: Path, recipe: Recipe) -> Iterator[Path]:
     """A folder to write a model into; with its recipe it appears under its name only when complete.
 
+    A model folder that is there is replaced.
+
     Raises:
-        InputError: the folder exists and holds other things than a model, or cannot be written.
+        InputError: the folder exists and holds other things than such a model, or cannot be written; said before the
+            block begins.
     """
     with explained(f"the model folder {folder}"), new_folder(folder, MODEL_FILES) as temporary:
+        _check_replaced(folder)
         yield temporary
         write_yaml(temporary / RECIPE_FILE, recipe.to_dict())
+
+
+def _check_replaced(folder: Path) -> None:
+    """Raise InputError where a folder's files have a model's names, and are another program's model, or none."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    try:
+        load_settings(folder)
+        ours = (folder / RECIPE_FILE).is_file()
+    except InputError:
+        ours = False
+    if not ours:
+        raise InputError(f"{folder} holds files that are no exported model, and would be replaced; give another --out")
 
 
 def save_export(model: Any, recipe: Recipe, folder: Path) -> None:
@@ -46,10 +65,12 @@ def save_export(model: Any, recipe: Recipe, folder: Path) -> None:
 
 def load_export(folder: str | Path) -> tuple[nn.Module, Recipe]:
     """A model folder's network (eval mode, CPU) and recipe; InputError where it is not one."""
-    model = load_model(folder)
+    settings = load_settings(folder)
     if not (Path(folder) / RECIPE_FILE).is_file():
         raise InputError(f"{folder} has no {RECIPE_FILE}; jobs/export.py writes one")
-    return model, load_recipe(str(Path(folder) / RECIPE_FILE))
+    recipe = load_recipe(str(Path(folder) / RECIPE_FILE))
+    check_same_network(settings, recipe, Path(folder))
+    return load_model(folder), recipe
 
 
 def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> None:
@@ -59,21 +80,25 @@ def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> No
         run_or_checkpoint: a run's folder, or one of its checkpoints.
         weights: "ema", "ema2" (the second average) or "model" (the float32 master weights).
         folder: where to write.
+
+    Raises:
+        InputError: there is no such checkpoint, it cannot be read, or the folder cannot be written.
     """
     from moe_dit.checkpoint_files import read_description, read_state
     from moe_dit.lineage import find_checkpoint
 
-    checkpoint = find_checkpoint(run_or_checkpoint)
+    checkpoint = find_checkpoint(run_or_checkpoint) if os.path.isdir(run_or_checkpoint) else None
     if checkpoint is None:
         raise InputError(f"{run_or_checkpoint} has no checkpoint; give a run folder or one of its checkpoints")
     recipe = parse_recipe(read_description(checkpoint)["recipe"], str(checkpoint))
     if weights == "ema2" and recipe.ema.second_decay is None:
         raise InputError(f"{checkpoint} keeps one average only: its recipe has no ema.second_decay; give --weights ema")
-    model = build_model(recipe, device="meta").to_empty(device="cpu")
-    kind = "weight" if weights == "model" else weights
-    targets = {f"{kind}/{name}": weight.detach().view(-1) for name, weight in model.named_parameters()}
-    names = dict(model.named_parameters()).keys()
-    targets |= {f"buffer/{name}": value for name, value in model.state_dict().items() if name not in names}
-    with torch.no_grad():
-        read_state(targets, checkpoint)
-    save_export(model, recipe, folder)
+    with new_model_folder(folder, recipe) as new:
+        model: Any = build_model(recipe, device="meta").to_empty(device="cpu")
+        kind = "weight" if weights == "model" else weights
+        targets = {f"{kind}/{name}": weight.detach().view(-1) for name, weight in model.named_parameters()}
+        names = dict(model.named_parameters()).keys()
+        targets |= {f"buffer/{name}": value for name, value in model.state_dict().items() if name not in names}
+        with torch.no_grad():
+            read_state(targets, checkpoint)
+        model.save_pretrained(new)

@@ -1,15 +1,40 @@
 """The manifest of a folder of shards: what data_prep writes last, and readers look at first."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from moe_dit.runtime.errors import InputError
+from moe_dit.schema import Count, Natural
 
 FORMAT = "moe-dit-shards-1"
 MANIFEST = "manifest.json"
 KINDS = ("latents", "pixels")
+
+
+class _Shard(TypedDict):
+    name: Annotated[str, Field(pattern=r"^[^/\x00]+$")]
+    samples: Count
+    bytes: Natural
+    sha256: str
+
+
+class _File(TypedDict):
+    """The JSON file's keys; older manifests lack some, and what programs add is passed over."""
+
+    samples: Count
+    classes: Annotated[list[str], Field(min_length=1)]
+    sample_shape: Annotated[list[Count], Field(min_length=3, max_length=3)]
+    scale: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None
+    shards: list[_Shard]
+    shift: NotRequired[Annotated[float, Field(strict=True, allow_inf_nan=False)] | None]
+    posterior: NotRequired[bool | None]
+    vae: NotRequired[str | None]
 
 
 @dataclass(frozen=True)
@@ -37,13 +62,14 @@ def read_manifest(folder: str | Path, check_sizes: bool = True) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST
     make = "python -m data_prep.encode_latents (or pack_pixels) makes one"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"no folder of shards {folder}; {make}")
     try:
         values = json.loads(path.read_text())
         found = values.get("format"), values.get("kind")
         if found[0] != FORMAT or found[1] not in KINDS:
             raise InputError(f"{path}: format is {found[0]!r} and kind {found[1]!r}; expected {FORMAT!r} and {KINDS}")
+        TypeAdapter(_File).validate_python(values)
         keys = ("kind", "samples", "classes", "sample_shape", "scale", "shards")
         manifest = Manifest(
             folder,
@@ -58,11 +84,15 @@ def read_manifest(folder: str | Path, check_sizes: bool = True) -> Manifest:
             raise InputError(f"{path}: says {manifest.samples} samples, but its shards have {total}")
     except FileNotFoundError:
         raise InputError(f"{folder} has no {MANIFEST}, so its shards are unfinished or not ours; {make}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise InputError(f"{path} cannot be read as a manifest: {key}: {problem['msg']}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as a manifest: {type(error).__name__} {error}") from None
     for shard in manifest.shards if check_sizes else ():
         file = folder / shard["name"]
-        size = file.stat().st_size if file.is_file() else None
+        size = file.stat().st_size if os.path.isfile(file) else None
         if size != shard["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
             raise InputError(

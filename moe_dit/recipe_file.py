@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -35,15 +36,17 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name_or_file}.yaml"
-        if not path.exists():
+        if not os.path.exists(path):
             near = difflib.get_close_matches(name_or_file, names(), 1)
             hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names())}, or give a .yaml file"
             raise InputError(f"no recipe named {name_or_file!r}; {hint}")
     return parse_recipe(_read_yaml(path), str(name_or_file), overrides)
 
 
-def parse_recipe(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(values: Any, source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Check plain values against the schema; ``source`` names them in errors (see :func:`load_recipe`)."""
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {source} should be a mapping of keys to values, see {RECIPES / DEFAULT_RECIPE}.yaml")
     sources: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -51,9 +54,11 @@ def parse_recipe(values: dict[str, Any], source: str, overrides: Sequence[str] =
             raise InputError(f"--set {override}: expected section.key=value, for example --set optimizer.lr=1e-4")
         _set(values, key.strip().split("."), _parse_value(text, override), override)
         sources[key.strip()] = f"--set {override}"
-    values = _floats(values)
     try:
+        values = _floats(values)
         recipe = TypeAdapter(Recipe).validate_python(values)
+    except RecursionError:  # a YAML anchor inside itself
+        raise InputError(f"recipe {source} nests without end") from None
     except ValidationError as error:
         raise InputError(_explain(error, values, source, sources)) from None
     for key, message in recipe.problems():
@@ -61,22 +66,20 @@ def parse_recipe(values: dict[str, Any], source: str, overrides: Sequence[str] =
     return recipe
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> Any:
     try:
-        values = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise InputError(f"no recipe file {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # PyYAML lets through what Python says of impossible dates and numbers, and of depth.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"cannot read recipe {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"recipe {path} should be a mapping of keys to values, see {RECIPES / DEFAULT_RECIPE}.yaml")
-    return values
 
 
 def _parse_value(text: str, override: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (ValueError, RecursionError, yaml.YAMLError):
         raise InputError(f"--set {override}: the value is not YAML") from None
 
 

@@ -11,13 +11,14 @@ Halves, also where one expert could hold every unit. Counting each unit half in 
 experts would be the same function too, but of twins that learn alike, with half as many new units.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moe_dit.build import build_model, load_model, load_settings
-from moe_dit.export import save_export
+from moe_dit.export import new_model_folder
 from moe_dit.initial_weights import check_same_network
 from moe_dit.models import Network
 from moe_dit.models.moe import MoE, SwiGLU
@@ -38,8 +39,12 @@ def upcycle_model(dense: Path, recipe: Recipe, folder: Path) -> None:
         InputError: no mixture of this recipe computes the dense model's function; nothing is written.
     """
     check_upcycling(dense, recipe)
-    say(f"drawing the mixture's new weights and filling in those of {dense}")  # minutes for billions of them
-    save_export(upcycle(load_model(dense), recipe), recipe, folder)
+    if os.path.exists(folder) and os.path.samefile(dense, folder):
+        raise InputError(f"{folder} is the dense model, and would be replaced; give another --out")
+    with new_model_folder(folder, recipe) as new:
+        say(f"drawing the mixture's new weights and filling in those of {dense}")  # minutes for billions of them
+        mixture: Any = upcycle(load_model(dense), recipe)
+        mixture.save_pretrained(new)
 
 
 def check_upcycling(dense: Path, recipe: Recipe) -> None:

@@ -351,9 +351,9 @@ def test_bad_input_from_the_shell(images, tmp_path):
 
 
 def test_digits_overwrites_nothing(images, vae, monkeypatch):
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="would be replaced"):
         call(digits, monkeypatch, "images", "--out", images)
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="would be replaced"):
         call(digits, monkeypatch, "autoencoder", "--images", images, "--out", vae)
 
 

@@ -69,7 +69,7 @@ def _read_checkpoint(file: Path, weights: str) -> dict[str, torch.Tensor]:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign:
             raise InputError(f"{file} holds objects of {foreign[1]}, and is not loaded: they could run code") from None
-        reason = str(error).splitlines()[0].split(". ")[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise InputError(f"{file} is damaged or not from torch.save: {reason}") from None
     if not isinstance(checkpoint, dict):
         raise InputError(f"{file} should hold a dict with the weights by name, not a {type(checkpoint).__name__}")
@@ -78,6 +78,8 @@ def _read_checkpoint(file: Path, weights: str) -> dict[str, torch.Tensor]:
         held = [key for key in WEIGHTS if key in checkpoint]
         raise InputError(f"{file} has no weights named {weights}; it has {', '.join(held) or 'none that are known'}")
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"{file}: {weights} holds {name}, which is not a tensor")
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise InputError(f"{file}: {weights} holds {name}, which is not a tensor with a name")
+        if value.layout != torch.strided or not value.is_floating_point() or value.is_meta:
+            raise InputError(f"{file}: {weights} holds {name}, which is not a plain tensor of floating-point numbers")
     return state
