@@ -17,18 +17,19 @@ What is counted, and how near it is to a GPU:
   (``products`` in :data:`PRODUCTS`). They are counted at one and two samples and continued linearly to ``samples``.
 """
 
-import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch._inductor import ir
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_dit.recipe import Recipe
@@ -108,8 +109,10 @@ class _Counter(TorchDispatchMode):
             return "gradient hooks" if "AccumulateGrad" in node.name() else "objective"
         return min(inside, key=lambda span: span[1] - span[0])[2]
 
-    def add(self, launches: float = 0, synchronisations: float = 0, size: float = 0, name: str = "") -> None:
-        part = self.part
+    def add(
+        self, launches: float = 0, synchronisations: float = 0, size: float = 0, name: str = "", part: str | None = None
+    ) -> None:
+        part = part or self.part
         self.costs[part] = self.costs[part] + Cost(launches, synchronisations, size)
         self.operations[part, name] += 1
 
@@ -134,3 +137,205 @@ class _Counter(TorchDispatchMode):
         unique = {id(t): t for t in tensors}.values()
         self.add(1, 0, 0 if product else sum(t.numel() * t.element_size() for t in unique), name)
         return out
+
+
+class _Backend:
+    """inductor, whose graphs count what they launch whenever they run."""
+
+    def __init__(self, counter: _Counter):
+        self.counter = counter
+
+    def named(self, part: str) -> Callable:
+        """A backend of torch.compile that counts for a part."""
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            return compile_fx(graph, inputs, inner_compile=partial(self._compile, part))
+
+        return backend
+
+    def _compile(self, part: str, graph: Any, inputs: Any, **options: Any) -> Any:
+        found: list[tuple[int, int]] = []
+
+        def look(nodes: list[Any]) -> list[Any]:
+            kernels = [node for node in nodes if _launches(node)]
+            size = sum(0 if _is_product(node) else node.get_read_write_buffers_sizes() for node in kernels)
+            found.append((len(kernels), size))
+            return nodes
+
+        with torch._inductor.config.patch(_post_fusion_custom_pass=look, force_disable_caches=True):
+            compiled = compile_fx_inner(graph, inputs, **options)
+        launches, size = found[-1] if found else (0, 0)
+        run = compiled.current_callable
+
+        def counted(given: Any) -> Any:
+            self.counter.add(launches, 0, size, "graph", part)
+            with self.counter.uncounted():
+                return run(given)
+
+        compiled.current_callable = counted
+        return compiled
+
+
+def _launches(node: Any) -> bool:
+    """Whether a node of inductor's scheduler starts a kernel."""
+    return type(node).__name__ != "NopKernelSchedulerNode" and not isinstance(node.node, ir.MultiOutput)
+
+
+def _is_product(node: Any) -> bool:
+    names = f"{getattr(node.node, 'python_kernel_name', '')} {getattr(node.node, 'op_overload', '')}"
+    return type(node).__name__ == "ExternKernelSchedulerNode" and any(p in names for p in (*PRODUCTS, "mkldnn"))
+
+
+def _parts(model: torch.nn.Module, counter: _Counter) -> None:
+    """Tell the counter which part of the network computes."""
+
+    def follow(module: Any, part: str) -> None:
+        starts: list[int] = []
+
+        def enter(*_: Any) -> None:
+            counter.stack.append(part)
+            starts.append(torch.autograd._get_sequence_nr())
+
+        def leave(*_: Any) -> None:
+            counter.stack.pop()
+            counter.spans.append((starts.pop(), torch.autograd._get_sequence_nr(), part))
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+    for name, module in model.named_children():
+        if name != "blocks":
+            follow(module, "embedders and final layer")
+    for block in getattr(model, "blocks", []):
+        follow(block, "adaLN, norm, residual")
+        follow(block.attn, "attention and rotation")
+        follow(block.mlp, "dispatch and combine" if hasattr(block.mlp, "experts") else "dense MLP")
+        for name, part in (("experts", "experts"), ("shared_experts", "shared expert")):
+            if getattr(block.mlp, name, None) is not None:
+                follow(getattr(block.mlp, name), part)
+        router = getattr(block.mlp, "router", None)
+        if router is not None:  # called by a method that hooks do not see
+            follow(router, "router")
+            router.route = partial(_as_call, router, type(router).route)
+
+
+def _as_call(module: Any, method: Any, *inputs: Any) -> Any:
+    """A method of a module between the module's hooks."""
+    for hook in module._forward_pre_hooks.values():
+        hook(module, inputs)
+    out = method(module, *inputs)
+    for hook in module._forward_hooks.values():
+        hook(module, inputs, out)
+    return out
+
+
+@contextmanager
+def _lonely_exchange(counter: _Counter) -> Iterator[None]:
+    """Replace what speaks with other ranks, and AutoEP's Triton kernels, by twins that count as they would."""
+    from deepspeed.module_inject import auto_ep_layer
+    from deepspeed.moe import ep_kernels
+
+    indices = ep_kernels.generate_permute_indices
+
+    def all_to_all(out: torch.Tensor, rows: torch.Tensor, **_: Any) -> None:
+        counter.add(1, 0, 2 * rows.numel() * rows.element_size(), "all_to_all")
+        with counter.uncounted():
+            out.copy_(rows)
+
+    def plan(*args: Any, **kwargs: Any) -> Any:
+        counter.add(0, 1, 0, "split sizes")
+        return split_plan(*args, **kwargs)
+
+    def permute_indices(*args: Any, **kwargs: Any) -> Any:
+        counter.add(11, 0, 0, "generate_permute_indices")  # ten small operations and the Triton kernel
+        with counter.uncounted():
+            return indices(*args, **kwargs)
+
+    split_plan = auto_ep_layer._split_plan_from_expert_counts
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(auto_ep_layer.dist, "all_to_all_single", all_to_all))
+        stack.enter_context(mock.patch.object(auto_ep_layer, "_split_plan_from_expert_counts", plan))
+        stack.enter_context(mock.patch.object(ep_kernels, "generate_permute_indices", permute_indices))
+        yield
+
+
+def _network(recipe: Recipe, ep_size: int) -> torch.nn.Module:
+    """The network of rank 0 of ``ep_size``, in bf16, with experts' products grouped."""
+    from moe_dit.build import build_model
+    from moe_dit.models.initialization import initialize
+    from moe_dit.models.moe import Experts, MoE
+    from moe_dit.parallel.expert_layers import ExpertParallelMoE
+
+    model = build_model(recipe, device="meta")
+    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, MoE)]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, ExpertParallelMoE(name, layer, ep_size, 0, {}))
+    buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    initialize(model, recipe.seed, torch.device("cpu"))
+    model.to(torch.bfloat16)
+    for name, buffer in buffers.items():
+        module, _, key = name.rpartition(".")
+        model.get_submodule(module)._buffers[key] = buffer
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.implementation = "grouped"
+    return model
+
+
+def _count_small(recipe: Recipe, ep_size: int, zero_stage: int, compiled: bool, samples: int) -> dict[str, Cost]:
+    from moe_dit.data import Latents, training_inputs
+    from moe_dit.flow import build_flow
+
+    torch.manual_seed(0)
+    model = _network(recipe, ep_size).train()
+    counter = _Counter()
+    flow = build_flow(recipe)
+    pixels = recipe.data.kind == "pixels"
+    shape = samples, recipe.model.in_channels * (1 if pixels else 2), *[recipe.model.input_size] * 2
+    batch = {
+        "x": torch.randint(256, shape, dtype=torch.uint8) if pixels else torch.randn(shape),
+        "y": torch.zeros(samples, dtype=torch.int64),
+        "position": torch.arange(samples),
+    }
+    inputs = partial(training_inputs, recipe, batch, Latents(True, 0.0, 1.0))
+    if compiled:
+        from moe_dit.parallel.compile import compile_blocks
+
+        backend = _Backend(counter)
+        compile_blocks(model, backend=backend.named("blocks, compiled"))
+        inputs = partial(inputs, backend=backend.named("draws and inputs"))
+
+    def micro_batch() -> None:
+        given = inputs()
+        counter.stack.append("objective")
+        start = torch.autograd._get_sequence_nr()
+        times = flow.times(given["u"])
+        losses = flow.loss(model, given["x"], given["y"], noise=given["noise"], t=times)
+        counter.spans.append((start, torch.autograd._get_sequence_nr(), "objective"))
+        losses["loss"].backward()
+        counter.stack.pop()
+
+    with _lonely_exchange(counter):
+        if compiled:
+            micro_batch()
+            counter.costs.clear()
+            counter.operations.clear()
+            counter.spans.clear()
+        else:
+            _parts(model, counter)
+        with counter:
+            micro_batch()
+    return dict(counter.costs)
+
+
+def main() -> None:
+    """``python -m moe_dit.counting RECIPE EP``: for a look; jobs/bench.py --count makes the table."""
+    from moe_dit.recipe_file import load_recipe
+
+    recipe = load_recipe(sys.argv[1])
+    for part, cost in count(recipe, int(sys.argv[2]), 2, compiled="eager" not in sys.argv).items():
+        print(f"{part:28} {cost.launches:7.0f} {cost.synchronisations:4.0f} {cost.bytes / 1e9:8.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
