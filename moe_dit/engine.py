@@ -102,7 +102,9 @@ class Engine:
         if compiled == "auto":
             compiled = "blocks" if device.type == "cuda" and parallelism.zero_stage < 3 else "none"
         if compiled != "none" and parallelism.zero_stage == 3:
-            raise InputError(f"{parallelism.file}: ZeRO 3 gathers weights in hooks that compile: {compiled} cannot keep")
+            raise InputError(
+                f"{parallelism.file}: ZeRO 3 gathers weights in hooks that compile: {compiled} cannot keep"
+            )
         if compiled == "dense":
             compile_dense_parts(model)
         elif compiled == "blocks":

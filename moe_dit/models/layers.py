@@ -150,7 +150,7 @@ class Block(nn.Module):
     def attend(
         self, x_NTD: torch.Tensor, c_ND: torch.Tensor, rope: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All that comes before ``mlp``: tokens after attention, what ``mlp`` gets of them [N, T, D], its gate [N, D]."""
+        """All that comes before ``mlp``: tokens after attention, what ``mlp`` gets [N, T, D], its gate [N, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_ND).chunk(6, dim=1)
         x_NTD = x_NTD + gate1[:, None] * self.attn(modulate(self.norm1(x_NTD), shift1, scale1), rope=rope)
         return x_NTD, modulate(self.norm2(x_NTD), shift2, scale2), gate2

@@ -258,7 +258,9 @@ def apply_expert_parallelism(model: nn.Module, ep_size: int, settings: dict[str,
         ep_rank = deepspeed.comm.get_rank(group=groups._get_expert_parallel_group(group))
         for name, layer in layers:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, ExpertParallelMoE(name, layer, ep_size, ep_rank, settings or {}))
+            setattr(
+                model.get_submodule(parent), child, ExpertParallelMoE(name, layer, ep_size, ep_rank, settings or {})
+            )
     return len(layers)
 
 
