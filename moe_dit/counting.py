@@ -12,7 +12,8 @@ What is counted, and how near it is to a GPU:
 - A compiled graph counts the nodes that inductor's scheduler keeps after fusion: fused loops and calls of libraries.
   They are those of a CPU, whose fusions differ from a GPU's here and there.
 - AutoEP's Triton kernels are counted as what they launch on a GPU: their calls are replaced by torch twins here.
-- Synchronisations are reads of a tensor's value by the host (``_local_scalar_dense``) and the one of an exchange between expert-parallel ranks (split sizes).
+- Synchronisations are reads of a tensor's value by the host (``_local_scalar_dense``) and the one of an exchange between
+  expert-parallel ranks (split sizes).
 - Bytes are those of every launch's tensor arguments and results, but of matrix products, convolutions and attention
   (:data:`PRODUCTS`). They are counted at two and four samples and continued linearly to ``samples``.
 """
