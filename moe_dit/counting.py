@@ -5,19 +5,20 @@ What is counted, and how near it is to a GPU:
 - One micro-batch's draws, forward and backward pass run on a CPU, for rank 0 of ``ep_size`` ranks that do not exist,
   with bf16 weights, grouped experts' products and few samples. A rank keeps what it would send, as if every other rank
   sent it just as much. DeepSpeed's own part (gradient hooks, clipping, optimizer, gathering) does not run: its line is
-  what was counted once for DSMoE-S under ZeRO 2 with DeepSpeed 0.19.8 (see :data:`DEEPSPEED`), the same for all recipes.
+  what was counted once for DSMoE-S under ZeRO 2 with DeepSpeed 0.19.8 (:data:`DEEPSPEED`), the same for all recipes.
 - Launches are the aten operations that reach the dispatcher below autograd, in the forward and backward pass and the
   step; views and other operations on shapes, and allocations, are left out. On a GPU most are one kernel each; a sort,
   an accumulating index_put and a large foreach are a few, so sums are somewhat low. A collective is one launch.
 - A compiled graph counts the nodes that inductor's scheduler keeps after fusion: fused loops and calls of libraries.
   They are those of a CPU, whose fusions differ from a GPU's here and there.
 - AutoEP's Triton kernels are counted as what they launch on a GPU: their calls are replaced by torch twins here.
-- Synchronisations are reads of a tensor's value by the host (``_local_scalar_dense``) and the one of an exchange between
-  expert-parallel ranks (split sizes).
+- Synchronisations are reads of a tensor's value by the host (``_local_scalar_dense``) and the one of an exchange
+  between expert-parallel ranks (split sizes).
 - Bytes are those of every launch's tensor arguments and results, but of matrix products, convolutions and attention
   (:data:`PRODUCTS`). They are counted at two and four samples and continued linearly to ``samples``.
 """
 
+import copy
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from functorch.compile import make_boxed_func
 from torch._inductor import ir
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,7 +75,7 @@ def count(recipe: Recipe, ep_size: int, zero_stage: int, compiled: bool = True, 
         recipe: what is trained; its micro-batch is taken to be ``samples``.
         ep_size: expert-parallel ranks, which are all ranks there are.
         zero_stage: DeepSpeed's; 0 leaves its line empty, others are taken to be as 2.
-        compiled: as GPUs compute it by default, else every operation by itself (needs no C++ compiler).
+        compiled: as GPUs compute it by default, else every operation by itself.
         samples: of a rank's micro-batch.
 
     Returns:
@@ -101,6 +103,11 @@ class _Counter(TorchDispatchMode):
         self.stack = ["draws and inputs"]
         self.spans: list[tuple[int, int, str]] = []  # of autograd's sequence numbers, made in the forward pass
         self.hidden = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let graphs that are compiled run inside, and count themselves (:class:`_Backend`)."""
+        return True
 
     @property
     def part(self) -> str:
@@ -144,7 +151,7 @@ class _Counter(TorchDispatchMode):
 
 
 class _Backend:
-    """inductor, whose graphs count what they launch whenever they run."""
+    """Graphs that run as they are, and count what inductor would launch for them."""
 
     def __init__(self, counter: _Counter):
         self.counter = counter
@@ -164,20 +171,26 @@ class _Backend:
             kernels = [node for node in nodes if _launches(node)]
             size = sum(0 if _is_product(node) else node.get_read_write_buffers_sizes() for node in kernels)
             found.append((len(kernels), size))
-            return nodes
+            raise _Seen
 
         with torch._inductor.config.patch(_post_fusion_custom_pass=look, force_disable_caches=True):
-            compiled = compile_fx_inner(graph, inputs, **options)
-        launches, size = found[-1] if found else (0, 0)
-        run = compiled.current_callable
+            try:
+                compile_fx_inner(copy.deepcopy(graph), inputs, **options)
+            except Exception:
+                if not found:
+                    raise
+        launches, size = found[0] if found else (0, 0)
 
-        def counted(given: Any) -> Any:
+        def counted(given: list[Any]) -> Any:
             self.counter.add(launches, 0, size, "graph", part)
             with self.counter.uncounted():
-                return run(given)
+                return graph(*given)
 
-        compiled.current_callable = counted
-        return compiled
+        return make_boxed_func(lambda *given: counted(list(given)))
+
+
+class _Seen(Exception):
+    """Ends inductor's work where it has chosen its kernels; no C++ compiler is needed."""
 
 
 def _launches(node: Any) -> bool:
