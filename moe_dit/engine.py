@@ -30,7 +30,7 @@ from moe_dit.models.diffmoe import ExpertChoiceMoE
 from moe_dit.models.dropout import dropouts, set_dropout_draws
 from moe_dit.models.initialization import initialize
 from moe_dit.optimizer import optimizer_kind, prepare_state, set_step
-from moe_dit.parallel.compile import compile_dense_parts
+from moe_dit.parallel.compile import compile_blocks, compile_dense_parts
 from moe_dit.parallel.deepspeed_config import Parallelism, for_deepspeed
 from moe_dit.parallel.expert_layers import apply_expert_parallelism, moe_layers
 from moe_dit.parallel.recompute import apply_activation_checkpointing
@@ -96,12 +96,19 @@ class Engine:
                 f"computes the same with less memory, or --set precision=fp32"
             )
         model = build_model(recipe, device="meta")
-        apply_expert_parallelism(model, parallelism.ep_size)
+        apply_expert_parallelism(model, parallelism.ep_size, parallelism.exchange(recipe, self.bf16))
         initialize(model, recipe.seed, device)
-        if recipe.compile == "dense":
-            if parallelism.zero_stage == 3:
-                raise InputError(f"{parallelism.file}: ZeRO 3 gathers weights in hooks that compile: dense cannot keep")
+        compiled = recipe.compile
+        if compiled == "auto":
+            compiled = "blocks" if device.type == "cuda" and parallelism.zero_stage < 3 else "none"
+        if compiled != "none" and parallelism.zero_stage == 3:
+            raise InputError(
+                f"{parallelism.file}: ZeRO 3 gathers weights in hooks that compile: {compiled} cannot keep"
+            )
+        if compiled == "dense":
             compile_dense_parts(model)
+        elif compiled == "blocks":
+            compile_blocks(model, whole=recipe.activation_checkpointing != "experts")
         apply_activation_checkpointing(model, recipe.activation_checkpointing)
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         kind = optimizer_kind(recipe.optimizer.name)

@@ -6,6 +6,7 @@ Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. t
 (torch.func._random) is private and experimental, and a run must not change with torch's version.
 """
 
+import math
 import zlib
 from enum import IntEnum
 
@@ -77,7 +78,7 @@ def _to_normal(words: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(to_value, seed, stream, positions, shape):
-    numel = int(np.prod(shape, dtype=np.int64))
+    numel = math.prod(shape)
     values = to_value(_words(seed, stream, positions, 0, -(-numel // 4)))
     return values.flatten(1)[:, :numel].reshape(len(positions), *shape)
 

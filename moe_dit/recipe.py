@@ -147,7 +147,9 @@ class Recipe:
     checkpoint: CheckpointConfig
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     activation_checkpointing: Literal["none", "blocks", "experts"] = "none"  # what is recomputed to save memory
-    compile: Literal["none", "dense"] = "none"  # torch.compile of attention and dense MLPs; needs a C++ compiler
+    # What torch.compile makes kernels of; needs a C++ compiler. blocks: all but the exchange of tokens between experts;
+    # dense: attention and dense MLPs; auto: blocks on GPUs under ZeRO 0 to 2, else none
+    compile: Literal["auto", "none", "dense", "blocks"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
     # In bf16: what gradients are summed in, over micro-batches and ranks. auto: fp32 where micro-batches are
     # accumulated or more than 8 ranks meet, else bf16

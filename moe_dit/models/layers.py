@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from timm.layers import AttentionRope, Mlp
 from torch import nn
@@ -71,6 +72,45 @@ class ConditionEmbedder(nn.Module):
         return self.time(self.frequencies(t_N).to(self.label.weight.dtype)) + self.label(y_N)
 
 
+def rotate(x_NHTC: torch.Tensor, table_TS: torch.Tensor) -> torch.Tensor:
+    """Turn pairs of channels (2 i, 2 i + 1) by their token's angles.
+
+    Computed in the table's precision and given in that of x; one expression, so that compiling makes one kernel of it.
+
+    Args:
+        x_NHTC: [N, heads, T, C].
+        table_TS: sines then cosines [T, 2 C] (:func:`sin_cos_table`).
+    """
+    sin_TC, cos_TC = table_TS.chunk(2, dim=-1)
+    even, odd = x_NHTC.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return (x_NHTC * cos_TC + turned * sin_TC).to(x_NHTC.dtype)
+
+
+class Attention(AttentionRope):
+    """timm's attention, whose tokens past ``num_prefix_tokens`` turn by position, with no copy of what does not turn.
+
+    timm 1.0's own forward concatenates a prefix of no tokens, whose gradients are zero-filled copies.
+    """
+
+    def forward(self, x_NTD: torch.Tensor, rope: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, T, D] -> the same."""
+        qkv = self.qkv(x_NTD).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            if self.num_prefix_tokens:  # an angle of 0 leaves a token where it is: sine 0, cosine 1
+                still = rope.new_zeros(self.num_prefix_tokens, rope.shape[1])
+                still[:, rope.shape[1] // 2 :] = 1
+                rope = torch.cat([still, rope])
+            q, k = rotate(q, rope).type_as(v), rotate(k, rope).type_as(v)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
 class Block(nn.Module):
     """Transformer block with adaLN-Zero: attention, then ``mlp`` (dense or MoE).
 
@@ -81,7 +121,7 @@ class Block(nn.Module):
         norm: makes a norm over D.
         attn_drop: dropout of attention weights.
         proj_drop: dropout of attention's output.
-        **attention: further arguments of timm's AttentionRope. Its first ``num_prefix_tokens`` are not rotated.
+        **attention: further arguments of :class:`Attention`. Its first ``num_prefix_tokens`` are not rotated.
     """
 
     def __init__(
@@ -96,7 +136,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.norm1 = norm(hidden_size)
-        self.attn = AttentionRope(hidden_size, num_heads, **{"num_prefix_tokens": 0} | attention)
+        self.attn = Attention(hidden_size, num_heads, **{"num_prefix_tokens": 0} | attention)
         # timm's attention with dropout modules of ours; torch's fused kernel would draw what it drops by itself.
         attention_module: Any = self.attn
         attention_module.attn_drop = Dropout(attn_drop)
@@ -107,10 +147,17 @@ class Block(nn.Module):
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x_NTD: torch.Tensor, c_ND: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
+    def attend(
+        self, x_NTD: torch.Tensor, c_ND: torch.Tensor, rope: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All that comes before ``mlp``: tokens after attention, what ``mlp`` gets [N, T, D], its gate [N, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_ND).chunk(6, dim=1)
         x_NTD = x_NTD + gate1[:, None] * self.attn(modulate(self.norm1(x_NTD), shift1, scale1), rope=rope)
-        return x_NTD + gate2[:, None] * self.mlp(modulate(self.norm2(x_NTD), shift2, scale2))
+        return x_NTD, modulate(self.norm2(x_NTD), shift2, scale2), gate2
+
+    def forward(self, x_NTD: torch.Tensor, c_ND: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
+        x_NTD, h_NTD, gate_ND = self.attend(x_NTD, c_ND, rope)
+        return x_NTD + gate_ND[:, None] * self.mlp(h_NTD)
 
 
 class FinalLayer(nn.Module):

@@ -125,17 +125,23 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, device="cpu"))
 
-    def forward(self, x_TD: torch.Tensor, expert_bias: None = None):
-        """Route tokens.
+    def forward(self, x_TD: torch.Tensor):
+        """Route tokens, and leave the auxiliary losses in ``layer_losses``.
 
         Args:
             x_TD: tokens.
-            expert_bias: a second bias that DeepSpeed's AutoEP layer can pass; not used here, always None.
 
         Returns:
             weights float32 [T, K] (positive, summing to ``routed_scale``; for K = 1 the score times it), experts
             int64 [T, K], and the number of tokens each expert got, int32 [E].
         """
+        *routing, losses = self.route(x_TD)
+        if not recomputing():
+            self.layer_losses = losses
+        return tuple(routing)
+
+    def route(self, x_TD: torch.Tensor):
+        """What :meth:`forward` returns, and the weighted auxiliary losses by name; nothing is noted."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
             scores_TE = SCORES[self.score](logits_TE)
@@ -155,9 +161,7 @@ class Router(nn.Module):
             for name, weight in self.auxiliary_losses.items()
             if self.training
         }
-        if not recomputing():
-            self.layer_losses = losses
-        return weights_TK, experts_TK, counts_E
+        return weights_TK, experts_TK, counts_E, losses
 
     def _keep_best_groups(self, choice_TE: torch.Tensor) -> torch.Tensor:
         """Put experts outside a token's best groups out of reach; a group's score is the sum of its two best."""

@@ -5,6 +5,7 @@ of DeepSpeed 0.19.8); everything else is refused.
 """
 
 import difflib
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -56,7 +57,16 @@ NEUTRAL: dict[str, Kind | dict[str, Kind]] = {
         "stage3_max_live_parameters": NATURAL,
         "stage3_max_reuse_distance": NATURAL,
     },
-    "expert_parallel": {"enabled": FLAG, "autoep_size": COUNT},
+    "expert_parallel": {
+        "enabled": FLAG,
+        "autoep_size": COUNT,
+        # How a rank adds up experts' outputs, learns the sizes it sends and sends rows, on GPUs.
+        "combine_impl": Kind(
+            "weighted_sum or fused_weighted_sum", lambda value: value in ("weighted_sum", "fused_weighted_sum")
+        ),
+        "async_split_plan": FLAG,
+        "comm_backend": Kind("comm or deepep", lambda value: value in ("comm", "deepep")),
+    },
     "comms_logger": {"enabled": FLAG, "verbose": FLAG, "prof_all": FLAG, "debug": FLAG, "prof_ops": NAMES},
     "flops_profiler": {
         "enabled": FLAG,
@@ -71,6 +81,7 @@ NEUTRAL: dict[str, Kind | dict[str, Kind]] = {
     "dump_state": FLAG,
 }
 
+EXCHANGE = {"combine_impl", "async_split_plan", "comm_backend"}
 FEW_RANKS = 8  # a node's; what sums over them may be rounded to bf16 on the way
 
 # What decides the experiment stands in the recipe alone.
@@ -166,6 +177,27 @@ class Parallelism:
     accumulation: int  # micro-batches a step
     json: dict[str, Any]  # the file's content, for DeepSpeed
 
+    def exchange(self, recipe: Recipe, bf16: bool) -> dict[str, Any]:
+        """How expert-parallel layers exchange tokens: AutoEP's settings, from the JSON's ``expert_parallel``.
+
+        Raises:
+            InputError: DeepEP where it is not installed or cannot carry the rows.
+        """
+        given = {key: value for key, value in self.json.get("expert_parallel", {}).items() if key in EXCHANGE}
+        settings = {"combine_impl": "fused_weighted_sum", "async_split_plan": True} | given
+        if settings.get("comm_backend") == "deepep" and self.ep_size > 1:
+            why = None
+            if importlib.util.find_spec("deep_ep") is None:
+                why = "needs the package deep_ep, which is not installed"
+            elif not bf16:
+                why = "carries bf16 alone, and this run computes in float32"
+            elif getattr(recipe.token_choice, "dropout", 0):
+                why = "cannot carry what dropout of experts needs to know (model.moe.dropout)"
+            if why:
+                raise InputError(f'{self.file}: expert_parallel.comm_backend deepep {why}; set "comm" there')
+            settings["comm_max_tokens_per_rank"] = self.micro_batch_size * recipe.model.tokens
+        return settings
+
 
 def load_parallelism(file: str, recipe: Recipe, world_size: int) -> Parallelism:
     """Read a DeepSpeed JSON and check it against the recipe and the number of ranks.
@@ -257,9 +289,10 @@ def for_deepspeed(parallelism: Parallelism, recipe: Recipe, bf16: bool) -> dict[
         "gradient_accumulation_steps": parallelism.accumulation,
         # Without ZeRO the engine clips itself (Engine._clip_without_zero says why).
         "gradient_clipping": recipe.optimizer.clip_grad_norm if parallelism.zero_stage else 0.0,
+        # A run looks for numbers that are not finite itself; DeepSpeed's look waits for the GPU twice a step.
         # With float32 sums, ZeRO 1 is another class in DeepSpeed 0.19.8 (BF16_Optimizer), which computes the same. Told
         # to update at once, it frees each bf16 gradient when it has added it; else it keeps them all beside the sums.
-        "bf16": {"enabled": bf16, "immediate_grad_update": bf16},
+        "bf16": {"enabled": bf16, "immediate_grad_update": bf16, "check_grad_overflow": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,  # progress and metrics are ours
     }

@@ -1,0 +1,91 @@
+"""Compiled blocks compute what plain ones do, and every block of a kind shares its graphs."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from moe_dit import build_model, load_recipe
+from moe_dit.models.initialization import initialize
+from moe_dit.models.layers import rope_2d, rotate, sin_cos_table
+from moe_dit.models.moe import MoE
+from moe_dit.parallel.compile import compile_blocks
+from moe_dit.parallel.expert_layers import ExpertParallelMoE
+from moe_dit.parallel.recompute import apply_activation_checkpointing
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+def one_rank(recipe) -> nn.Module:
+    """The network as one rank trains it, no group of ranks being there to speak with."""
+    model = build_model(recipe, device="meta").train()
+    for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, MoE)]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, ExpertParallelMoE(name, layer, 1, 0, {}))
+    initialize(model, recipe.seed, torch.device("cpu"))
+    with torch.no_grad():  # a fresh network predicts zero whatever its blocks do
+        for i, weight in enumerate(model.parameters()):
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    return model
+
+
+def step(model: nn.Module, recipe) -> tuple[float, dict[str, torch.Tensor]]:
+    """A loss and its gradients, of inputs that are always the same."""
+    generator = torch.Generator().manual_seed(0)
+    side = recipe.model.input_size
+    x = torch.randn(6, recipe.model.in_channels, side, side, generator=generator)
+    y = torch.arange(6) % recipe.model.num_classes
+    losses = [model(x, torch.linspace(0, 1, 6), y).square().mean(), *model.auxiliary_losses().values()]
+    model.zero_grad()
+    torch.stack(losses).sum().backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return sum(losses).item(), gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "digits_pixels", "digits_diffmoe"])
+def test_compiled_blocks_give_the_plain_ones_losses_and_gradients(name):
+    small = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2"]
+    if name == "digits_pixels":
+        small.append("model.in_context_start=1")
+    recipe = load_recipe(name, small)
+    want, gradients = step(one_rank(recipe), recipe)
+    for recomputed in ("none", "blocks", "experts"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = one_rank(recipe)
+        compile_blocks(model, whole=recomputed != "experts")
+        apply_activation_checkpointing(model, recomputed)
+        got, found = step(model, recipe)
+        assert got == pytest.approx(want, rel=1e-5)
+        assert found.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
+        assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_graphs_serve_all_blocks_of_a_kind():
+    recipe = load_recipe("digits", ["model.depth=8", "model.hidden_size=32", "model.num_heads=2"])
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = one_rank(recipe)
+    torch._dynamo.reset()
+    compile_blocks(model, backend=backend)
+    step(model, recipe)
+    step(model, recipe)
+    assert len(graphs) == 3  # dense blocks; those with experts before, and after, the exchange
+
+
+def test_rotation_is_multiplication_by_a_complex_number():
+    x = torch.randn(2, 3, 16, 8)
+    angles = rope_2d(8, 4)
+    turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.polar(torch.ones(16, 4), angles[:, ::2])
+    got = rotate(x, sin_cos_table(angles))
+    torch.testing.assert_close(got, torch.view_as_real(turned).flatten(-2), rtol=1e-6, atol=1e-6)
+    assert rotate(x.bfloat16(), sin_cos_table(angles)).dtype == torch.bfloat16

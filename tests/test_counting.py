@@ -1,0 +1,79 @@
+"""Counts of a step without a GPU, and what they show."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ENV, ROOT
+
+from moe_dit import load_recipe
+from moe_dit.counting import _Counter
+from moe_dit.data import Latents, training_inputs
+from moe_dit.parallel.deepspeed_config import load_parallelism
+from moe_dit.runtime.errors import InputError
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+def table(*arguments: str) -> dict[str, tuple[float, float, float]]:
+    """Launches, synchronisations and GB by part, from a process of its own."""
+    command = [sys.executable, "-m", "moe_dit.counting", *arguments]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=ENV, timeout=600).stdout
+    lines = [line.removesuffix(" GB").rsplit(maxsplit=3) for line in out.splitlines() if line.endswith(" GB")]
+    return {part: tuple(map(float, numbers)) for part, *numbers in lines}
+
+
+def test_what_is_a_launch():
+    x = torch.ones(4, 8)
+    with _Counter() as counter:
+        y = (x.t()[2:] * 2).sum()  # a view twice, a product and a sum
+        float(y)
+        x @ x.t()
+    cost = counter.costs["draws and inputs"]
+    # bytes: 6 x 4 floats read and written; read, and one written; the matrix product's are left out
+    assert (cost.launches, cost.synchronisations, cost.bytes) == (3, 1, 4 * (24 + 24 + 24 + 1))
+
+
+@pytest.mark.slow
+def test_a_rank_with_all_experts_never_waits():
+    assert table("digits", "1", "eager", "network")["total"][1] == 0
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_draws_are_the_draws():
+    recipe = load_recipe("dsmoe_s_e16")
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "x": torch.randn(3, 8, 32, 32, generator=generator),
+        "y": torch.arange(3),
+        "position": torch.tensor([5, 2**33, 7]),
+    }
+    want = training_inputs(recipe, batch, Latents(0.18215, 0.5, True))
+    got = training_inputs(recipe, batch, Latents(0.18215, 0.5, True), backend=torch._inductor.compile_fx.compile_fx)
+    for key in ("y", "u", "position"):
+        assert torch.equal(got[key], want[key])
+    for key in ("x", "noise"):
+        torch.testing.assert_close(got[key], want[key], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ('"comm_backend": "nccl"', "expert_parallel.comm_backend is 'nccl'; it should be comm or deepep"),
+        ('"async_split_plan": 1', "expert_parallel.async_split_plan is 1; it should be true or false"),
+        (
+            '"combine_impl": "bmm"',
+            "expert_parallel.combine_impl is 'bmm'; it should be weighted_sum or fused_weighted_",
+        ),
+        ('"comm_backend": "deepep"', "deepep needs the package deep_ep, which is not installed"),
+    ],
+)
+def test_how_tokens_are_exchanged_is_checked(tmp_path, section, message):
+    file = tmp_path / "ds.json"
+    file.write_text(f'{{"expert_parallel": {{"enabled": true, "autoep_size": 2, {section}}}}}')
+    recipe = load_recipe("digits")
+    with pytest.raises(InputError, match=message):
+        load_parallelism(str(file), recipe, 2).exchange(recipe, bf16=True)
