@@ -11,7 +11,7 @@ What is counted, and how near it is to a GPU:
   an accumulating index_put and a large foreach are a few, so sums are somewhat low. A collective is one launch.
 - A compiled graph counts the nodes that inductor's scheduler keeps after fusion: fused loops and calls of libraries.
   They are those of a CPU, whose fusions differ from a GPU's here and there.
-- AutoEP's Triton kernels are counted as what they launch on a GPU: their calls are replaced by torch twins here.
+- Triton kernels (:mod:`moe_dit.kernels`) count as the one launch that they are on a GPU; here their torch twins run.
 - Synchronisations are reads of a tensor's value by the host (``_local_scalar_dense``) and the one of an exchange
   between expert-parallel ranks (split sizes).
 - Bytes are those of every launch's tensor arguments and results, but of matrix products, convolutions and attention
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -144,9 +145,7 @@ class _Counter(TorchDispatchMode):
             self.add(synchronisations=1, name=name)
             return out
         product = any(name.startswith(p) or name.startswith("_" + p) for p in PRODUCTS)
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        unique = {id(t): t for t in tensors}.values()
-        self.add(1, 0, 0 if product else sum(t.numel() * t.element_size() for t in unique), name)
+        self.add(1, 0, 0 if product else _bytes((args, kwargs, out)), name)
         return out
 
 
@@ -248,11 +247,10 @@ def _as_call(module: Any, method: Any, *inputs: Any) -> Any:
 
 @contextmanager
 def _lonely_exchange(counter: _Counter) -> Iterator[None]:
-    """Replace what speaks with other ranks, and AutoEP's Triton kernels, by twins that count as they would."""
+    """Replace what speaks with other ranks, and Triton kernels, by twins that count as they would."""
     from deepspeed.module_inject import auto_ep_layer
-    from deepspeed.moe import ep_kernels
 
-    indices = ep_kernels.generate_permute_indices
+    from moe_dit.kernels import rows
 
     def all_to_all(out: torch.Tensor, rows: torch.Tensor, **_: Any) -> None:
         counter.add(1, 0, 2 * rows.numel() * rows.element_size(), "all_to_all")
@@ -263,17 +261,29 @@ def _lonely_exchange(counter: _Counter) -> Iterator[None]:
         counter.add(0, 1, 0, "split sizes")
         return split_plan(*args, **kwargs)
 
-    def permute_indices(*args: Any, **kwargs: Any) -> Any:
-        counter.add(11, 0, 0, "generate_permute_indices")  # ten small operations and the Triton kernel
+    def kernel(name: str, *args: Any) -> Any:
         with counter.uncounted():
-            return indices(*args, **kwargs)
+            out = getattr(rows.Torch, name)(*args)
+        counter.add(1, 0, _bytes((args, out)), name)
+        return out
 
+    names = [name for name in vars(rows.Torch) if not name.startswith("_")]
+    twins = SimpleNamespace(**{name: partial(kernel, name) for name in names})
+    chosen = rows._kernels
     split_plan = auto_ep_layer._split_plan_from_expert_counts
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(auto_ep_layer.dist, "all_to_all_single", all_to_all))
         stack.enter_context(mock.patch.object(auto_ep_layer, "_split_plan_from_expert_counts", plan))
-        stack.enter_context(mock.patch.object(ep_kernels, "generate_permute_indices", permute_indices))
+        stack.enter_context(
+            mock.patch.object(rows, "_kernels", lambda x: chosen(x) if torch.compiler.is_compiling() else twins)
+        )
         yield
+
+
+def _bytes(tree: Any) -> int:
+    """Of all tensors in arguments and results, each once."""
+    tensors = {id(t): t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _network(recipe: Recipe, ep_size: int) -> torch.nn.Module:
@@ -335,6 +345,7 @@ def _count_small(recipe: Recipe, ep_size: int, compiled: bool, samples: int) -> 
     with _lonely_exchange(counter):
         if compiled:
             micro_batch()
+            model.zero_grad()  # as DeepSpeed's hooks take every gradient away where they find it
             counter.costs.clear()
             counter.operations.clear()
             counter.spans.clear()

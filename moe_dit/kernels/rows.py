@@ -1,18 +1,19 @@
-"""Tokens to rows that are sorted by expert, and experts' rows back to tokens.
+"""Tokens to rows that are sorted by expert, SwiGLU on such rows, and rows back to tokens.
 
 Shapes: T tokens, K experts a token is sent to, N = T K rows, D width. Both ways and both of their backward passes are
 sums over the K rows of a token, whose places are known: nothing is added atomically, so results do not change from run
 to run, and nothing sorts indices or fills a float32 [T, K, D] tensor, as torch's own index_put and multiplication do.
 
 CUDA tensors take the Triton kernels, and with TRITON_INTERPRET=1 (Triton's interpreter) all tensors do; otherwise, and
-where there is no Triton, the functions of :class:`Torch` compute the same. DeepSpeed's fused weighted sum (0.19.8)
-reads [T, K, D], which must be unsorted first, and is used by its own layer only.
+where there is no Triton, the functions of :class:`Torch` compute the same. So does a graph that is compiled: inductor
+makes one kernel of a token's sum and what stands around it (residual, gate, shared expert), which no kernel here does.
 """
 
 import os
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 
 try:
     from moe_dit.kernels import triton_rows
@@ -53,6 +54,26 @@ def combine(rows_ND: torch.Tensor, place_TK: torch.Tensor, weights_TK: torch.Ten
     return _Combine.apply(rows_ND, place_TK, weights_TK)
 
 
+def regroup(rows_RD: torch.Tensor, counts_SE: torch.Tensor) -> torch.Tensor:
+    """Rows [R, D] in order of (source, expert) to order of (expert, source).
+
+    Args:
+        rows_RD: what S ranks sent, each its rows sorted by expert.
+        counts_SE: how many rows of each expert each of them sent, integers [S, E] that sum to R.
+    """
+    return _Regroup.apply(rows_RD, counts_SE, False)
+
+
+def ungroup(rows_RD: torch.Tensor, counts_SE: torch.Tensor) -> torch.Tensor:
+    """What :func:`regroup` does, undone."""
+    return _Regroup.apply(rows_RD, counts_SE, True)
+
+
+def swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, computed in float32 and rounded once; the backward pass computes it all from gate and up."""
+    return _SwiGLU.apply(gate_NF, up_NF)
+
+
 class Torch:
     """The kernels in plain torch; :mod:`moe_dit.kernels.triton_rows` has the same functions."""
 
@@ -74,8 +95,34 @@ class Torch:
         grad_weights_TK = (rows_ND[place_TK].float() * grad_TD.float()[:, None]).sum(-1)
         return grad_rows_ND, grad_weights_TK
 
+    @staticmethod
+    def move_rows(rows_RD: torch.Tensor, counts_SE: torch.Tensor, back: bool) -> torch.Tensor:
+        """[R, D] -> [R, D]: from order of (source, expert) to order of (expert, source), or back."""
+        sources, experts = counts_SE.shape
+        expert_G = torch.arange(experts, device=rows_RD.device).repeat(sources)
+        expert_R = expert_G.repeat_interleave(counts_SE.flatten(), output_size=len(rows_RD))
+        order_R = expert_R.argsort(stable=True)
+        return torch.empty_like(rows_RD).index_copy_(0, order_R, rows_RD) if back else rows_RD[order_R]
+
+    @staticmethod
+    def swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up in float32, in the arguments' precision."""
+        return (F.silu(gate_NF.float()) * up_NF.float()).to(gate_NF.dtype)
+
+    @staticmethod
+    def swiglu_backward(
+        grad_NF: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of swiglu to gate and up."""
+        grad, gate, up = grad_NF.float(), gate_NF.float(), up_NF.float()
+        sigmoid = gate.sigmoid()
+        grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+        return grad_gate.to(gate_NF.dtype), (grad * gate * sigmoid).to(up_NF.dtype)
+
 
 def _kernels(x: torch.Tensor) -> "type[Torch] | ModuleType":
+    if torch.compiler.is_compiling():
+        return Torch
     if triton_rows is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return triton_rows
     return Torch
@@ -105,3 +152,29 @@ class _Combine(torch.autograd.Function):
         rows_ND, place_TK, weights_TK = ctx.saved_tensors
         grads = _kernels(rows_ND).sum_rows_backward(grad_TD.contiguous(), rows_ND, place_TK, weights_TK)
         return grads[0], None, grads[1].to(weights_TK.dtype)
+
+
+class _Regroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RD, counts_SE, back):
+        ctx.save_for_backward(counts_SE)
+        ctx.back = back
+        return _kernels(rows_RD).move_rows(rows_RD.contiguous(), counts_SE.contiguous(), back)
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        (counts_SE,) = ctx.saved_tensors
+        return _kernels(grad_RD).move_rows(grad_RD.contiguous(), counts_SE.contiguous(), not ctx.back), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_NF, up_NF):
+        gate_NF, up_NF = gate_NF.contiguous(), up_NF.contiguous()
+        ctx.save_for_backward(gate_NF, up_NF)
+        return _kernels(gate_NF).swiglu(gate_NF, up_NF)
+
+    @staticmethod
+    def backward(ctx, grad_NF):
+        gate_NF, up_NF = ctx.saved_tensors
+        return _kernels(gate_NF).swiglu_backward(grad_NF.contiguous(), gate_NF, up_NF)

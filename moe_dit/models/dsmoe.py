@@ -103,7 +103,8 @@ class DSMoE(Network):
         Returns:
             [N, out_channels, side, side]: the velocity, and with ``learn_sigma`` as many channels that are not used.
         """
-        h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype))
+        # A convolution puts channels before tokens, and without a copy sums would keep that order in all blocks.
+        h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype)).contiguous()
         if self.pos_embed is not None:
             h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)

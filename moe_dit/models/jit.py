@@ -147,7 +147,8 @@ class JiT(Network):
         Returns:
             [N, C, side, side].
         """
-        h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype))
+        # A convolution puts channels before tokens, and without a copy sums would keep that order in all blocks.
+        h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype)).contiguous()
         h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)
         for i, block in enumerate(self.blocks):

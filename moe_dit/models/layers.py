@@ -43,8 +43,12 @@ def rope_2d(head_dim: int, side: int) -> torch.Tensor:
 
 
 def sin_cos_table(angles: torch.Tensor) -> torch.Tensor:
-    """Angles [T, C] to [T, 2 C], sines then cosines; of a rotary table, the form that timm's attention takes."""
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+    """A rotary table's angles [T, C] to [T, 2 C], sines then cosines; sines of even channels are negative.
+
+    So :func:`rotate` need not negate what it swaps, and stays one expression.
+    """
+    sines = torch.stack([-angles[:, ::2].sin(), angles[:, 1::2].sin()], dim=-1).flatten(1)
+    return torch.cat([sines, angles.cos()], dim=-1)
 
 
 def sin_cos_2d(width: int, side: int) -> torch.Tensor:
@@ -72,19 +76,19 @@ class ConditionEmbedder(nn.Module):
         return self.time(self.frequencies(t_N).to(self.label.weight.dtype)) + self.label(y_N)
 
 
-def rotate(x_NHTC: torch.Tensor, table_TS: torch.Tensor) -> torch.Tensor:
+def rotate(x_NTHC: torch.Tensor, table_TS: torch.Tensor) -> torch.Tensor:
     """Turn pairs of channels (2 i, 2 i + 1) by their token's angles.
 
-    Computed in the table's precision and given in that of x; one expression, so that compiling makes one kernel of it.
+    Computed in the table's precision and given in that of x; swapping by ``flip``, where stacking would fill a tensor,
+    lets compiling make one kernel of it.
 
     Args:
-        x_NHTC: [N, heads, T, C].
-        table_TS: sines then cosines [T, 2 C] (:func:`sin_cos_table`).
+        x_NTHC: [N, T, heads, C].
+        table_TS: sines, signed, then cosines [T, 2 C] (:func:`sin_cos_table`).
     """
-    sin_TC, cos_TC = table_TS.chunk(2, dim=-1)
-    even, odd = x_NHTC.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return (x_NHTC * cos_TC + turned * sin_TC).to(x_NHTC.dtype)
+    sin_T1C, cos_T1C = table_TS[:, None].chunk(2, dim=-1)
+    swapped = x_NTHC.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x_NTHC * cos_T1C + swapped * sin_T1C).to(x_NTHC.dtype)
 
 
 class Attention(AttentionRope):
@@ -95,8 +99,8 @@ class Attention(AttentionRope):
 
     def forward(self, x_NTD: torch.Tensor, rope: torch.Tensor | None = None) -> torch.Tensor:
         """[N, T, D] -> the same."""
-        qkv = self.qkv(x_NTD).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        # Heads stay behind tokens until attention, so that the three gradients are one row of the product's again.
+        q, k, v = self.qkv(x_NTD).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             if self.num_prefix_tokens:  # an angle of 0 leaves a token where it is: sine 0, cosine 1
@@ -104,6 +108,7 @@ class Attention(AttentionRope):
                 still[:, rope.shape[1] // 2 :] = 1
                 rope = torch.cat([still, rope])
             q, k = rotate(q, rope).type_as(v), rotate(k, rope).type_as(v)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.fused_attn:
             out = F.scaled_dot_product_attention(q, k, v)
         else:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from moe_dit.kernels import combine, dispatch, places
+from moe_dit.kernels import combine, dispatch, places, swiglu
 from moe_dit.models.dropout import Dropout
 from moe_dit.models.recomputing import recomputing
 from moe_dit.schema import STRICT, Count, NonNegative, Positive, Problem, divisors
@@ -274,7 +274,8 @@ class Experts(nn.Module):
 
         up_NF = linear(x_ND, self.up_proj, self.up_bias)
         gate_NF = None if self.gate_proj is None else linear(x_ND, self.gate_proj, self.gate_bias)
-        return linear(drop(self._hidden(gate_NF, up_NF), slice(None)), self.down_proj, self.down_bias)
+        hidden_NF = self._hidden(None, up_NF) if gate_NF is None else swiglu(gate_NF, up_NF)
+        return linear(drop(hidden_NF, slice(None)), self.down_proj, self.down_bias)
 
     def _loop(self, x_ND: torch.Tensor, counts_E: torch.Tensor, drop: Callable) -> torch.Tensor:
         counts = counts_E.tolist()
@@ -348,7 +349,7 @@ class MoE(nn.Module):
             with torch.no_grad():
                 self.tokens_per_expert += counts_E
         order_N, place_TK = places(experts_TK)  # rows sorted by expert; N = T K
-        rows = token_rows(self.experts, x)
+        rows = token_rows(self.experts, len(x_TD))
         if rows is not None:
             token_N = order_N // experts_TK.shape[1]
             rows = Rows(rows.position[token_N], rows.token[token_N])
@@ -358,11 +359,11 @@ class MoE(nn.Module):
         return routed_TD.view_as(x) + other
 
 
-def token_rows(experts: Experts, x: torch.Tensor) -> Rows | None:
-    """Which tokens those of a layer's input x [N, T, D] are, flattened; None where dropout need not know."""
+def token_rows(experts: Experts, tokens: int) -> Rows | None:
+    """Which tokens a layer's T are; None where dropout need not know."""
     draws = experts.dropout.draws
     if draws is None or not experts.dropout.active:
         return None
-    samples, tokens = x.shape[:2]
-    token_T = torch.arange(tokens, device=x.device).repeat(samples)
-    return Rows(draws.positions.repeat_interleave(tokens), token_T)
+    samples = len(draws.positions)
+    token_T = torch.arange(tokens // samples, device=draws.positions.device).repeat(samples)
+    return Rows(draws.positions.repeat_interleave(tokens // samples), token_T)

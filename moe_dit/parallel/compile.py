@@ -1,8 +1,8 @@
 """torch.compile of a network's blocks, applied from outside.
 
-A block with experts that ranks share is two graphs, before and after the exchange of tokens, whose shapes the routing
-decides; other blocks are one, or up to their experts. Every block of a kind uses the same graphs. Parameter names do
-not change.
+A block with experts that ranks share is three graphs, before and after the exchange of tokens, whose shapes the routing
+decides, and the shared expert's, which computes while sizes travel; other blocks are one, or up to their experts. Every
+block of a kind uses the same graphs. Parameter names do not change.
 """
 
 from functools import partial
@@ -38,23 +38,25 @@ def compile_blocks(model: nn.Module, whole: bool = True, backend: Any = "inducto
     """
     compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
     before, after, attend, dense = map(compiled, (_before, _after, Block.attend, Block.forward))
-    route, finish = map(compiled, (ExpertParallelMoE.route, ExpertParallelMoE.finish))
+    methods = {name: compiled(getattr(ExpertParallelMoE, name)) for name in ("route", "beside", "finish")}
 
     def mixture(block: Any, x_NTD: Tensor, c_ND: Tensor, rope: Tensor | None) -> Tensor:
         x_NTD, h_NTD, gate_ND, routing = before(block, x_NTD, c_ND, rope)
-        return after(block, x_NTD, h_NTD, gate_ND, routing, block.mlp.exchange(h_NTD, routing))
+        return after(block, x_NTD, gate_ND, routing, *block.mlp.exchange(h_NTD, routing))
 
     blocks = list(getattr(model, "blocks", []))
     for block in blocks:
         if not hasattr(block.mlp, "experts"):
             block.forward = partial(dense, block)
-        elif whole and isinstance(block.mlp, ExpertParallelMoE):
+            continue
+        ours = isinstance(block.mlp, ExpertParallelMoE)
+        if whole and ours:
             block.forward = partial(mixture, block)
+            block.mlp.beside = partial(methods["beside"], block.mlp)
         else:
             block.attend = partial(attend, block)
-            if isinstance(block.mlp, ExpertParallelMoE):
-                block.mlp.route = partial(route, block.mlp)
-                block.mlp.finish = partial(finish, block.mlp)
+            for name, method in methods.items() if ours else ():
+                setattr(block.mlp, name, partial(method, block.mlp))
     return len(blocks)
 
 
@@ -63,5 +65,5 @@ def _before(block: Any, x_NTD: Tensor, c_ND: Tensor, rope: Tensor | None) -> tup
     return x_NTD, h_NTD, gate_ND, block.mlp.route(h_NTD)
 
 
-def _after(block: Any, x_NTD: Tensor, h_NTD: Tensor, gate_ND: Tensor, routing: Routing, out_ND: Tensor) -> Tensor:
-    return x_NTD + gate_ND[:, None] * block.mlp.finish(h_NTD, routing, out_ND)
+def _after(block: Any, x_NTD: Tensor, gate_ND: Tensor, routing: Routing, out_ND: Tensor, beside_NTD: Tensor) -> Tensor:
+    return x_NTD + gate_ND[:, None] * block.mlp.finish(routing, out_ND, beside_NTD)

@@ -60,10 +60,7 @@ NEUTRAL: dict[str, Kind | dict[str, Kind]] = {
     "expert_parallel": {
         "enabled": FLAG,
         "autoep_size": COUNT,
-        # How a rank adds up experts' outputs, learns the sizes it sends and sends rows, on GPUs.
-        "combine_impl": Kind(
-            "weighted_sum or fused_weighted_sum", lambda value: value in ("weighted_sum", "fused_weighted_sum")
-        ),
+        # How a rank learns the sizes it sends, and sends rows, on GPUs.
         "async_split_plan": FLAG,
         "comm_backend": Kind("comm or deepep", lambda value: value in ("comm", "deepep")),
     },
@@ -81,7 +78,7 @@ NEUTRAL: dict[str, Kind | dict[str, Kind]] = {
     "dump_state": FLAG,
 }
 
-EXCHANGE = {"combine_impl", "async_split_plan", "comm_backend"}
+EXCHANGE = {"async_split_plan", "comm_backend"}
 FEW_RANKS = 8  # a node's; what sums over them may be rounded to bf16 on the way
 
 # What decides the experiment stands in the recipe alone.
@@ -184,7 +181,7 @@ class Parallelism:
             InputError: DeepEP where it is not installed or cannot carry the rows.
         """
         given = {key: value for key, value in self.json.get("expert_parallel", {}).items() if key in EXCHANGE}
-        settings = {"combine_impl": "fused_weighted_sum", "async_split_plan": True} | given
+        settings = {"async_split_plan": True} | given
         if settings.get("comm_backend") == "deepep" and self.ep_size > 1:
             why = None
             if importlib.util.find_spec("deep_ep") is None:

@@ -11,29 +11,22 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
-import torch.nn.functional as F
 from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
-from deepspeed.module_inject.auto_ep_layer import (
-    AutoEPMoELayer,
-    RouterOutput,
-    _AllToAllV,
-    compute_split_plan,
-    permute_by_local_expert,
-    unpermute_by_local_expert,
-)
-from deepspeed.ops.triton_ops.autoep_fused_token_ops import fused_weighted_restore
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, RouterOutput, _AllToAllV, compute_split_plan
 from deepspeed.utils import groups
 from torch import nn
 
+from moe_dit.kernels import combine, dispatch, places, regroup, ungroup
 from moe_dit.models.moe import MoE, Rows, token_rows
 from moe_dit.models.recomputing import recomputing
 
 
 class Routing(NamedTuple):
-    """A micro-batch's choices in one layer: T tokens, K choices of each, N = T K rows sorted by expert.
+    """A micro-batch's choices in one layer, and its tokens as they go: T tokens, K choices of each, N = T K rows.
 
     weights: float32 [T, K]. experts: int64 [T, K]. counts: int32 [E], rows of each expert. order: int64 [N], which
-    choice a row is. place: int64 [N], which row a choice is. losses: the router's auxiliary losses by name.
+    choice a row is. place: int64 [T, K], which row a choice is. rows: [N, D], tokens sorted by expert (DeepEP: the
+    tokens themselves, [T, D]). losses: the router's auxiliary losses by name.
     """
 
     weights: torch.Tensor
@@ -41,36 +34,8 @@ class Routing(NamedTuple):
     counts: torch.Tensor
     order: torch.Tensor
     place: torch.Tensor
+    rows: torch.Tensor
     losses: dict[str, torch.Tensor]
-
-
-class _Take(torch.autograd.Function):
-    """Rows of tokens, one a choice, sorted by expert; the gradient is a gather too, where indexing would sort."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, order_N: torch.Tensor, place_N: torch.Tensor, top_k: int):
-        ctx.save_for_backward(place_N)
-        ctx.top_k = top_k
-        return x_TD[order_N // top_k]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor):
-        (place_N,) = ctx.saved_tensors
-        return gradients[0][place_N].unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
-
-
-class _Reorder(torch.autograd.Function):
-    """Rows in another order; the gradient goes back by the inverse of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: torch.Tensor, order_N: torch.Tensor, inverse_N: torch.Tensor):
-        ctx.save_for_backward(inverse_N)
-        return x_ND[order_N]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor):
-        (inverse_N,) = ctx.saved_tensors
-        return gradients[0][inverse_N], None, None
 
 
 class ExpertParallelMoE(AutoEPMoELayer):
@@ -116,7 +81,7 @@ class ExpertParallelMoE(AutoEPMoELayer):
             shared_experts_name="shared_experts",
             route_scale=router.routed_scale,
         )
-        config = AutoEPConfig(enabled=True, autoep_size=ep_size, **{"combine_impl": "fused_weighted_sum"} | settings)
+        config = AutoEPConfig(enabled=True, autoep_size=ep_size, **settings)
         # The Triton choice asks the accelerator and warns; the experts that use it are replaced just below.
         config.disable_triton_grouped_mm = True
         with torch.device("meta"):
@@ -135,66 +100,68 @@ class ExpertParallelMoE(AutoEPMoELayer):
             parameter.__dict__.update(marks, first_expert=ep_rank * self.num_local_experts)
         self.experts.first_expert = ep_rank * self.num_local_experts
         self.tokens_per_expert = torch.zeros(num_experts, device="cpu")
-        self.width = hidden_size
-        if self.experts.dropout.p > 0 and ep_size > 1:
-            self.experts.register_forward_pre_hook(_unpack_rows)
-            self.experts.register_forward_hook(_widen)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[N, T, D] -> [N, T, D]."""
         routing = self.route(hidden_states)
-        return self.finish(hidden_states, routing, self.exchange(hidden_states, routing))
+        return self.finish(routing, *self.exchange(hidden_states, routing))
 
     def route(self, x: torch.Tensor) -> Routing:
-        """Choose experts for tokens x [N, T, D]."""
-        weights_TK, experts_TK, counts_E, losses = self.router.route(x.flatten(0, -2))
-        order_N = experts_TK.flatten().argsort(stable=True)
-        place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=x.device))
-        return Routing(weights_TK, experts_TK, counts_E, order_N, place_N, losses)
+        """Choose experts for tokens x [N, T, D], and sort the tokens by them."""
+        x_TD = x.flatten(0, -2)
+        weights_TK, experts_TK, counts_E, losses = self.router.route(x_TD)
+        order_N, place_TK = places(experts_TK)
+        rows_ND = x_TD if self._by_deepep else dispatch(x_TD, order_N, place_TK)
+        return Routing(weights_TK, experts_TK, counts_E, order_N, place_TK, rows_ND, losses)
+
+    def beside(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to the experts' sum, [N, T, D]: the shared expert's output or, without one, the input."""
+        return x if self.shared_experts is None else self.shared_experts(x)
 
     @torch.compiler.disable
-    def exchange(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The experts' outputs for x [N, T, D]: rows [N K, D] in the routing's order (DeepEP: weighted sums [T, D])."""
+    def exchange(self, x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts' outputs: rows [N, D] in the routing's order (DeepEP: weighted sums [T, D]); and ``beside``'s."""
         if not recomputing():
             self.router.layer_losses = routing.losses
             with torch.no_grad():
                 self.tokens_per_expert += routing.counts
-        rows = token_rows(self.experts, x)
-        top_k = routing.weights.shape[1]
+        if self._by_deepep:
+            choices = RouterOutput(routing.experts, routing.weights, routing.counts)
+            return self._deepep_route(routing.rows, choices), self.beside(x)
+        x_ND, counts_E = routing.rows, routing.counts
+        tokens, top_k = routing.weights.shape
+        names = token_rows(self.experts, tokens)
+        if names is not None:
+            token_N = routing.order // top_k
+            names = Rows(names.position[token_N], names.token[token_N])
         if self.ep_size == 1:
-            if rows is not None:
-                token_N = routing.order // top_k
-                rows = Rows(rows.position[token_N], rows.token[token_N])
-            x_ND = _Take.apply(x.flatten(0, -2), routing.order, routing.place, top_k)
-            return self.experts(x_ND, routing.counts, rows)
-        if self.comm_backend == "deepep":
-            return self._deepep_route(x.flatten(0, -2), RouterOutput(routing.experts, routing.weights, routing.counts))
-        # The sizes that ranks need on the host travel there while rows are sorted.
-        pending = self._start_async_split_plan(routing.counts) if self.async_split_plan and x.is_cuda else None
-        x_TD = (x if rows is None else _pack_rows(x, rows)).flatten(0, -2)
-        x_ND = _Take.apply(x_TD, routing.order, routing.place, top_k)
-        sizes = self.num_experts, self.ep_size, self.num_local_experts, self.ep_group
+            return self.experts(x_ND, counts_E, names), self.beside(x)
+        # The sizes that ranks need on the host travel there while the GPU is busy with the shared expert.
+        pending = self._start_async_split_plan(counts_E) if self.async_split_plan and x.is_cuda else None
+        beside = self.beside(x)
         if pending is None:
-            plan = compute_split_plan(routing.experts, *sizes, num_tokens_per_expert=routing.counts)
+            sizes = self.num_experts, self.ep_size, self.num_local_experts, self.ep_group
+            plan = compute_split_plan(routing.experts, *sizes, num_tokens_per_expert=counts_E)
         else:
             plan = self._wait_async_split_plan(pending)
-        received = _AllToAllV.apply(self.ep_group, x_ND, plan.input_splits, plan.output_splits)
-        padded, indices, counts, n = permute_by_local_expert(received, plan.local_counts_by_source)
-        out = unpermute_by_local_expert(self.experts(padded, counts), indices, n)
-        return _AllToAllV.apply(self.ep_group, out, plan.output_splits, plan.input_splits)[:, : self.width]
+        sent_ND = x_ND if names is None else _pack_rows(x_ND, names)
+        received_RD = _AllToAllV.apply(self.ep_group, sent_ND, plan.input_splits, plan.output_splits)
+        # A rank's rows come sorted by expert; grouped products want each expert's rows of all ranks together.
+        counts_SE = plan.local_counts_by_source
+        x_RD = regroup(received_RD, counts_SE)
+        if names is not None:
+            x_RD, names = _unpack_rows(x_RD)
+        out_RD = ungroup(self.experts(x_RD, counts_SE.sum(0), names), counts_SE)
+        return _AllToAllV.apply(self.ep_group, out_RD, plan.output_splits, plan.input_splits), beside
 
-    def finish(self, x: torch.Tensor, routing: Routing, out_ND: torch.Tensor) -> torch.Tensor:
-        """Weight and add up each token's outputs, and add the shared expert's (or, without one, the input)."""
-        if self.ep_size > 1 and self.comm_backend == "deepep":
-            routed_TD = out_ND
-        elif self.combine_impl == "fused_weighted_sum" and x.is_cuda and not torch.compiler.is_compiling():
-            routed_TD = fused_weighted_restore(
-                out_ND, routing.weights, routing.order, routing.weights.shape[1], (1, *x.flatten(0, -2).shape)
-            )
-        else:
-            slots_TKD = _Reorder.apply(out_ND, routing.place, routing.order).unflatten(0, routing.weights.shape)
-            routed_TD = (slots_TKD * routing.weights[..., None]).sum(1).to(x.dtype)
-        return routed_TD.view_as(x) + (x if self.shared_experts is None else self.shared_experts(x))
+    def finish(self, routing: Routing, out_ND: torch.Tensor, beside_NTD: torch.Tensor) -> torch.Tensor:
+        """Weight and add up each token's outputs of :meth:`exchange`, and add what stands beside them."""
+        routed_TD = out_ND if self._by_deepep else combine(out_ND, routing.place, routing.weights)
+        return routed_TD.to(beside_NTD.dtype).view_as(beside_NTD) + beside_NTD
+
+    @property
+    def _by_deepep(self) -> bool:
+        return self.ep_size > 1 and self.comm_backend == "deepep"
 
 
 # Where dropout is by position, an expert must know which token each of its rows is, on whatever rank it is. AutoEP
@@ -203,34 +170,25 @@ _POSITION_BYTES = 6
 _TOKEN_BYTES = 2
 
 
-def _pack_rows(x_NTD: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Append the name of each token to its channels: [N, T, D + 8]."""
+def _pack_rows(x_ND: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Append the name of each row's token to its channels: [N, D + 8]."""
     names = [
         (value >> 8 * i) & 0xFF
         for value, count in ((rows.position, _POSITION_BYTES), (rows.token, _TOKEN_BYTES))
         for i in range(count)
     ]
-    return torch.cat([x_NTD, torch.stack(names, dim=-1).to(x_NTD.dtype).view(*x_NTD.shape[:2], -1)], dim=-1)
+    return torch.cat([x_ND, torch.stack(names, dim=-1).to(x_ND.dtype)], dim=-1)
 
 
-def _unpack_rows(experts: Any, inputs: tuple) -> tuple:
-    """Before the experts: rows [R, D + 8] to rows [R, D] and what they are."""
-    x_RD, counts_E = inputs
-    width = experts.up_proj.shape[-1]
-    if x_RD.shape[1] == width:
-        return inputs
-    names = x_RD[:, width:].detach().to(torch.int64).unbind(1)
+def _unpack_rows(x_ND: torch.Tensor) -> tuple[torch.Tensor, Rows]:
+    """Rows [N, D + 8] as rows [N, D] and what they are."""
+    width = x_ND.shape[1] - _POSITION_BYTES - _TOKEN_BYTES
+    names = x_ND[:, width:].detach().to(torch.int64).unbind(1)
 
     def number(values: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack([value << 8 * i for i, value in enumerate(values)]).sum(0)
 
-    rows = Rows(number(names[:_POSITION_BYTES]), number(names[_POSITION_BYTES:]))
-    return x_RD[:, :width], counts_E, rows
-
-
-def _widen(experts: Any, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-    """After the experts: AutoEP wants rows as wide as it gave them."""
-    return F.pad(output, (0, _POSITION_BYTES + _TOKEN_BYTES)) if len(inputs) == 3 else output
+    return x_ND[:, :width].contiguous(), Rows(number(names[:_POSITION_BYTES]), number(names[_POSITION_BYTES:]))
 
 
 def _take_experts(experts: nn.Module, ep_rank: int, ep_size: int) -> nn.Module:
@@ -247,7 +205,7 @@ def apply_expert_parallelism(model: nn.Module, ep_size: int, settings: dict[str,
     deepspeed.init_distributed must have been called; ``ep_size`` must divide the world size and the expert count.
 
     Args:
-        settings: of AutoEP's: ``combine_impl``, ``async_split_plan`` (both act on GPUs alone), ``comm_backend`` and
+        settings: of AutoEP's: ``async_split_plan`` (acts on GPUs alone), ``comm_backend`` and
             ``comm_max_tokens_per_rank``.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
