@@ -287,7 +287,9 @@ class MatrixPeak:
 
     def __init__(self, device: torch.device, bf16: bool):
         dtype = torch.bfloat16 if bf16 else torch.float32
-        self.pairs = [tuple(torch.randn(n, n, device=device, dtype=dtype) for _ in range(3)) for n in SIDES[device.type]]
+        self.pairs = [
+            tuple(torch.randn(n, n, device=device, dtype=dtype) for _ in range(3)) for n in SIDES[device.type]
+        ]
 
     def measure(self, clock: Clock) -> float:
         """FLOP/s now."""
@@ -470,4 +472,3 @@ def _all_to_all(recipe: Recipe, ours: Ours, clock: Clock) -> float:
     )
     spent = [clock.seconds(lambda: torch.distributed.all_to_all_single(out, given)) for _ in range(6)][1:]
     return given.nbytes * (size - 1) / size / statistics.median(spent)
-

@@ -330,6 +330,7 @@ def _count_small(recipe: Recipe, ep_size: int, compiled: bool, samples: int) -> 
 
         backend = _Backend(counter)
         compile_blocks(model, backend=backend.named("blocks, compiled"))
+        flow.compile(backend=backend.named("objective"))
         inputs = partial(inputs, backend=backend.named("draws and inputs"))
 
     def micro_batch() -> None:

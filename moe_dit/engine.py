@@ -109,6 +109,7 @@ class Engine:
             compile_dense_parts(model)
         elif compiled == "blocks":
             compile_blocks(model, whole=recipe.activation_checkpointing != "experts")
+            self.flow.compile()
         apply_activation_checkpointing(model, recipe.activation_checkpointing)
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         kind = optimizer_kind(recipe.optimizer.name)

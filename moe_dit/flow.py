@@ -5,6 +5,7 @@ data x, which then stands for the velocity (x - z_t) / (1 - t) (JiT, arXiv:2511.
 """
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,10 @@ class Flow:
 
     def velocity(self, model: Any, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The network's velocity, float32, shaped as z (a learned sigma's channels are left out)."""
-        output = model(z, t, y)[:, : z.shape[1]].float()
+        return self._as_velocity(model(z, t, y), z, t)
+
+    def _as_velocity(self, output: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        output = output[:, : z.shape[1]].float()
         return output if self.prediction == "velocity" else self._towards(output, z, t)
 
     def _towards(self, x: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -65,7 +69,8 @@ class Flow:
             "loss", a float32 scalar; where the network in training adds losses of its own (DiffMoE's "capacity_loss"),
             also its parts: "mse" and theirs by name.
         """
-        mse = self._squares(model, x, y, noise, t).mean()
+        z, target = self._path(x, noise, t)
+        mse = self._mean_square(model(z, t, y), z, t, target)
         auxiliary: dict[str, torch.Tensor] = getattr(model, "auxiliary_losses", dict)()
         if not auxiliary:
             return {"loss": mse}
@@ -75,16 +80,25 @@ class Flow:
         self, model: Any, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
         """Each sample's mean squared error of the velocity, float32 [N]; arguments as :meth:`loss`'s."""
-        return self._squares(model, x, y, noise, t).flatten(1).mean(1)
+        z, target = self._path(x, noise, t)
+        return (self.velocity(model, z, t, y) - target).square().flatten(1).mean(1)
 
-    def _squares(
-        self, model: Any, x: torch.Tensor, y: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
+    def compile(self, backend: Any = "inductor") -> None:
+        """Make one kernel of what comes before the network in :meth:`loss`, and one of what comes after it."""
+        compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
+        self._path, self._mean_square = compiled(self._path), compiled(self._mean_square)  # type: ignore[method-assign]
+
+    def _path(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """z_t and the velocity there, shaped as x."""
         noise = noise * self.noise_scale
         z = _per_sample(t, x) * x + _per_sample(1 - t, x) * noise
         # With data prediction the target takes the clamped denominator too, so that a perfect network has loss 0.
-        target = x - noise if self.prediction == "velocity" else self._towards(x, z, t)
-        return (self.velocity(model, z, t, y) - target).square()
+        return z, x - noise if self.prediction == "velocity" else self._towards(x, z, t)
+
+    def _mean_square(
+        self, output: torch.Tensor, z: torch.Tensor, t: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        return (self._as_velocity(output, z, t) - target).square().mean()
 
     def times(self, uniform: torch.Tensor) -> torch.Tensor:
         """Training times, float32 [N], from uniform draws in [0, 1)."""

@@ -34,7 +34,8 @@ def places(experts_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         place_TK, int64 [T, K]: the inverse permutation.
     """
     order_N = experts_TK.flatten().argsort(stable=True)
-    place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
     return order_N, place_N.view_as(experts_TK)
 
 

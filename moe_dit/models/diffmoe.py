@@ -17,6 +17,7 @@ from torch import nn
 
 from moe_dit.models.layers import (
     Block,
+    Blocks,
     ConditionEmbedder,
     FinalLayer,
     dense_mlp,
@@ -183,7 +184,7 @@ class DiffMoE(Network):
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.c_embedder = ConditionEmbedder(hidden_size, num_classes)
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(
                 hidden_size,
                 num_heads,
@@ -209,6 +210,6 @@ class DiffMoE(Network):
         h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype)).contiguous()
         h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)
-        for block in self.blocks:
-            h_NTD = block(h_NTD, c_ND, None)
+        for block, modulation in zip(self.blocks, self.blocks.modulations(c_ND), strict=True):
+            h_NTD = block(h_NTD, modulation, None)
         return unpatchify(self.final_layer(h_NTD, c_ND), self.out_channels)

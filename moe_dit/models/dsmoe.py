@@ -14,6 +14,7 @@ from torch import nn
 from moe_dit.models.layers import (
     NORMS,
     Block,
+    Blocks,
     ConditionEmbedder,
     FinalLayer,
     dense_mlp,
@@ -74,7 +75,7 @@ class DSMoE(Network):
         head_dim = hidden_size // num_heads
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.c_embedder = ConditionEmbedder(hidden_size, num_classes)
-        self.blocks = nn.ModuleList(
+        self.blocks = Blocks(
             Block(
                 hidden_size,
                 num_heads,
@@ -108,6 +109,6 @@ class DSMoE(Network):
         if self.pos_embed is not None:
             h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)
-        for block in self.blocks:
-            h_NTD = block(h_NTD, c_ND, self.rope)
+        for block, modulation in zip(self.blocks, self.blocks.modulations(c_ND), strict=True):
+            h_NTD = block(h_NTD, modulation, self.rope)
         return unpatchify(self.final_layer(h_NTD, c_ND), self.out_channels)

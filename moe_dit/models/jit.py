@@ -14,6 +14,7 @@ from torch import nn
 
 from moe_dit.models.layers import (
     Block,
+    Blocks,
     ConditionEmbedder,
     FinalLayer,
     moe_blocks,
@@ -131,7 +132,7 @@ class JiT(Network):
                 proj_drop=proj_dropout if dropping else 0.0,
             )
 
-        self.blocks = nn.ModuleList(block(i, is_moe) for i, is_moe in enumerate(moe_blocks(depth)))
+        self.blocks = Blocks(block(i, is_moe) for i, is_moe in enumerate(moe_blocks(depth)))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels, rms_norm)
         self.register_buffer("rope", sin_cos_table(rope_2d(hidden_size // num_heads, side)), persistent=False)
         self.register_buffer("pos_embed", sin_cos_2d(hidden_size, side))
@@ -151,10 +152,10 @@ class JiT(Network):
         h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype)).contiguous()
         h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)
-        for i, block in enumerate(self.blocks):
+        for i, (block, modulation) in enumerate(zip(self.blocks, self.blocks.modulations(c_ND), strict=True)):
             if i == self.in_context_start and self.in_context_posemb is not None:
                 # Tokens that carry the label and no position: attention leaves them unrotated.
                 class_tokens = self.c_embedder.label(y)[:, None] + self.in_context_posemb
                 h_NTD = torch.cat([class_tokens, h_NTD], dim=1)
-            h_NTD = block(h_NTD, c_ND, self.rope)
+            h_NTD = block(h_NTD, modulation, self.rope)
         return unpatchify(self.final_layer(h_NTD[:, self.in_context_len :], c_ND), self.out_channels)

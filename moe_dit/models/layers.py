@@ -3,9 +3,9 @@
 Shapes: N samples, T tokens, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,11 @@ class ConditionEmbedder(nn.Module):
 
     def forward(self, t_N: torch.Tensor, y_N: torch.Tensor) -> torch.Tensor:
         """t_N float in [0, 1], y_N int64 in [0, num_classes] -> [N, D]."""
-        return self.time(self.frequencies(t_N).to(self.label.weight.dtype)) + self.label(y_N)
+        return self.embed_time(t_N) + self.label(y_N)
+
+    def embed_time(self, t_N: torch.Tensor) -> torch.Tensor:
+        """The time's part, [N, D]."""
+        return self.time(self.frequencies(t_N).to(self.label.weight.dtype))
 
 
 def rotate(x_NTHC: torch.Tensor, table_TS: torch.Tensor) -> torch.Tensor:
@@ -116,6 +120,10 @@ class Attention(AttentionRope):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
+# Shift, scale and gate of attention, then those of the MLP: [N, D] each.
+Modulation: TypeAlias = tuple[torch.Tensor, ...]
+
+
 class Block(nn.Module):
     """Transformer block with adaLN-Zero: attention, then ``mlp`` (dense or MoE).
 
@@ -153,16 +161,25 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def attend(
-        self, x_NTD: torch.Tensor, c_ND: torch.Tensor, rope: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """All that comes before ``mlp``: tokens after attention, what ``mlp`` gets [N, T, D], its gate [N, D]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_ND).chunk(6, dim=1)
+        self, x_NTD: torch.Tensor, modulation: Modulation, rope: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that comes before ``mlp``: tokens after attention and what ``mlp`` gets, both [N, T, D]."""
+        shift1, scale1, gate1, shift2, scale2, _ = modulation
         x_NTD = x_NTD + gate1[:, None] * self.attn(modulate(self.norm1(x_NTD), shift1, scale1), rope=rope)
-        return x_NTD, modulate(self.norm2(x_NTD), shift2, scale2), gate2
+        return x_NTD, modulate(self.norm2(x_NTD), shift2, scale2)
 
-    def forward(self, x_NTD: torch.Tensor, c_ND: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
-        x_NTD, h_NTD, gate_ND = self.attend(x_NTD, c_ND, rope)
-        return x_NTD + gate_ND[:, None] * self.mlp(h_NTD)
+    def forward(self, x_NTD: torch.Tensor, modulation: Modulation, rope: torch.Tensor | None) -> torch.Tensor:
+        """Tokens [N, T, D] by one of :meth:`Blocks.modulations` and a rotary table, or none."""
+        x_NTD, h_NTD = self.attend(x_NTD, modulation, rope)
+        return x_NTD + modulation[5][:, None] * self.mlp(h_NTD)
+
+
+class Blocks(nn.ModuleList):
+    """A network's blocks, called one by one with what :meth:`modulations` gives for each."""
+
+    def modulations(self, c_ND: torch.Tensor) -> Sequence[Modulation]:
+        """Each block's, by the conditioning [N, D]."""
+        return [block.adaLN_modulation(c_ND).chunk(6, dim=1) for block in self]
 
 
 class FinalLayer(nn.Module):

@@ -153,9 +153,9 @@ class Router(nn.Module):
         if self.top_k > 1:  # a single weight divided by itself would be 1, and teach the router nothing
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         weights_TK = weights_TK * self.routed_scale
-        # scatter_add rather than bincount: bincount waits for the GPU to learn its output's size.
-        ones = torch.ones_like(experts_TK, dtype=torch.int32).flatten()
-        counts_E = ones.new_zeros(scores_TE.shape[1]).scatter_add_(0, experts_TK.flatten(), ones)
+        # Neither bincount, which waits for the GPU to learn its output's size, nor a scatter, whose atomics collide.
+        expert_E = torch.arange(scores_TE.shape[1], device=experts_TK.device)
+        counts_E = (experts_TK.flatten()[:, None] == expert_E).sum(0, dtype=torch.int32)
         losses = {
             name: weight * AUXILIARY_LOSSES[name](logits_TE, scores_TE, counts_E)
             for name, weight in self.auxiliary_losses.items()

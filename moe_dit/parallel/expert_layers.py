@@ -108,9 +108,10 @@ class ExpertParallelMoE(AutoEPMoELayer):
 
     def route(self, x: torch.Tensor) -> Routing:
         """Choose experts for tokens x [N, T, D], and sort the tokens by them."""
-        x_TD = x.flatten(0, -2)
-        weights_TK, experts_TK, counts_E, losses = self.router.route(x_TD)
+        # The router computes in float32; cast in the shape that x is made in, both come from one kernel.
+        weights_TK, experts_TK, counts_E, losses = self.router.route(x.float().flatten(0, -2))
         order_N, place_TK = places(experts_TK)
+        x_TD = x.flatten(0, -2)
         rows_ND = x_TD if self._by_deepep else dispatch(x_TD, order_N, place_TK)
         return Routing(weights_TK, experts_TK, counts_E, order_N, place_TK, rows_ND, losses)
 
