@@ -7,10 +7,12 @@ import os
 
 import torch
 
-from moe_dit.kernels import combine, dispatch, places, rows
+from moe_dit.kernels import combine, dispatch, places, regroup, rows, swiglu, ungroup
 
 # tokens, choices of a token, experts, width: odd ones, empty experts, several blocks of columns
 SIZES = ((1, 1, 1, 1), (7, 1, 3, 5), (13, 2, 40, 33), (33, 5, 16, 130), (3, 2, 4, 1153), (0, 2, 4, 8))
+# rows of each expert (columns) from each rank (rows): no rows, one, ranks and experts without any, odd numbers
+COUNTS = ([[0, 0]], [[1]], [[3, 0, 2], [0, 0, 5]], [[1, 2], [0, 0], [4, 0], [7, 1], [0, 9]], [[2, 0, 3, 1, 0, 1, 2]])
 # Sums in float32, rounded once: half a unit in the last of bf16's 8 bits, and a few in float32's last for the sum.
 # Triton's interpreter (3.8) cuts bf16's bits off where GPUs round: a whole unit.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -18,7 +20,7 @@ TOLERANCES = {torch.bfloat16: 2**-7 if INTERPRETED else 2**-8, torch.float32: 2*
 
 
 def check(size: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
-    """Hold both functions and their gradients against the sums written out in float64."""
+    """Hold dispatch and combine, and their gradients, against the sums written out in float64."""
     tokens, top_k, experts, width = size
     generator = torch.Generator().manual_seed(tokens * 100 + width)
 
@@ -60,6 +62,52 @@ def check(size: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> N
     close(mine_weights.grad, want_weights, torch.float32)
 
 
+def check_regroup(counts: list[list[int]], width: int, dtype: torch.dtype, device: str) -> None:
+    """Rows go to the places that two loops over ranks and experts say, and back, and so do gradients."""
+    names = [(s, e) for s, row in enumerate(counts) for e, n in enumerate(row) for _ in range(n)]
+    order = sorted(range(len(names)), key=lambda i: (names[i][1], names[i][0]))
+    generator = torch.Generator().manual_seed(width)
+    x, grad = (torch.randn(len(names), width, generator=generator).to(dtype) for _ in range(2))
+    counts_SE = torch.tensor(counts, dtype=torch.int32, device=device)
+    mine = x.to(device).requires_grad_()
+    sorted_RD = regroup(mine, counts_SE)
+    assert sorted_RD.dtype == dtype and torch.equal(sorted_RD.cpu(), x[order])
+    assert torch.equal(ungroup(sorted_RD, counts_SE).cpu(), x)
+    (got,) = torch.autograd.grad(sorted_RD, mine, grad.to(device))
+    assert torch.equal(got[order].cpu(), grad)
+    (got,) = torch.autograd.grad(ungroup(mine, counts_SE), mine, grad.to(device))
+    assert torch.equal(got.cpu(), grad[order])
+
+
+def check_swiglu(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    """Hold SwiGLU and its gradients against autograd in float64."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    gate, up, grad = (3 * torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    mine = gate.to(device).requires_grad_(), up.to(device).requires_grad_()
+    out = swiglu(*mine)
+    exact = gate.double().requires_grad_(), up.double().requires_grad_()
+    want = torch.nn.functional.silu(exact[0]) * exact[1]
+    assert out.dtype == dtype
+    close(out, want.detach(), dtype)
+    got = torch.autograd.grad(out, mine, grad.to(device))
+    for a, b in zip(got, torch.autograd.grad(want, exact, grad.double()), strict=True):
+        assert a.dtype == dtype
+        close(a, b, dtype)
+
+
+def check_all(device: str) -> int:
+    """Every case in every precision; how many there were."""
+    for dtype in TOLERANCES:
+        for size in SIZES:
+            check(size, dtype, device)
+        for counts in COUNTS:
+            check_regroup(counts, 33, dtype, device)
+        check_regroup(COUNTS[2], 1153, dtype, device)
+        for shape in ((0, 8), (1, 1), (7, 33), (3, 1153)):
+            check_swiglu(shape, dtype, device)
+    return len(TOLERANCES) * (len(SIZES) + len(COUNTS) + 5)
+
+
 def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
     """Every value within a dtype's tolerance of the largest."""
     assert got.shape == want.shape
@@ -70,7 +118,4 @@ def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
 
 if __name__ == "__main__":
     assert rows._kernels(torch.empty(0)) is rows.triton_rows, "set TRITON_INTERPRET=1"
-    for size in SIZES:
-        for dtype in TOLERANCES:
-            check(size, dtype, "cpu")
-    print(f"{len(SIZES) * len(TOLERANCES)} cases hold")
+    print(f"{check_all('cpu')} cases hold")

@@ -7,23 +7,21 @@ import sys
 import pytest
 import torch
 from helpers import ENV, ROOT
-from kernels import SIZES, TOLERANCES, check
+from kernels import check_all
 
 from moe_dit.kernels import combine, dispatch, places
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_plain_torch_sums_the_rows_of_each_token(size, dtype):
-    check(size, dtype, "cpu")
+def test_plain_torch_against_float64():
+    assert check_all("cpu") == 32
 
 
-def test_triton_sums_them_too():
+def test_triton_against_float64():
     pytest.importorskip("triton")
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = ENV | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "tests/kernels.py"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "12 cases hold" in done.stdout, done.stderr
+    assert done.returncode == 0 and "32 cases hold" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -39,9 +37,12 @@ def test_kernels_compile_for_gpus_that_are_not_here(capability, dtype, top_k, tm
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     row, weight = f"*{dtype}", "*fp32"
     types = {"rows": row, "out": row, "grad": row, "grad_rows": row, "width": "i32"}
-    types |= {"weights": weight, "grad_weights": weight, "place": "*i64"}
-    constants = {"K": top_k, "BLOCK": 512, "WEIGHTED": True}
-    for kernel in (triton_rows.sum_rows_kernel, triton_rows.sum_rows_backward_kernel):
+    types |= {"weights": weight, "grad_weights": weight, "place": "*i64", "counts": "*i32", "numel": "i32"}
+    types |= dict.fromkeys(("gate", "up", "grad_gate", "grad_up"), row)
+    constants = {"K": top_k, "BLOCK": 512, "WEIGHTED": True, "S": 3, "E": top_k, "G": 16, "BACK": top_k == 1}
+    kernels = [kernel for name, kernel in vars(triton_rows).items() if name.endswith("_kernel")]
+    assert len(kernels) == 5
+    for kernel in kernels:
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         values = {name: value for name, value in constants.items() if name in signature}
         source = ASTSource(fn=kernel, signature=signature, constexprs=values)

@@ -9,7 +9,6 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from pydantic.dataclasses import dataclass
 from timm.layers import PatchEmbed
-from torch import nn
 
 from moe_dit.models.layers import (
     NORMS,
