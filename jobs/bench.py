@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=tuple(KINDS), default="wall", help="cpu: seconds of the processor, where "
                         "others use the machine too (default: %(default)s)")  # fmt: skip
     parser.add_argument("--ds", default="ds_configs/zero1_ep1.json", metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--data", metavar="SHARDS", help="folder of shards to read (default: noise, made for the bench)")
+    parser.add_argument("--data", metavar="SHARDS", help="shards to read (default: noise, made for the bench)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the time by part")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a recipe key")
@@ -143,7 +143,9 @@ def show(result: dict[str, Any]) -> None:
     each("memory held", lambda side: decimal(side["memory_held"]))
     each("memory at its peak", lambda side: decimal(side["memory_peak"]))
     console.print(table)
-    console.print(f"matrix peak {result['matrix_peak'] / 1e9:,.0f} GFLOP/s, {result['flops_per_image'] / 1e9:,.2f} an image")
+    console.print(
+        f"matrix peak {result['matrix_peak'] / 1e9:,.0f} GFLOP/s, {result['flops_per_image'] / 1e9:,.2f} an image"
+    )
     if "speedup" in result:
         spread = result["speedup_spread"]
         console.print(

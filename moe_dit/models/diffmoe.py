@@ -108,7 +108,7 @@ class ExpertChoiceMoE(nn.Module):
         """[N, tokens of a sample, D] -> the same."""
         x_TD = x.flatten(0, -2)
         token_R, score_R, count_E = self.choose(x_TD)
-        out_RD = self.experts(x_TD[token_R], count_E) * score_R[:, None]
+        out_RD = self.experts(x_TD.index_select(0, token_R), count_E) * score_R[:, None]
         routed_TD = out_RD.new_zeros(x_TD.shape).index_add(0, token_R, out_RD).to(x.dtype)
         routed = routed_TD.view_as(x)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)

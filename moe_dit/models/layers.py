@@ -82,6 +82,10 @@ def rotate(x_NHTC: torch.Tensor, table_TS: torch.Tensor) -> torch.Tensor:
         table_TS: sines then cosines [T, 2 C] (:func:`sin_cos_table`).
     """
     sin_TC, cos_TC = table_TS.chunk(2, dim=-1)
+    if x_NHTC.device.type == "cpu" and x_NHTC.dtype == torch.float32 and not torch.compiler.is_compiling():
+        # The same products and sums as complex numbers, in one pass; torch.compile has no kernels for them.
+        turn_TC = torch.complex(cos_TC[:, ::2].contiguous(), sin_TC[:, ::2].contiguous())
+        return torch.view_as_real(torch.view_as_complex(x_NHTC.unflatten(-1, (-1, 2))) * turn_TC).flatten(-2)
     even, odd = x_NHTC.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-odd, even], dim=-1).flatten(-2)
     return (x_NHTC * cos_TC + turned * sin_TC).to(x_NHTC.dtype)

@@ -281,6 +281,8 @@ def for_deepspeed(parallelism: Parallelism, recipe: Recipe, bf16: bool) -> dict[
     config = dict(parallelism.json)
     # Expert-parallel layers are built before the engine sees the model (moe_dit.parallel).
     config.pop("expert_parallel", None)
+    if not parallelism.zero_stage:
+        config["zero_optimization"] = {"stage": 0}
     if bf16 and sums_in_fp32(recipe, parallelism, bf16):
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return config | {

@@ -25,7 +25,7 @@ from deepspeed.ops.triton_ops.autoep_fused_token_ops import fused_weighted_resto
 from deepspeed.utils import groups
 from torch import nn
 
-from moe_dit.models.moe import MoE, Rows, token_rows
+from moe_dit.models.moe import Choices, MoE, Rows, token_rows
 from moe_dit.models.recomputing import recomputing
 
 
@@ -154,7 +154,10 @@ class ExpertParallelMoE(AutoEPMoELayer):
 
     @torch.compiler.disable
     def exchange(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """The experts' outputs for x [N, T, D]: rows [N K, D] in the routing's order (DeepEP: weighted sums [T, D])."""
+        """The experts' outputs for x [N, T, D]: rows [N K, D] in the routing's order.
+
+        With DeepEP, and on CPUs where nothing is exchanged, weighted sums [T, D].
+        """
         if not recomputing():
             self.router.layer_losses = routing.losses
             with torch.no_grad():
@@ -165,7 +168,11 @@ class ExpertParallelMoE(AutoEPMoELayer):
             if rows is not None:
                 token_N = routing.order // top_k
                 rows = Rows(rows.position[token_N], rows.token[token_N])
-            x_ND = _Take.apply(x.flatten(0, -2), routing.order, routing.place, top_k)
+            x_TD = x.flatten(0, -2)
+            if not x.is_cuda:  # summed while an expert's rows are in the cache
+                place_TK = routing.place.view_as(routing.experts)
+                return self.experts(x_TD, routing.counts, rows, Choices(routing.order, place_TK, routing.weights))
+            x_ND = _Take.apply(x_TD, routing.order, routing.place, top_k)
             return self.experts(x_ND, routing.counts, rows)
         if self.comm_backend == "deepep":
             return self._deepep_route(x.flatten(0, -2), RouterOutput(routing.experts, routing.weights, routing.counts))
@@ -185,8 +192,8 @@ class ExpertParallelMoE(AutoEPMoELayer):
 
     def finish(self, x: torch.Tensor, routing: Routing, out_ND: torch.Tensor) -> torch.Tensor:
         """Weight and add up each token's outputs, and add the shared expert's (or, without one, the input)."""
-        if self.ep_size > 1 and self.comm_backend == "deepep":
-            routed_TD = out_ND
+        if (self.ep_size > 1 and self.comm_backend == "deepep") or (self.ep_size == 1 and not x.is_cuda):
+            routed_TD = out_ND.to(x.dtype)
         elif self.combine_impl == "fused_weighted_sum" and x.is_cuda and not torch.compiler.is_compiling():
             routed_TD = fused_weighted_restore(
                 out_ND, routing.weights, routing.order, routing.weights.shape[1], (1, *x.flatten(0, -2).shape)

@@ -92,7 +92,7 @@ class Expert(nn.Module):
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by the names of :class:`Experts`; zeros where the expert got no token."""
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for name, layer in self.named_children():
             if isinstance(layer, nn.Linear):
                 for kind, weight in (("proj", layer.weight), ("bias", layer.bias)):
