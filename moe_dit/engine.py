@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,10 +89,7 @@ class Engine:
         self.device = device
         self.flow = build_flow(recipe)
         self.bf16 = recipe.in_bf16(device.type)
-        if parallelism.world_size == 1 and not self.bf16:
-            # Nothing to shard and no precision to keep: ZeRO would only copy each weight and gradient several times.
-            parallelism = replace(parallelism, zero_stage=0)
-        self.parallelism = parallelism
+        self.parallelism = parallelism = parallelism.in_precision(self.bf16)
         if self.bf16 and parallelism.zero_stage == 0:
             raise InputError(
                 f"{parallelism.file}: ZeRO 0 trains in float32 only here; use zero_optimization.stage 1, which "

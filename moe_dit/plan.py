@@ -87,6 +87,7 @@ def make_plan(
         bf16: weights that compute are bf16, as on GPUs; else float32 as on CPUs.
         kept: activations of an image, from :func:`measure_activations`; without it the plan leaves them out.
     """
+    parallelism = parallelism.in_precision(bf16)
     model = build_model(recipe, device="meta")
     experts = {id(p) for m in model.modules() if isinstance(m, MoE) for p in m.experts.parameters()}
     world = parallelism.world_size

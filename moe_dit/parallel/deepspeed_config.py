@@ -8,7 +8,7 @@ import difflib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,13 @@ class Parallelism:
     micro_batch_size: int  # samples a rank computes at once
     accumulation: int  # micro-batches a step
     json: dict[str, Any]  # the file's content, for DeepSpeed
+
+    def in_precision(self, bf16: bool) -> "Parallelism":
+        """How it is done in bf16 or float32: one float32 rank has nothing to shard, and goes without ZeRO.
+
+        It would compute the same, and copy each weight and gradient several times a step.
+        """
+        return replace(self, zero_stage=0) if self.world_size == 1 and not bf16 else self
 
     def exchange(self, recipe: Recipe, bf16: bool) -> dict[str, Any]:
         """How expert-parallel layers exchange tokens: AutoEP's settings, from the JSON's ``expert_parallel``.
