@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from pydantic.dataclasses import dataclass
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import Mlp
 from torch import nn
 
 from moe_dit.models.layers import (
     Block,
     ConditionEmbedder,
     FinalLayer,
+    PatchEmbed,
     dense_mlp,
     moe_blocks,
     sin_cos_2d,

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from diffusers.configuration_utils import register_to_config
 from pydantic.dataclasses import dataclass
-from timm.layers import PatchEmbed
 from torch import nn
 
 from moe_dit.models.layers import (
@@ -16,6 +15,7 @@ from moe_dit.models.layers import (
     Block,
     ConditionEmbedder,
     FinalLayer,
+    PatchEmbed,
     dense_mlp,
     moe_blocks,
     rope_1d,

@@ -68,7 +68,8 @@ class BottleneckPatchEmbed(nn.Module):
         self.proj2 = nn.Conv2d(bottleneck_dim, hidden_size, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
+        # Contiguous, or every norm after it would copy its input.
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2).contiguous()
 
 
 class JiT(Network):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from timm.layers import AttentionRope, Mlp
+from timm.layers import PatchEmbed as TimmPatchEmbed
 from torch import nn
 
 from moe_dit.models.dropout import Dropout
@@ -22,7 +23,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {"layernorm": layer_norm, "rmsnor
 
 def modulate(x_NTD: torch.Tensor, shift_ND: torch.Tensor, scale_ND: torch.Tensor) -> torch.Tensor:
     """adaLN's shift and scale of every token of a sample (Peebles & Xie, arXiv:2212.09748)."""
-    return x_NTD * (1 + scale_ND[:, None]) + shift_ND[:, None]
+    return torch.addcmul(shift_ND[:, None], x_NTD, 1 + scale_ND[:, None])
 
 
 def rope_1d(head_dim: int, positions: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
@@ -53,6 +54,17 @@ def sin_cos_2d(width: int, side: int) -> torch.Tensor:
     A quarter of the channels each: sines and cosines of the column, sines and cosines of the row.
     """
     return get_2d_sincos_pos_embed(width, side, base_size=side, device=torch.device("cpu"), output_type="pt").float()
+
+
+class PatchEmbed(TimmPatchEmbed):
+    """Patches to tokens by one linear map: [N, C, side, side] -> [N, T, D].
+
+    The tokens are contiguous. timm's are a transposed view, and every sum in a network keeps the strides of its first
+    operand: each norm would copy its input.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).contiguous()
 
 
 class ConditionEmbedder(nn.Module):
@@ -156,12 +168,12 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """All that comes before ``mlp``: tokens after attention, what ``mlp`` gets [N, T, D], its gate [N, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_ND).chunk(6, dim=1)
-        x_NTD = x_NTD + gate1[:, None] * self.attn(modulate(self.norm1(x_NTD), shift1, scale1), rope=rope)
+        x_NTD = torch.addcmul(x_NTD, gate1[:, None], self.attn(modulate(self.norm1(x_NTD), shift1, scale1), rope=rope))
         return x_NTD, modulate(self.norm2(x_NTD), shift2, scale2), gate2
 
     def forward(self, x_NTD: torch.Tensor, c_ND: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
         x_NTD, h_NTD, gate_ND = self.attend(x_NTD, c_ND, rope)
-        return x_NTD + gate_ND[:, None] * self.mlp(h_NTD)
+        return torch.addcmul(x_NTD, gate_ND[:, None], self.mlp(h_NTD))
 
 
 class FinalLayer(nn.Module):

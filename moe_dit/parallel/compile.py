@@ -64,4 +64,4 @@ def _before(block: Any, x_NTD: Tensor, c_ND: Tensor, rope: Tensor | None) -> tup
 
 
 def _after(block: Any, x_NTD: Tensor, h_NTD: Tensor, gate_ND: Tensor, routing: Routing, out_ND: Tensor) -> Tensor:
-    return x_NTD + gate_ND[:, None] * block.mlp.finish(h_NTD, routing, out_ND)
+    return torch.addcmul(x_NTD, gate_ND[:, None], block.mlp.finish(h_NTD, routing, out_ND))
