@@ -108,7 +108,7 @@ MUTATIONS = [
         "moe_dit/lineage.py",
         "candidates = candidates[: names.index(named) + 1]",
         "candidates = candidates[:]",
-        "tests/test_steps.py::test_latest_says_which_checkpoint_is_exported",
+        "tests/test_checkpoint.py::test_latest_says_which_of_a_branchs_checkpoints_is_meant",
     ),
     Mutation(
         "gradient-not-checked",
@@ -355,6 +355,20 @@ MUTATIONS = [
         ".unflatten(0, (self.side, self.side))",
         ".unflatten(0, (self.side, self.side)).transpose(0, 1)",
         "tests/test_atlas.py::test_choice_by_position",
+    ),
+    Mutation(
+        "cpu-experts-forget-the-weight",
+        "moe_dit/kernels/cpu.py",
+        "weighted = h.mul_(weight_n1)",
+        "weighted = h",
+        "tests/test_model.py::test_summing_tokens_by_expert_equals_summing_their_rows",
+    ),
+    Mutation(
+        "labels-unchecked",
+        "moe_dit/data.py",
+        "or int(text) >= self.classes",
+        "",
+        "tests/test_rubbish.py::test_a_label_that_is_none_of_the_classes_is_refused",
     ),
 ]
 
