@@ -109,7 +109,9 @@ class Attention(AttentionRope):
     timm 1.0's own forward concatenates a prefix of no tokens, whose gradients are zero-filled copies.
     """
 
-    def forward(self, x_NTD: torch.Tensor, rope: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(  # type: ignore[override]  # without timm's masks
+        self, x_NTD: torch.Tensor, rope: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[N, T, D] -> the same."""
         qkv = self.qkv(x_NTD).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)

@@ -53,8 +53,9 @@ def compile_blocks(model: nn.Module, whole: bool = True, backend: Any = "inducto
         else:
             block.attend = partial(attend, block)
             if isinstance(block.mlp, ExpertParallelMoE):
-                block.mlp.route = partial(route, block.mlp)
-                block.mlp.finish = partial(finish, block.mlp)
+                layer: Any = block.mlp
+                layer.route = partial(route, layer)
+                layer.finish = partial(finish, layer)
     return len(blocks)
 
 
