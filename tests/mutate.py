@@ -80,7 +80,7 @@ MUTATIONS = [
         "moe_dit/engine.py",
         'group["lr"] = self.learning_rate(step)',
         'group["lr"] = self.recipe.optimizer.lr',
-        "tests/test_steps.py::test_the_first_step_under_zero_1",
+        "tests/test_steps.py::test_the_first_step_of_one_rank",
     ),
     Mutation(
         "biases-not-restored",
@@ -235,7 +235,7 @@ MUTATIONS = [
         "moe_dit/parallel/deepspeed_config.py",
         "recipe.optimizer.clip_grad_norm if parallelism.zero_stage else 0.0",
         "0.0",
-        "tests/test_steps.py::test_the_first_step_under_zero_1",
+        "tests/test_engine.py::test_clipping_is_torch_s",
     ),
     Mutation(
         "experts-drawn-alike",
@@ -249,7 +249,7 @@ MUTATIONS = [
         "moe_dit/optimizer.py",
         "first, second = config.betas",
         "second, first = config.betas",
-        "tests/test_steps.py::test_the_first_step_under_zero_1",
+        "tests/test_steps.py::test_the_first_step_of_one_rank",
     ),
     Mutation(
         "adam-begins-anew",
@@ -291,7 +291,7 @@ MUTATIONS = [
         "moe_dit/initial_weights.py",
         'kinds = ["weight", *engine.recipe.ema.decays]',
         'kinds = ["weight"]',
-        "tests/test_steps.py::test_the_first_step_under_zero_1",
+        "tests/test_steps.py::test_the_first_step_of_one_rank",
     ),
     Mutation(
         "crop-off-centre",
