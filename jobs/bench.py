@@ -3,7 +3,7 @@
 import os
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ EXAMPLES = """\
   python jobs/bench.py --recipe dsmoe_b_e16 --device cuda
   python jobs/bench.py --recipe dsmoe_b_e16 --batch 4 --set model.depth=2      a part of what does not fit twice
   python jobs/bench.py --recipe dsmoe_l_e16 --against none                     ours alone
-  torchrun --nproc_per_node 8 jobs/bench.py --recipe dsmoe_b_e16 --ds ds_configs/zero2_ep8.json"""
+  torchrun --nproc_per_node 8 jobs/bench.py --recipe dsmoe_b_e16 --ds ds_configs/zero2_ep8.json
+  python jobs/bench.py --recipe dsmoe_s_e16 --ds ds_configs/zero2_ep8.json --count       without a GPU"""
+COUNTED_BATCH = 64
 CPU_BATCH = 16
 KINDS = {"cpu": time.process_time, "wall": time.perf_counter}
 
@@ -47,14 +49,17 @@ def main() -> None:
     parser.add_argument("--clock", choices=tuple(KINDS), default="wall", help="cpu: seconds of the processor, where "
                         "others use the machine too (default: %(default)s)")  # fmt: skip
     parser.add_argument("--ds", default="ds_configs/zero1_ep1.json", metavar="FILE", help="default: %(default)s")
-    parser.add_argument(
-        "--data", metavar="SHARDS", help="folder of shards to read (default: noise, made for the bench)"
-    )
+    parser.add_argument("--data", metavar="SHARDS", help="shards to read (default: noise, made for the bench)")
+    parser.add_argument("--count", action="store_true", help="count what a GPU's step launches, waits for and touches, "
+                        f"without one; of {COUNTED_BATCH} images, or --batch; eager: --set compile=none")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the time by part")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a recipe key")
     args = parser.parse_args()
     check(args)
+    if args.count:
+        show_counts(args)
+        return
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed and torch take a GPU where they see one
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -103,6 +108,32 @@ def check(args) -> None:
     for file in (args.json, args.plot):
         if file is not None:
             check_new_file(file, lambda _: True)
+
+
+def show_counts(args) -> None:
+    """What a step of one micro-batch launches, waits for and touches on a GPU that is not there."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    recipe = load_recipe(args.recipe, args.set)
+    samples = args.batch or COUNTED_BATCH
+    ranks = recipe.token_choice.num_experts if recipe.token_choice is not None else 1  # every EP degree divides it
+    recipe = replace(recipe, global_batch_size=samples * ranks, max_micro_batch_size=samples)
+    parallelism = load_parallelism(args.ds, recipe, ranks)
+    from moe_dit.counting import count
+
+    ep, stage = parallelism.ep_size, parallelism.zero_stage
+    compiled = recipe.compile == "blocks" or (recipe.compile == "auto" and stage < 3)
+    say("counting; compiling for it takes a minute or two")
+    costs = count(recipe, ep, stage, compiled, samples)
+    title = f"{recipe.name}, {samples} images, EP {ep}, ZeRO {stage}, {'compiled' if compiled else 'eager'}"
+    table = Table("a step", title=title, title_justify="left")
+    for name in ("launches", "host waits", "touched"):
+        table.add_column(name, justify="right")
+    for part, cost in costs.items():
+        table.add_row(part, f"{cost.launches:,.0f}", f"{cost.synchronisations:,.0f}", f"{cost.bytes / 1e9:,.2f} GB")
+    Console(width=110, highlight=False).print(table)
+    if args.json:
+        with explained(str(args.json)):
+            write_json(args.json, {part: asdict(cost) for part, cost in costs.items()})
 
 
 def read_recipe(args) -> Recipe:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class Clock:
 
 
 class Memory:
-    """The peak of memory during a step: the device's, or this process's (Linux keeps and resets its high-water mark)."""
+    """The peak of memory during a step: the device's, or this process's, of which Linux keeps a mark to be reset."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -144,7 +145,7 @@ def made_up_shards(recipe: Recipe, folder: Path, samples: int) -> Manifest:
             else:
                 sample["png"] = torch.rand(side, side, model.in_channels, generator=generator).numpy()
             tar.write(sample)
-    values = {
+    values: dict[str, Any] = {
         "kind": recipe.data.kind,
         "samples": samples,
         "classes": [str(i) for i in range(model.num_classes)],
@@ -296,7 +297,7 @@ class MatrixPeak:
         rates = []
         for a, b, out in self.pairs:
             for _ in range(3):
-                seconds = clock.seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+                seconds = clock.seconds(partial(torch.mm, a, b, out=out))
                 rates.append(2 * len(a) ** 3 / seconds)
         return max(rates)
 

@@ -19,7 +19,6 @@ What is counted, and how near it is to a GPU:
 """
 
 import copy
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -293,7 +292,7 @@ def _network(recipe: Recipe, ep_size: int) -> torch.nn.Module:
     from moe_dit.models.moe import Experts, MoE
     from moe_dit.parallel.expert_layers import ExpertParallelMoE
 
-    model = build_model(recipe, device="meta")
+    model: Any = build_model(recipe, device="meta")
     for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, MoE)]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, ExpertParallelMoE(name, layer, ep_size, 0, {}))
@@ -324,7 +323,7 @@ def _count_small(recipe: Recipe, ep_size: int, compiled: bool, samples: int) -> 
         "y": torch.zeros(samples, dtype=torch.int64),
         "position": torch.arange(samples),
     }
-    inputs = partial(training_inputs, recipe, batch, Latents(True, 0.0, 1.0))
+    inputs = partial(training_inputs, recipe, batch, Latents(1.0, 0.0, True))
     if compiled:
         from moe_dit.parallel.compile import compile_blocks
 
@@ -346,7 +345,7 @@ def _count_small(recipe: Recipe, ep_size: int, compiled: bool, samples: int) -> 
     with _lonely_exchange(counter):
         if compiled:
             micro_batch()
-            model.zero_grad()  # as DeepSpeed's hooks take every gradient away where they find it
+            model.zero_grad()  # DeepSpeed takes each gradient away as soon as it is there
             counter.costs.clear()
             counter.operations.clear()
             counter.spans.clear()
@@ -355,18 +354,3 @@ def _count_small(recipe: Recipe, ep_size: int, compiled: bool, samples: int) -> 
         with counter:
             micro_batch()
     return dict(counter.costs)
-
-
-def main() -> None:
-    """``python -m moe_dit.counting RECIPE EP``: for a look; jobs/bench.py --count makes the table."""
-    from moe_dit.recipe_file import load_recipe
-
-    recipe = load_recipe(sys.argv[1])
-    for part, cost in count(
-        recipe, int(sys.argv[2]), 0 if "network" in sys.argv else 2, compiled="eager" not in sys.argv
-    ).items():
-        print(f"{part:28} {cost.launches:7.0f} {cost.synchronisations:4.0f} {cost.bytes / 1e9:8.2f} GB")
-
-
-if __name__ == "__main__":
-    main()

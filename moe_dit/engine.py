@@ -86,10 +86,10 @@ class Engine:
 
     def __init__(self, recipe: Recipe, parallelism: Parallelism, device: torch.device):
         self.recipe = recipe
-        self.parallelism = parallelism
         self.device = device
         self.flow = build_flow(recipe)
         self.bf16 = recipe.in_bf16(device.type)
+        self.parallelism = parallelism = parallelism.in_precision(self.bf16)
         if self.bf16 and parallelism.zero_stage == 0:
             raise InputError(
                 f"{parallelism.file}: ZeRO 0 trains in float32 only here; use zero_optimization.stage 1, which "
@@ -117,10 +117,13 @@ class Engine:
         def make_optimizer(parameters):
             parameters = list(parameters)
             groups = split_params_into_different_moe_groups_for_optimizer({"params": parameters, "name": "weights"})
-            return kind.build([group for group in groups if group["params"]], recipe.optimizer, device.type == "cuda")
+            return kind.build([group for group in groups if group["params"]], recipe.optimizer)
 
         config = for_deepspeed(parallelism, recipe, self.bf16)
         self.deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer, config=config)
+        if parallelism.world_size == 1 and parallelism.zero_stage == 0:
+            # DeepSpeed 0.19.8 would flatten and copy back gradients that nobody is to get.
+            self.deepspeed_engine.enable_backward_allreduce = False
         # DeepSpeed casts buffers with the weights, but rotary tables and balance biases are float32 quantities.
         for name, buffer in buffers.items():
             module, _, key = name.rpartition(".")

@@ -20,20 +20,18 @@ class OptimizerKind:
     """How an optimizer is made, and what of it a checkpoint keeps.
 
     Attributes:
-        build: makes it of parameter groups, the recipe's section, and whether the weights are on a GPU.
+        build: makes it of parameter groups and the recipe's section.
         state: keys of the tensors that it keeps for each weight, shaped like it; they begin as zeros. What else it
             keeps must follow from the number of steps, in its state's "step".
     """
 
-    build: Callable[[list[dict], OptimizerConfig, bool], torch.optim.Optimizer]
+    build: Callable[[list[dict], OptimizerConfig], torch.optim.Optimizer]
     state: tuple[str, ...]
 
 
-def _adamw(groups: list[dict], config: OptimizerConfig, on_gpu: bool) -> torch.optim.Optimizer:
+def _adamw(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
     first, second = config.betas
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(first, second), weight_decay=config.weight_decay, fused=on_gpu
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), weight_decay=config.weight_decay, fused=True)
 
 
 OPTIMIZERS = {"adamw": OptimizerKind(_adamw, ("exp_avg", "exp_avg_sq"))}

@@ -45,15 +45,17 @@ MODES = ("none", "experts", "blocks")  # of activation checkpointing, from the f
 ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: flat groups are padded to a multiple of this times the ranks
 MAX_GROUP = 178956971  # elements in a group of expert weights (split_params_into_different_moe_groups_for_optimizer)
 
-# Kernels launched, forward and backward: aten operators of dsmoe_s_e16 (10 blocks, 5 of them MoE, 126 parameters) at
-# EP 8 and ZeRO 2, counted with a TorchDispatchMode at DeepSpeed 0.19.8; the totals stand beside the divisors.
-LAUNCHES_DRAWS = 548  # a micro-batch's noise, times, labels
-LAUNCHES_BLOCK = (570 + 380) / 10  # attention with rotation; modulation, norms and residuals
-LAUNCHES_MOE = (210 + 280 + 105 + 85 + 75) / 5  # router, dispatch, combine, experts, shared expert
-LAUNCHES_DENSE = 50 / 5  # a dense block's MLP
+# Kernels launched, forward and backward, as moe_dit/counting.py counts them: dsmoe_s_e16 (10 blocks, 5 of them MoE, 126
+# parameters) at EP 8 and ZeRO 2 under DeepSpeed 0.19.8; the totals stand beside the divisors. Eager, then compiled.
+LAUNCHES_DRAWS = 548, 10  # a micro-batch's noise, times, labels
+LAUNCHES_BLOCK = (
+    (570 + 380) / 10,
+    630 / 10,
+)  # attention, rotation, modulation, norms, residuals; compiled, all of it
+LAUNCHES_MOE = (210 + 280 + 105 + 85 + 75) / 5, 332 / 5  # router, dispatch, combine, experts; what is not compiled
+LAUNCHES_DENSE = 50 / 5, 0  # a dense block's MLP
 LAUNCHES_HOOK = 173 / 126  # a parameter's gradient into its bucket
-LAUNCHES_STEP = 560 / 126  # a parameter, once a step: search for overflow, norm, optimizer
-COMPILED = (12 + 21) / (35 + 73)  # what torch.compile leaves of a dense block's, forward and backward
+LAUNCHES_STEP = 144 / 126  # a parameter, once a step: norm and optimizer
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def make_plan(
         bf16: weights that compute are bf16, as on GPUs; else float32 as on CPUs.
         kept: activations of an image, from :func:`measure_activations`; without it the plan leaves them out.
     """
+    parallelism = parallelism.in_precision(bf16)
     model = build_model(recipe, device="meta")
     experts = {id(p) for m in model.modules() if isinstance(m, MoE) for p in m.experts.parameters()}
     world = parallelism.world_size
@@ -123,7 +126,7 @@ def make_plan(
         sends=_traffic(recipe, parallelism, sum(dense_sizes), sum(expert_sizes), size, gradient_size),
         flops=training_flops(recipe, model),
         images=parallelism.micro_batch_size * parallelism.accumulation,
-        launches=launches(recipe, model, parallelism.accumulation),
+        launches=launches(recipe, model, parallelism.accumulation, parallelism.zero_stage),
         overlapped=_overlapped(parallelism),
     )
 
@@ -139,13 +142,14 @@ def _overlapped(parallelism: Parallelism) -> frozenset[str]:
     return frozenset(kinds | ({"all-gather"} if stage == 3 else set()))
 
 
-def launches(recipe: Recipe, model: torch.nn.Module, accumulation: int) -> float:
+def launches(recipe: Recipe, model: torch.nn.Module, accumulation: int, zero_stage: int) -> float:
     """Kernels that a step launches, by the counts above; without recomputing, which launches a forward pass again."""
     depth = recipe.model.depth
     moe = sum(isinstance(module, Experts) for module in model.modules())
     parameters = len(list(model.parameters()))
-    dense = (LAUNCHES_BLOCK * depth + LAUNCHES_DENSE * (depth - moe)) * (COMPILED if recipe.compile != "none" else 1)
-    micro_batch = LAUNCHES_DRAWS + dense + LAUNCHES_MOE * moe + LAUNCHES_HOOK * parameters
+    form = int(recipe.compile == "blocks" or (recipe.compile == "auto" and zero_stage < 3))
+    blocks = LAUNCHES_BLOCK[form] * depth + LAUNCHES_MOE[form] * moe + LAUNCHES_DENSE[form] * (depth - moe)
+    micro_batch = LAUNCHES_DRAWS[form] + blocks + LAUNCHES_HOOK * parameters
     return accumulation * micro_batch + LAUNCHES_STEP * parameters
 
 

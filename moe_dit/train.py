@@ -320,7 +320,7 @@ def _headline(recipe: Recipe, parallelism, manifest: Manifest, checkpoint: Path 
     start = f"continuing {checkpoint}" if checkpoint else f"from {recipe.initial_weights or 'the start'}"
     return (
         f"{recipe.name} on {ranks} ({engine.device.type}, {'bf16' if engine.bf16 else 'fp32'}), ZeRO "
-        f"{parallelism.zero_stage}, EP {parallelism.ep_size}, batch {recipe.global_batch_size} = "
+        f"{engine.parallelism.zero_stage}, EP {parallelism.ep_size}, batch {recipe.global_batch_size} = "
         f"{parallelism.world_size} x {parallelism.micro_batch_size} x {parallelism.accumulation}, "
         f"{manifest.samples} samples, {start}; a rank holds "
         + ", ".join(f"{size / 1e6:.1f} MB {what}" for what, size in engine.bytes_held().items())

@@ -80,7 +80,7 @@ MUTATIONS = [
         "moe_dit/engine.py",
         'group["lr"] = self.learning_rate(step)',
         'group["lr"] = self.recipe.optimizer.lr',
-        "tests/test_steps.py::test_the_first_step_under_zero_1",
+        "tests/test_steps.py::test_the_first_step_of_one_rank",
     ),
     Mutation(
         "biases-not-restored",
@@ -108,7 +108,7 @@ MUTATIONS = [
         "moe_dit/lineage.py",
         "candidates = candidates[: names.index(named) + 1]",
         "candidates = candidates[:]",
-        "tests/test_steps.py::test_latest_says_which_checkpoint_is_exported",
+        "tests/test_checkpoint.py::test_latest_says_which_of_a_branchs_checkpoints_is_meant",
     ),
     Mutation(
         "gradient-not-checked",
@@ -235,7 +235,7 @@ MUTATIONS = [
         "moe_dit/parallel/deepspeed_config.py",
         "recipe.optimizer.clip_grad_norm if parallelism.zero_stage else 0.0",
         "0.0",
-        "tests/test_steps.py::test_the_first_step_under_zero_1",
+        "tests/test_engine.py::test_clipping_is_torch_s",
     ),
     Mutation(
         "experts-drawn-alike",
@@ -249,7 +249,7 @@ MUTATIONS = [
         "moe_dit/optimizer.py",
         "first, second = config.betas",
         "second, first = config.betas",
-        "tests/test_steps.py::test_the_first_step_under_zero_1",
+        "tests/test_steps.py::test_the_first_step_of_one_rank",
     ),
     Mutation(
         "adam-begins-anew",
@@ -291,7 +291,7 @@ MUTATIONS = [
         "moe_dit/initial_weights.py",
         'kinds = ["weight", *engine.recipe.ema.decays]',
         'kinds = ["weight"]',
-        "tests/test_steps.py::test_the_first_step_under_zero_1",
+        "tests/test_steps.py::test_the_first_step_of_one_rank",
     ),
     Mutation(
         "crop-off-centre",
@@ -355,6 +355,20 @@ MUTATIONS = [
         ".unflatten(0, (self.side, self.side))",
         ".unflatten(0, (self.side, self.side)).transpose(0, 1)",
         "tests/test_atlas.py::test_choice_by_position",
+    ),
+    Mutation(
+        "cpu-experts-forget-the-weight",
+        "moe_dit/kernels/cpu.py",
+        "weighted = h.mul_(weight_n1)",
+        "weighted = h",
+        "tests/test_model.py::test_summing_tokens_by_expert_equals_summing_their_rows",
+    ),
+    Mutation(
+        "labels-unchecked",
+        "moe_dit/data.py",
+        "or int(text) >= self.classes",
+        "",
+        "tests/test_rubbish.py::test_a_label_that_is_none_of_the_classes_is_refused",
     ),
 ]
 

@@ -277,6 +277,14 @@ def test_a_damaged_latest_does_not_begin_again(eight_steps, tmp_path, content, n
     assert len(start.notes) == 1 and note in start.notes[0]
 
 
+def test_latest_says_which_of_a_branchs_checkpoints_is_meant(eight_steps, tmp_path):
+    run = copy(eight_steps, tmp_path)
+    (run / "checkpoints" / "latest").write_text(f"{step(4)}\n")
+    assert find_checkpoint(run) == choose(run).checkpoint == run / "checkpoints" / step(4)
+    flip(run / "checkpoints" / step(4) / "state.json", 100)  # then the one before it, not one after it
+    assert find_checkpoint(run) == choose(run).checkpoint == run / "checkpoints" / step(2)
+
+
 def test_a_run_with_an_empty_latest_continues_and_keeps_its_record(eight_steps, tmp_path):
     run = copy(eight_steps, tmp_path)
     (run / "checkpoints" / "latest").write_text("")

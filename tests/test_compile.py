@@ -79,7 +79,8 @@ def test_graphs_serve_all_blocks_of_a_kind():
     compile_blocks(model, backend=backend)
     step(model, recipe)
     step(model, recipe)
-    assert len(graphs) == 4  # dense blocks; those with experts before and after the exchange; shared experts
+    # Dense blocks; those with experts before and after the exchange; shared experts; time embedding and final layer.
+    assert len(graphs) == 6
 
 
 def test_rotation_is_multiplication_by_a_complex_number():

@@ -1,5 +1,6 @@
 """Counts of a step without a GPU, and what they show."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,12 @@ from moe_dit.runtime.errors import InputError
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
-def table(*arguments: str) -> dict[str, tuple[float, float, float]]:
-    """Launches, synchronisations and GB by part, from a process of its own."""
-    command = [sys.executable, "-m", "moe_dit.counting", *arguments]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=ENV, timeout=600).stdout
-    lines = [line.removesuffix(" GB").rsplit(maxsplit=3) for line in out.splitlines() if line.endswith(" GB")]
-    return {part: tuple(map(float, numbers)) for part, *numbers in lines}
+def counted(folder, *flags: str) -> dict[str, dict[str, float]]:
+    """What jobs/bench.py --count counts by part."""
+    file = folder / "counts.json"
+    command = [sys.executable, "jobs/bench.py", "--count", "--json", str(file), *flags]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=ENV, timeout=600)
+    return json.loads(file.read_text())
 
 
 def test_what_is_a_launch():
@@ -37,8 +38,21 @@ def test_what_is_a_launch():
 
 
 @pytest.mark.slow
-def test_a_rank_with_all_experts_never_waits():
-    assert table("digits", "1", "eager", "network")["total"][1] == 0
+def test_a_rank_with_all_experts_never_waits(tmp_path):
+    small = [flag for change in ("model.depth=2", "compile=none") for flag in ("--set", change)]
+    parts = counted(tmp_path, "--recipe", "digits", *small)
+    waits = {part: cost["synchronisations"] for part, cost in parts.items() if cost["synchronisations"]}
+    assert waits == {"DeepSpeed's hooks and step": 1, "total": 1}
+    assert parts["total"]["launches"] > 400
+
+
+@pytest.mark.slow
+def test_what_a_step_of_s_costs(tmp_path):
+    """Docs name these figures. One host wait for each of five mixtures, and one for the gradient's norm."""
+    parts = counted(tmp_path, "--recipe", "dsmoe_s_e16", "--ds", "ds_configs/zero2_ep8.json")
+    assert parts["total"]["launches"] <= 1300
+    assert parts["total"]["synchronisations"] == 6
+    assert parts["total"]["bytes"] <= 21.0e9
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from moe_dit import build_model, load_model, load_recipe
+from moe_dit.kernels import places
 from moe_dit.models.initialization import initialize
 from moe_dit.models.layers import rope_2d, sin_cos_table, unpatchify
-from moe_dit.models.moe import Experts, MoE
+from moe_dit.models.moe import Choices, Experts, MoE
 from moe_dit.runtime.errors import InputError
 
 
@@ -74,14 +75,36 @@ def test_grouped_products_equal_a_product_per_expert(counts, form):
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(sum(counts), 16, requires_grad=True)
     results = []
-    for experts.implementation in ("grouped", "loop"):
+    for experts.implementation in ("loop", "grouped", "cpu"):
         out = experts(x, torch.tensor(counts, dtype=torch.int32))
         results.append((out, *torch.autograd.grad(out.square().sum(), [x, *experts.parameters()])))
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [{}, {"bias": True}, {"bias": True, "gated": False}], ids=str)
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_summing_tokens_by_expert_equals_summing_their_rows(form, top_k):
+    """What CPUs compute beside what GPUs do; the last expert gets no token."""
+    torch.manual_seed(0)
+    experts = Experts(5, 16, 32, **form)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(11, 16, requires_grad=True)
+    weights = torch.rand(11, top_k, requires_grad=True)
+    chosen = torch.stack([torch.randperm(4)[:top_k] for _ in range(11)])
+    counts = torch.bincount(chosen.flatten(), minlength=5)
+    results = []
+    for experts.implementation in ("loop", "cpu"):
+        out = experts(x, counts, choices=Choices(*places(chosen), weights))
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, weights, *experts.parameters()])))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert results[1][3][4].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("implementation", ["loop", "grouped"])
+@pytest.mark.parametrize("implementation", ["loop", "grouped", "cpu"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_padding_rows_get_no_say(implementation, bias):
     """AutoEP can hand over rows beyond the last expert's; what is in them must not reach a result or a gradient."""

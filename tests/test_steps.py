@@ -131,7 +131,7 @@ def assert_first_step(run: Path) -> None:
     assert LR / WARMUP <= moved < 2 * LR / WARMUP
 
 
-def test_the_first_step_under_zero_1(begun):
+def test_the_first_step_of_one_rank(begun):
     assert_first_step(begun[0])
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from pydantic.dataclasses import dataclass
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import Mlp
 from torch import nn
 
 from moe_dit.models.layers import (
@@ -20,6 +20,7 @@ from moe_dit.models.layers import (
     Blocks,
     ConditionEmbedder,
     FinalLayer,
+    PatchEmbed,
     dense_mlp,
     moe_blocks,
     sin_cos_2d,
@@ -109,7 +110,7 @@ class ExpertChoiceMoE(nn.Module):
         """[N, tokens of a sample, D] -> the same."""
         x_TD = x.flatten(0, -2)
         token_R, score_R, count_E = self.choose(x_TD)
-        out_RD = self.experts(x_TD[token_R], count_E) * score_R[:, None]
+        out_RD = self.experts(x_TD.index_select(0, token_R), count_E) * score_R[:, None]
         routed_TD = out_RD.new_zeros(x_TD.shape).index_add(0, token_R, out_RD).to(x.dtype)
         routed = routed_TD.view_as(x)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
@@ -206,8 +207,7 @@ class DiffMoE(Network):
         Returns:
             [N, out_channels, side, side]: the velocity, and with ``learn_sigma`` as many channels that are not used.
         """
-        # A convolution puts channels before tokens, and without a copy sums would keep that order in all blocks.
-        h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype)).contiguous()
+        h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype))
         h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)
         for block, modulation in zip(self.blocks, self.blocks.modulations(c_ND), strict=True):

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from diffusers.configuration_utils import register_to_config
 from pydantic.dataclasses import dataclass
-from timm.layers import PatchEmbed
 
 from moe_dit.models.layers import (
     NORMS,
@@ -16,6 +15,7 @@ from moe_dit.models.layers import (
     Blocks,
     ConditionEmbedder,
     FinalLayer,
+    PatchEmbed,
     dense_mlp,
     moe_blocks,
     rope_1d,
@@ -103,8 +103,7 @@ class DSMoE(Network):
         Returns:
             [N, out_channels, side, side]: the velocity, and with ``learn_sigma`` as many channels that are not used.
         """
-        # A convolution puts channels before tokens, and without a copy sums would keep that order in all blocks.
-        h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype)).contiguous()
+        h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype))
         if self.pos_embed is not None:
             h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)

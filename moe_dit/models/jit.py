@@ -69,7 +69,8 @@ class BottleneckPatchEmbed(nn.Module):
         self.proj2 = nn.Conv2d(bottleneck_dim, hidden_size, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
+        # Contiguous, or every norm after it would copy its input.
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2).contiguous()
 
 
 class JiT(Network):
@@ -148,8 +149,7 @@ class JiT(Network):
         Returns:
             [N, C, side, side].
         """
-        # A convolution puts channels before tokens, and without a copy sums would keep that order in all blocks.
-        h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype)).contiguous()
+        h_NTD = self.x_embedder(x.to(self.final_layer.linear.weight.dtype))
         h_NTD = h_NTD + self.pos_embed.to(h_NTD.dtype)
         c_ND = self.c_embedder(t, y)
         for i, (block, modulation) in enumerate(zip(self.blocks, self.blocks.modulations(c_ND), strict=True)):

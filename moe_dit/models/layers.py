@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from timm.layers import AttentionRope, Mlp
+from timm.layers import PatchEmbed as TimmPatchEmbed
 from torch import nn
 
 from moe_dit.models.dropout import Dropout
@@ -22,7 +23,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {"layernorm": layer_norm, "rmsnor
 
 def modulate(x_NTD: torch.Tensor, shift_ND: torch.Tensor, scale_ND: torch.Tensor) -> torch.Tensor:
     """adaLN's shift and scale of every token of a sample (Peebles & Xie, arXiv:2212.09748)."""
-    return x_NTD * (1 + scale_ND[:, None]) + shift_ND[:, None]
+    return torch.addcmul(shift_ND[:, None], x_NTD, 1 + scale_ND[:, None])
 
 
 def rope_1d(head_dim: int, positions: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
@@ -59,6 +60,17 @@ def sin_cos_2d(width: int, side: int) -> torch.Tensor:
     return get_2d_sincos_pos_embed(width, side, base_size=side, device=torch.device("cpu"), output_type="pt").float()
 
 
+class PatchEmbed(TimmPatchEmbed):
+    """Patches to tokens by one linear map: [N, C, side, side] -> [N, T, D].
+
+    The tokens are contiguous. timm's are a transposed view, and every sum in a network keeps the strides of its first
+    operand: each norm would copy its input.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).contiguous()
+
+
 class ConditionEmbedder(nn.Module):
     """Time and label to one conditioning vector: c = MLP(sinusoid(t)) + table[y].
 
@@ -91,6 +103,10 @@ def rotate(x_NTHC: torch.Tensor, table_TS: torch.Tensor) -> torch.Tensor:
         table_TS: sines, signed, then cosines [T, 2 C] (:func:`sin_cos_table`).
     """
     sin_T1C, cos_T1C = table_TS[:, None].chunk(2, dim=-1)
+    if x_NTHC.device.type == "cpu" and x_NTHC.dtype == torch.float32 and not torch.compiler.is_compiling():
+        # The same products and sums as complex numbers, in one pass; torch.compile has no kernels for them.
+        turn_T1C = torch.complex(cos_T1C[..., 1::2].contiguous(), sin_T1C[..., 1::2].contiguous())
+        return torch.view_as_real(torch.view_as_complex(x_NTHC.unflatten(-1, (-1, 2))) * turn_T1C).flatten(-2)
     swapped = x_NTHC.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return (x_NTHC * cos_T1C + swapped * sin_T1C).to(x_NTHC.dtype)
 
@@ -101,7 +117,9 @@ class Attention(AttentionRope):
     timm 1.0's own forward concatenates a prefix of no tokens, whose gradients are zero-filled copies.
     """
 
-    def forward(self, x_NTD: torch.Tensor, rope: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(  # type: ignore[override]  # without timm's masks
+        self, x_NTD: torch.Tensor, rope: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[N, T, D] -> the same."""
         # Heads stay behind tokens until attention, so that the three gradients are one row of the product's again.
         q, k, v = self.qkv(x_NTD).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
@@ -165,13 +183,13 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All that comes before ``mlp``: tokens after attention and what ``mlp`` gets, both [N, T, D]."""
         shift1, scale1, gate1, shift2, scale2, _ = modulation
-        x_NTD = x_NTD + gate1[:, None] * self.attn(modulate(self.norm1(x_NTD), shift1, scale1), rope=rope)
+        x_NTD = torch.addcmul(x_NTD, gate1[:, None], self.attn(modulate(self.norm1(x_NTD), shift1, scale1), rope=rope))
         return x_NTD, modulate(self.norm2(x_NTD), shift2, scale2)
 
     def forward(self, x_NTD: torch.Tensor, modulation: Modulation, rope: torch.Tensor | None) -> torch.Tensor:
         """Tokens [N, T, D] by one of :meth:`Blocks.modulations` and a rotary table, or none."""
         x_NTD, h_NTD = self.attend(x_NTD, modulation, rope)
-        return x_NTD + modulation[5][:, None] * self.mlp(h_NTD)
+        return torch.addcmul(x_NTD, modulation[5][:, None], self.mlp(h_NTD))
 
 
 class Blocks(nn.ModuleList):
@@ -179,7 +197,8 @@ class Blocks(nn.ModuleList):
 
     def modulations(self, c_ND: torch.Tensor) -> Sequence[Modulation]:
         """Each block's, by the conditioning [N, D]."""
-        return [block.adaLN_modulation(c_ND).chunk(6, dim=1) for block in self]
+        blocks: Any = self
+        return [block.adaLN_modulation(c_ND).chunk(6, dim=1) for block in blocks]
 
 
 class FinalLayer(nn.Module):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from moe_dit.kernels import combine, dispatch, places, swiglu
+from moe_dit.kernels import combine, cpu, dispatch, places, swiglu
 from moe_dit.models.dropout import Dropout
 from moe_dit.models.recomputing import recomputing
 from moe_dit.schema import STRICT, Count, NonNegative, Positive, Problem, divisors
@@ -182,8 +182,19 @@ class Rows(NamedTuple):
     token: torch.Tensor
 
 
+class Choices(NamedTuple):
+    """Which experts each token was sent to, and what they count.
+
+    order: int64 [N] and place: int64 [T, K], from :func:`moe_dit.kernels.places`. weights: float32 [T, K].
+    """
+
+    order: torch.Tensor
+    place: torch.Tensor
+    weights: torch.Tensor
+
+
 class Experts(nn.Module):
-    """Stacked experts, applied to rows that are sorted by expert.
+    """Stacked experts, applied to rows that are sorted by expert, or to tokens and their choices.
 
     An expert is SwiGLU, down(silu(gate(x)) * up(x)), or where it is not gated a plain MLP, down(gelu_tanh(up(x))).
 
@@ -194,9 +205,10 @@ class Experts(nn.Module):
         bias: whether its linear maps have biases.
         gated: SwiGLU or plain MLP.
         dropout: probability of dropping a hidden value in training.
-        implementation: "grouped" (one grouped matrix product for all experts; the fast path on GPUs), "loop" (a
-            product per expert: CPUs and old GPUs, and the form to check the other against) or "auto" (grouped for
-            bf16 on a GPU, else loop: elsewhere torch's grouped product is slower or absent).
+        implementation: "grouped" (one grouped matrix product for all experts; the fast path on GPUs), "cpu" (a product
+            per expert with gradients of its own, :mod:`moe_dit.kernels.cpu`), "loop" (a product per expert in plain
+            torch, the form to check the others against) or "auto": grouped for bf16 on a GPU, cpu for float32 on a CPU
+            where nothing is dropped, else loop (there torch's grouped product is slower or absent).
     """
 
     gate_proj: nn.Parameter | None
@@ -231,19 +243,44 @@ class Experts(nn.Module):
         self.up_bias = parameter(expert_width) if bias else None
         self.down_bias = parameter(hidden_size) if bias else None
 
-    def forward(self, x_ND: torch.Tensor, counts_E: torch.Tensor, rows: Rows | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, counts_E: torch.Tensor, rows: Rows | None = None, choices: Choices | None = None
+    ) -> torch.Tensor:
         """Apply expert e to its counts_E[e] rows.
 
         Args:
-            x_ND: rows sorted by expert; those past the last expert's are padding, and what they give means nothing.
+            x: rows [N, D] sorted by expert; those past the last expert's are padding, and what they give means nothing.
+                With ``choices`` tokens [T, D].
             counts_E: rows of each expert.
             rows: which tokens they are, for dropout by position; without it dropout is torch's.
+            choices: of the tokens.
+
+        Returns:
+            What the experts make of each row, [N, D]; with ``choices`` the weighted sum of each token's, [T, D].
         """
+        implementation = self.implementation_for(x)
+        if implementation == "cpu":
+            weights = cpu.Weights(
+                self.gate_proj, self.up_proj, self.down_proj, self.gate_bias, self.up_bias, self.down_bias
+            )
+            if choices is None:
+                return cpu.expert_rows(x, counts_E.tolist(), weights)
+            token_N = choices.order // choices.place.shape[1]
+            weight_N = choices.weights.flatten().index_select(0, choices.order)
+            return cpu.expert_tokens(x, token_N, weight_N, counts_E.tolist(), weights)
+        x_ND = x if choices is None else dispatch(x, choices.order, choices.place)
         drop = self._dropout_of(counts_E, rows)
-        grouped = x_ND.is_cuda and x_ND.dtype == torch.bfloat16
-        if self.implementation == "grouped" or (self.implementation == "auto" and grouped):
-            return self._grouped(x_ND, counts_E, drop)
-        return self._loop(x_ND, counts_E, drop)
+        out_ND = (self._grouped if implementation == "grouped" else self._loop)(x_ND, counts_E, drop)
+        return out_ND if choices is None else combine(out_ND, choices.place, choices.weights)
+
+    def implementation_for(self, x: torch.Tensor) -> str:
+        """Which of the implementations is used on what is like x."""
+        if self.implementation != "auto":
+            return self.implementation
+        if x.is_cuda:
+            return "grouped" if x.dtype == torch.bfloat16 else "loop"
+        float32 = x.dtype == self.up_proj.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        return "cpu" if x.device.type == "cpu" and float32 and not self.dropout.active else "loop"
 
     def _dropout_of(self, counts_E: torch.Tensor, rows: Rows | None) -> Callable[[torch.Tensor, slice], torch.Tensor]:
         """What drops hidden values [n, F] of a slice of the rows."""
@@ -280,16 +317,15 @@ class Experts(nn.Module):
     def _loop(self, x_ND: torch.Tensor, counts_E: torch.Tensor, drop: Callable) -> torch.Tensor:
         counts = counts_E.tolist()
         rows = list(x_ND.split([*counts, len(x_ND) - sum(counts)]))
-
-        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, e: int) -> torch.Tensor:
-            return F.linear(x, weight[e], None if bias is None else bias[e])
-
+        stacks = self.gate_proj, self.up_proj, self.down_proj, self.gate_bias, self.up_bias, self.down_bias
+        # unbind rather than weight[e], each of which would get a zero-filled gradient of the whole stack.
+        experts = zip(*([None] * len(counts) if stack is None else stack.unbind() for stack in stacks), strict=True)
         start = 0
-        for e, x in enumerate(rows[:-1]):
-            up = linear(x, self.up_proj, self.up_bias, e)
-            gate = None if self.gate_proj is None else linear(x, self.gate_proj, self.gate_bias, e)
-            hidden = drop(self._hidden(gate, up), slice(start, start + len(x)))
-            rows[e] = linear(hidden, self.down_proj, self.down_bias, e)
+        for e, (gate, up, down, gate_bias, up_bias, down_bias) in enumerate(experts):
+            x = rows[e]
+            gated = None if gate is None else F.linear(x, gate, gate_bias)
+            hidden = drop(self._hidden(gated, F.linear(x, up, up_bias)), slice(start, start + len(x)))
+            rows[e] = F.linear(hidden, down, down_bias)
             start += len(x)
         rows[-1] = torch.zeros_like(rows[-1])
         return torch.cat(rows)
@@ -353,8 +389,7 @@ class MoE(nn.Module):
         if rows is not None:
             token_N = order_N // experts_TK.shape[1]
             rows = Rows(rows.position[token_N], rows.token[token_N])
-        out_ND = self.experts(dispatch(x_TD, order_N, place_TK), counts_E, rows)
-        routed_TD = combine(out_ND, place_TK, weights_TK).to(x.dtype)
+        routed_TD = self.experts(x_TD, counts_E, rows, Choices(order_N, place_TK, weights_TK)).to(x.dtype)
         other = x if self.shared_experts is None else self.shared_experts(x)
         return routed_TD.view_as(x) + other
 

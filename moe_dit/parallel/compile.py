@@ -48,7 +48,7 @@ def compile_blocks(model: nn.Module, whole: bool = True, backend: Any = "inducto
         x_NTD, h_NTD, routing = before(block, x_NTD, modulation, rope)
         return after(block, x_NTD, modulation[5], routing, *block.mlp.exchange(h_NTD, routing))
 
-    blocks = getattr(model, "blocks", [])
+    blocks: Any = getattr(model, "blocks", [])
     if blocks:
         blocks.modulations = partial(_modulations, blocks)
     for part in model.children():
@@ -85,4 +85,4 @@ def _before(block: Any, x_NTD: Tensor, modulation: Modulation, rope: Tensor | No
 
 
 def _after(block: Any, x_NTD: Tensor, gate_ND: Tensor, routing: Routing, out_ND: Tensor, beside_NTD: Tensor) -> Tensor:
-    return x_NTD + gate_ND[:, None] * block.mlp.finish(routing, out_ND, beside_NTD)
+    return torch.addcmul(x_NTD, gate_ND[:, None], block.mlp.finish(routing, out_ND, beside_NTD))

@@ -8,7 +8,7 @@ import difflib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,13 @@ class Parallelism:
     accumulation: int  # micro-batches a step
     json: dict[str, Any]  # the file's content, for DeepSpeed
 
+    def in_precision(self, bf16: bool) -> "Parallelism":
+        """How it is done in bf16 or float32: one float32 rank has nothing to shard, and goes without ZeRO.
+
+        It would compute the same, and copy each weight and gradient several times a step.
+        """
+        return replace(self, zero_stage=0) if self.world_size == 1 and not bf16 else self
+
     def exchange(self, recipe: Recipe, bf16: bool) -> dict[str, Any]:
         """How expert-parallel layers exchange tokens: AutoEP's settings, from the JSON's ``expert_parallel``.
 
@@ -278,6 +285,8 @@ def for_deepspeed(parallelism: Parallelism, recipe: Recipe, bf16: bool) -> dict[
     config = dict(parallelism.json)
     # Expert-parallel layers are built before the engine sees the model (moe_dit.parallel).
     config.pop("expert_parallel", None)
+    if not parallelism.zero_stage:
+        config["zero_optimization"] = {"stage": 0}
     if bf16 and sums_in_fp32(recipe, parallelism, bf16):
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return config | {

@@ -17,7 +17,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from moe_dit.kernels import combine, dispatch, places, regroup, ungroup
-from moe_dit.models.moe import MoE, Rows, token_rows
+from moe_dit.models.moe import Choices, MoE, Rows, token_rows
 from moe_dit.models.recomputing import recomputing
 
 
@@ -25,8 +25,8 @@ class Routing(NamedTuple):
     """A micro-batch's choices in one layer, and its tokens as they go: T tokens, K choices of each, N = T K rows.
 
     weights: float32 [T, K]. experts: int64 [T, K]. counts: int32 [E], rows of each expert. order: int64 [N], which
-    choice a row is. place: int64 [T, K], which row a choice is. rows: [N, D], tokens sorted by expert (DeepEP: the
-    tokens themselves, [T, D]). losses: the router's auxiliary losses by name.
+    choice a row is. place: int64 [T, K], which row a choice is. rows: [N, D], tokens sorted by expert, or where experts
+    add up by themselves, the tokens [T, D]. losses: the router's auxiliary losses by name.
     """
 
     weights: torch.Tensor
@@ -112,7 +112,7 @@ class ExpertParallelMoE(AutoEPMoELayer):
         weights_TK, experts_TK, counts_E, losses = self.router.route(x.float().flatten(0, -2))
         order_N, place_TK = places(experts_TK)
         x_TD = x.flatten(0, -2)
-        rows_ND = x_TD if self._by_deepep else dispatch(x_TD, order_N, place_TK)
+        rows_ND = x_TD if self._adds_up(x) else dispatch(x_TD, order_N, place_TK)
         return Routing(weights_TK, experts_TK, counts_E, order_N, place_TK, rows_ND, losses)
 
     def beside(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,20 +121,25 @@ class ExpertParallelMoE(AutoEPMoELayer):
 
     @torch.compiler.disable
     def exchange(self, x: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts' outputs: rows [N, D] in the routing's order (DeepEP: weighted sums [T, D]); and ``beside``'s."""
+        """The experts' outputs, and what :meth:`beside` gives.
+
+        Outputs are rows [N, D] in the routing's order, or where experts add them up, weighted sums [T, D].
+        """
         if not recomputing():
             self.router.layer_losses = routing.losses
             with torch.no_grad():
                 self.tokens_per_expert += routing.counts
-        if self._by_deepep:
-            choices = RouterOutput(routing.experts, routing.weights, routing.counts)
-            return self._deepep_route(routing.rows, choices), self.beside(x)
         x_ND, counts_E = routing.rows, routing.counts
         tokens, top_k = routing.weights.shape
         names = token_rows(self.experts, tokens)
         if names is not None:
             token_N = routing.order // top_k
             names = Rows(names.position[token_N], names.token[token_N])
+        if self._adds_up(x):
+            if self.ep_size == 1:
+                choices = Choices(routing.order, routing.place, routing.weights)
+                return self.experts(x_ND, counts_E, names, choices), self.beside(x)
+            return self._deepep_route(x_ND, RouterOutput(routing.experts, routing.weights, counts_E)), self.beside(x)
         if self.ep_size == 1:
             return self.experts(x_ND, counts_E, names), self.beside(x)
         # The sizes that ranks need on the host travel there while the GPU is busy with the shared expert.
@@ -157,12 +162,12 @@ class ExpertParallelMoE(AutoEPMoELayer):
 
     def finish(self, routing: Routing, out_ND: torch.Tensor, beside_NTD: torch.Tensor) -> torch.Tensor:
         """Weight and add up each token's outputs of :meth:`exchange`, and add what stands beside them."""
-        routed_TD = out_ND if self._by_deepep else combine(out_ND, routing.place, routing.weights)
+        routed_TD = out_ND if self._adds_up(beside_NTD) else combine(out_ND, routing.place, routing.weights)
         return routed_TD.to(beside_NTD.dtype).view_as(beside_NTD) + beside_NTD
 
-    @property
-    def _by_deepep(self) -> bool:
-        return self.ep_size > 1 and self.comm_backend == "deepep"
+    def _adds_up(self, x: torch.Tensor) -> bool:
+        """Whether experts take the tokens and give weighted sums: DeepEP, and the form for CPUs without exchange."""
+        return self.comm_backend == "deepep" if self.ep_size > 1 else self.experts.implementation_for(x) == "cpu"
 
 
 # Where dropout is by position, an expert must know which token each of its rows is, on whatever rank it is. AutoEP

@@ -2,11 +2,13 @@
 
 Linear maps, norms and embedders are our network's own; the rest is computed as published: a module for each expert, a
 Python loop over them with a gather, an index_add, and gradients of the gathers that fill a whole batch of tokens each;
+tokens that are a transposed view from the embedding on;
 DiffMoE's outputs scattered to [E T, D]; attention with its rotation as published. Everything is float32. Dropout is
 torch's. Shapes: N samples, T tokens, D width, E experts, K = top_k.
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,24 +18,35 @@ from torch import nn
 from moe_dit.models.diffmoe import ExpertChoiceMoE
 from moe_dit.models.dropout import Dropout
 from moe_dit.models.jit import JiT
-from moe_dit.models.layers import Block
+from moe_dit.models.layers import Modulation
 from moe_dit.models.moe import Experts, MoE
 
 
 def published_form(network: nn.Module) -> nn.Module:
     """A copy of a network (with weights, not expert-parallel) in the form of the published code, in training mode."""
     form = copy.deepcopy(network)
+    blocks: Any = form.blocks
     for module in form.modules():
         if isinstance(module, Dropout):
             module.draws = None
-        if isinstance(module, Block):
-            block: Any = module
-            block.attn = Attention(block.attn, fused=not isinstance(network, JiT))
-            if isinstance(block.mlp, MoE):
-                block.mlp = TokenChoice(block.mlp, fused=isinstance(network, JiT))
-            elif isinstance(block.mlp, ExpertChoiceMoE):
-                block.mlp = ExpertChoice(block.mlp)
+    for block in blocks:
+        block.attn = Attention(block.attn, fused=not isinstance(network, JiT))
+        if isinstance(block.mlp, MoE):
+            block.mlp = TokenChoice(block.mlp, fused=isinstance(network, JiT))
+        elif isinstance(block.mlp, ExpertChoiceMoE):
+            block.mlp = ExpertChoice(block.mlp)
+        block.forward = partial(_block, block)
+    embedder: Any = form.x_embedder
+    embedder.register_forward_hook(lambda *call: call[-1].transpose(1, 2).contiguous().transpose(1, 2))
     return form.train()
+
+
+def _block(block: Any, x_NTD: torch.Tensor, modulation: Modulation, rope: torch.Tensor | None) -> torch.Tensor:
+    """A block's forward pass; its tokens are the transposed view that patches are embedded to."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+    h_NTD = block.norm1(x_NTD) * (1 + scale1[:, None]) + shift1[:, None]
+    x_NTD = x_NTD + gate1[:, None] * block.attn(h_NTD, rope=rope)
+    return x_NTD + gate2[:, None] * block.mlp(block.norm2(x_NTD) * (1 + scale2[:, None]) + shift2[:, None])
 
 
 def stacked_gradients(form: nn.Module) -> dict[str, torch.Tensor]:
@@ -92,7 +105,7 @@ class Expert(nn.Module):
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Gradients by the names of :class:`Experts`; zeros where the expert got no token."""
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for name, layer in self.named_children():
             if isinstance(layer, nn.Linear):
                 for kind, weight in (("proj", layer.weight), ("bias", layer.bias)):
