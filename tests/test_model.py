@@ -171,7 +171,7 @@ def test_rope_makes_attention_depend_on_row_and_column_differences():
     q, k = torch.randn(2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def turn(x):
-        return x * cos + torch.stack([x[1::2], x[::2]], -1).flatten() * sin  # [T, width]; sin brings the sign
+        return x * cos + torch.stack([-x[1::2], x[::2]], -1).flatten() * sin  # [T, width]
 
     products = (turn(q) @ turn(k).T).view(side, side, side, side)
     assert products[0, 0, 1, 2] == pytest.approx(products[2, 1, 3, 3].item(), abs=1e-6)

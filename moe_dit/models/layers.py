@@ -44,12 +44,8 @@ def rope_2d(head_dim: int, side: int) -> torch.Tensor:
 
 
 def sin_cos_table(angles: torch.Tensor) -> torch.Tensor:
-    """A rotary table's angles [T, C] to [T, 2 C], sines then cosines; sines of even channels are negative.
-
-    So :func:`rotate` need not negate what it swaps, and stays one expression.
-    """
-    sines = torch.stack([-angles[:, ::2].sin(), angles[:, 1::2].sin()], dim=-1).flatten(1)
-    return torch.cat([sines, angles.cos()], dim=-1)
+    """Angles [T, C] to [T, 2 C], sines then cosines; of a rotary table, the form that timm's attention takes."""
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def sin_cos_2d(width: int, side: int) -> torch.Tensor:
@@ -95,12 +91,12 @@ class ConditionEmbedder(nn.Module):
 def rotate(x_NTHC: torch.Tensor, table_TS: torch.Tensor) -> torch.Tensor:
     """Turn pairs of channels (2 i, 2 i + 1) by their token's angles.
 
-    Computed in the table's precision and given in that of x; swapping by ``flip``, where stacking would fill a tensor,
-    lets compiling make one kernel of it.
+    Computed in the table's precision and given in that of x. Swapping by ``flip`` and signs by arithmetic, where
+    stacking would fill tensors, let compiling make one kernel of it.
 
     Args:
         x_NTHC: [N, T, heads, C].
-        table_TS: sines, signed, then cosines [T, 2 C] (:func:`sin_cos_table`).
+        table_TS: sines then cosines [T, 2 C] (:func:`sin_cos_table`).
     """
     sin_T1C, cos_T1C = table_TS[:, None].chunk(2, dim=-1)
     if x_NTHC.device.type == "cpu" and x_NTHC.dtype == torch.float32 and not torch.compiler.is_compiling():
@@ -108,7 +104,8 @@ def rotate(x_NTHC: torch.Tensor, table_TS: torch.Tensor) -> torch.Tensor:
         turn_T1C = torch.complex(cos_T1C[..., 1::2].contiguous(), sin_T1C[..., 1::2].contiguous())
         return torch.view_as_real(torch.view_as_complex(x_NTHC.unflatten(-1, (-1, 2))) * turn_T1C).flatten(-2)
     swapped = x_NTHC.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (x_NTHC * cos_T1C + swapped * sin_T1C).to(x_NTHC.dtype)
+    sign_C = torch.arange(x_NTHC.shape[-1], device=x_NTHC.device) % 2 * 2 - 1  # - + - + ...
+    return (x_NTHC * cos_T1C + swapped * (sign_C * sin_T1C)).to(x_NTHC.dtype)
 
 
 class Attention(AttentionRope):
