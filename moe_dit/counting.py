@@ -222,6 +222,7 @@ def _parts(model: torch.nn.Module, counter: _Counter) -> None:
         if name != "blocks":
             follow(module, "embedders and final layer")
     for block in getattr(model, "blocks", []):
+        follow(block.adaLN_modulation, "adaLN, norm, residual")
         follow(block, "adaLN, norm, residual")
         follow(block.attn, "attention and rotation")
         follow(block.mlp, "dispatch and combine" if hasattr(block.mlp, "experts") else "dense MLP")
@@ -232,6 +233,33 @@ def _parts(model: torch.nn.Module, counter: _Counter) -> None:
         if router is not None:  # called by a method that hooks do not see
             follow(router, "router")
             router.route = partial(_as_call, router, type(router).route)
+
+
+def _compiled_parts(model: torch.nn.Module, counter: _Counter) -> None:
+    """As :func:`_parts`, of what is not in a graph."""
+
+    def follow(owner: Any, method: str, part: str) -> None:
+        call = getattr(owner, method)
+
+        def followed(*inputs: Any) -> Any:
+            counter.stack.append(part)
+            start = torch.autograd._get_sequence_nr()
+            out = call(*inputs)
+            counter.stack.pop()
+            counter.spans.append((start, torch.autograd._get_sequence_nr(), part))
+            return out
+
+        setattr(owner, method, followed)
+
+    for name in ("x_embedder", "c_embedder"):
+        follow(model.get_submodule(name), "forward", "embedders")
+    blocks: Any = model.get_submodule("blocks")
+    follow(blocks, "modulations", "modulations")
+    for block in blocks:
+        if hasattr(block.mlp, "exchange"):
+            follow(block.mlp, "exchange", "exchange")
+        if hasattr(block.mlp, "experts"):
+            follow(block.mlp.experts, "forward", "experts")
 
 
 def _as_call(module: Any, method: Any, *inputs: Any) -> Any:
@@ -328,7 +356,7 @@ def _count_small(recipe: Recipe, ep_size: int, compiled: bool, samples: int) -> 
         from moe_dit.parallel.compile import compile_blocks
 
         backend = _Backend(counter)
-        compile_blocks(model, backend=backend.named("blocks, compiled"))
+        compile_blocks(model, backend=backend.named("network, compiled"))
         flow.compile(backend=backend.named("objective"))
         inputs = partial(inputs, backend=backend.named("draws and inputs"))
 
@@ -345,6 +373,7 @@ def _count_small(recipe: Recipe, ep_size: int, compiled: bool, samples: int) -> 
     with _lonely_exchange(counter):
         if compiled:
             micro_batch()
+            _compiled_parts(model, counter)
             model.zero_grad()  # DeepSpeed takes each gradient away as soon as it is there
             counter.costs.clear()
             counter.operations.clear()
