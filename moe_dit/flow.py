@@ -93,7 +93,8 @@ class Flow:
         noise = noise * self.noise_scale
         z = _per_sample(t, x) * x + _per_sample(1 - t, x) * noise
         # With data prediction the target takes the clamped denominator too, so that a perfect network has loss 0.
-        return z, x - noise if self.prediction == "velocity" else self._towards(x, z, t)
+        target = x - noise if self.prediction == "velocity" else self._towards(x, z, t)
+        return z, target
 
     def _mean_square(
         self, output: torch.Tensor, z: torch.Tensor, t: torch.Tensor, target: torch.Tensor

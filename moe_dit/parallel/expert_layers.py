@@ -43,8 +43,8 @@ class ExpertParallelMoE(AutoEPMoELayer):
 
     Only ``experts`` differs: it holds experts [ep_rank * E / ep_size, (ep_rank + 1) * E / ep_size).
 
-    The forward pass is four parts, of which :meth:`route`, :meth:`beside` and :meth:`finish` are pure functions that can
-    be compiled; only :meth:`exchange` speaks with other ranks, notes what was seen, and has shapes that the routing
+    The forward pass is four parts: :meth:`route`, :meth:`beside` and :meth:`finish` are pure functions that can be
+    compiled; only :meth:`exchange` speaks with other ranks, notes what was seen, and has shapes that the routing
     decides. AutoEP 0.19.8's own forward pass has them in one, with a gather of sorted scores that nothing reads, and
     with padding between experts' rows, which grouped products of bf16 do not need (torchtitan, pull request 2620).
     """
