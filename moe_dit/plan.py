@@ -47,12 +47,9 @@ MAX_GROUP = 178956971  # elements in a group of expert weights (split_params_int
 
 # Kernels launched, forward and backward, as moe_dit/counting.py counts them: dsmoe_s_e16 (10 blocks, 5 of them MoE, 126
 # parameters) at EP 8 and ZeRO 2 under DeepSpeed 0.19.8; the totals stand beside the divisors. Eager, then compiled.
-LAUNCHES_DRAWS = 548, 10  # a micro-batch's noise, times, labels
-LAUNCHES_BLOCK = (
-    (570 + 380) / 10,
-    630 / 10,
-)  # attention, rotation, modulation, norms, residuals; compiled, all of it
-LAUNCHES_MOE = (210 + 280 + 105 + 85 + 75) / 5, 332 / 5  # router, dispatch, combine, experts; what is not compiled
+LAUNCHES_DRAWS = 548, 10 + 9 + 6 + 10  # noise, times, labels; compiled, with objective, embedders, modulations
+LAUNCHES_BLOCK = (570 + 380) / 10, 498 / 10  # attention, rotation, modulation, norms, residuals; compiled, all of it
+LAUNCHES_MOE = (210 + 280 + 105 + 85 + 75) / 5, (70 + 65) / 5  # router, tokens' way, experts; what is not compiled
 LAUNCHES_DENSE = 50 / 5, 0  # a dense block's MLP
 LAUNCHES_HOOK = 173 / 126  # a parameter's gradient into its bucket
 LAUNCHES_STEP = 144 / 126  # a parameter, once a step: norm and optimizer

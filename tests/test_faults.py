@@ -112,7 +112,7 @@ def test_bad_input_of_the_whole_command(latents, tmp_path):
         ('{"train_batch_size": 8}', "train_batch_size is decided by the recipe"),
         ('{"zero_optimization": {"stage": 4}}', "stage is 4; it should be 0, 1, 2 or 3"),
         ('{"expert_parallel": {"enabled": true, "autoep_size": 0}}', "it should be a positive integer"),
-        ('{"expert_parallel": {"enabled": true, "top_k": 2}}', "takes enabled and autoep_size, not top_k"),
+        ('{"expert_parallel": {"enabled": true, "top_k": 2}}', "not top_k; remove it"),
     ],
 )
 def test_a_wrong_deepspeed_file(latents, tmp_path, capfd, content, line):
