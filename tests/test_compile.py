@@ -9,7 +9,7 @@ from torch import nn
 from moe_dit import build_model, load_recipe
 from moe_dit.models.initialization import initialize
 from moe_dit.models.layers import rope_2d, rotate, sin_cos_table
-from moe_dit.models.moe import MoE
+from moe_dit.models.moe import Experts, MoE
 from moe_dit.parallel.compile import compile_blocks
 from moe_dit.parallel.expert_layers import ExpertParallelMoE
 from moe_dit.parallel.recompute import apply_activation_checkpointing
@@ -24,6 +24,8 @@ def one_rank(recipe) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, ExpertParallelMoE(name, layer, 1, 0, {}))
     initialize(model, recipe.seed, torch.device("cpu"))
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        experts.implementation = "loop"  # rows go as they go on GPUs; by themselves CPUs add up tokens
     with torch.no_grad():  # a fresh network predicts zero whatever its blocks do
         for i, weight in enumerate(model.parameters()):
             weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
