@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -108,7 +109,11 @@ def test_a_terminal_that_asks_or_closes_is_a_request_too(latents, tmp_path, numb
     run = tmp_path / "run"
     command = [sys.executable, "jobs/train.py", "--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits"]
     command += ["--data", str(latents), "--out", str(run), "--steps", "5000"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, start_new_session=True)
+    # Tests started in the background or under nohup inherit signals that are ignored.
+    heeded = partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heeded
+    )
     assert process.stderr is not None
     try:
         wait_for_step(run, 2, process)
