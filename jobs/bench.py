@@ -121,7 +121,7 @@ def show_counts(args) -> None:
     from moe_dit.counting import count
 
     ep, stage = parallelism.ep_size, parallelism.zero_stage
-    compiled = recipe.compile == "blocks" or (recipe.compile == "auto" and stage < 3)
+    compiled = recipe.compiled("cuda", stage) == "blocks"
     say("counting; compiling for it takes a minute or two")
     costs = count(recipe, ep, stage, compiled, samples)
     title = f"{recipe.name}, {samples} images, EP {ep}, ZeRO {stage}, {'compiled' if compiled else 'eager'}"

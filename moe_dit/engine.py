@@ -98,9 +98,7 @@ class Engine:
         model = build_model(recipe, device="meta")
         apply_expert_parallelism(model, parallelism.ep_size, parallelism.exchange(recipe, self.bf16))
         initialize(model, recipe.seed, device)
-        compiled = recipe.compile
-        if compiled == "auto":
-            compiled = "blocks" if device.type == "cuda" and parallelism.zero_stage < 3 else "none"
+        compiled = recipe.compiled(device.type, parallelism.zero_stage)
         if compiled != "none" and parallelism.zero_stage == 3:
             raise InputError(
                 f"{parallelism.file}: ZeRO 3 gathers weights in hooks that compile: {compiled} cannot keep"

@@ -144,7 +144,7 @@ def launches(recipe: Recipe, model: torch.nn.Module, accumulation: int, zero_sta
     depth = recipe.model.depth
     moe = sum(isinstance(module, Experts) for module in model.modules())
     parameters = len(list(model.parameters()))
-    form = int(recipe.compile == "blocks" or (recipe.compile == "auto" and zero_stage < 3))
+    form = int(recipe.compiled("cuda", zero_stage) == "blocks")
     blocks = LAUNCHES_BLOCK[form] * depth + LAUNCHES_MOE[form] * moe + LAUNCHES_DENSE[form] * (depth - moe)
     micro_batch = LAUNCHES_DRAWS[form] + blocks + LAUNCHES_HOOK * parameters
     return accumulation * micro_batch + LAUNCHES_STEP * parameters

@@ -162,6 +162,12 @@ class Recipe:
         """Plain nested dicts, as in the YAML file."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]  # pydantic's dataclasses are dataclasses
 
+    def compiled(self, device_type: str, zero_stage: int) -> str:
+        """What is compiled on "cuda" or "cpu" under a ZeRO stage: "none", "dense" or "blocks"."""
+        if self.compile != "auto":
+            return self.compile
+        return "blocks" if device_type == "cuda" and zero_stage < 3 else "none"
+
     def in_bf16(self, device_type: str) -> bool:
         """Whether the network computes in bf16 on such a device ("cuda", "cpu"), else in float32."""
         return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")

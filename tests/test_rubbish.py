@@ -1,11 +1,13 @@
 """Damaged, foreign and made-up files, wherever a command reads one: one line that names the file, or no harm."""
 
+import copy
 import io
 import json
 import random
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -50,6 +52,18 @@ RUBBISH = [
 def one_line(error: InputError, file) -> None:
     text = str(error)
     assert str(file) in text and "\n" not in text, text
+
+
+def with_rubbish(whole: dict, places: list[tuple]) -> Iterator[dict]:
+    """Copies of nested values, each with one of RUBBISH at one of the places (keys from the outside in)."""
+    for *outer, last in places:
+        for value in RUBBISH:
+            changed = copy.deepcopy(whole)
+            holder = changed
+            for key in outer:
+                holder = holder[key]
+            holder[last] = value
+            yield changed
 
 
 def damaged(data: bytes, seed: int) -> bytes:
@@ -135,19 +149,13 @@ def test_a_manifest_of_any_values_is_one_line_or_true(shard):
     assert read_manifest(file.parent).samples == 4
     places = [(key,) for key in whole] + [("shards", 0, key) for key in whole["shards"][0]] + [("sample_shape", 1)]
     refused = 0
-    for place in places:
-        for value in RUBBISH:
-            changed = json.loads(json.dumps(whole))
-            holder = changed
-            for key in place[:-1]:
-                holder = holder[key]
-            holder[place[-1]] = value
-            file.write_text(json.dumps(changed))
-            try:
-                ShardReader(read_manifest(file.parent, check_sizes=False))
-            except InputError as error:
-                one_line(error, file.parent)
-                refused += 1
+    for changed in with_rubbish(whole, places):
+        file.write_text(json.dumps(changed))
+        try:
+            ShardReader(read_manifest(file.parent, check_sizes=False))
+        except InputError as error:
+            one_line(error, file.parent)
+            refused += 1
     assert refused > 0.8 * len(places) * len(RUBBISH)
     for text in ("", "null", "[]", "3", DEEP, '{"format": "moe-dit-shards-1", "kind": "latents"}'):
         file.write_text(text)
@@ -170,18 +178,12 @@ def test_any_value_of_any_key_of_a_recipe_is_one_line_or_taken():
     places = [(key, inner) for key, value in whole.items() if isinstance(value, dict) for inner in value]
     places += [(key,) for key in whole] + [("model", "moe", key) for key in whole["model"]["moe"]]
     refused = 0
-    for place in places:
-        for value in RUBBISH:
-            changed = json.loads(json.dumps(whole))
-            holder = changed
-            for key in place[:-1]:
-                holder = holder[key]
-            holder[place[-1]] = value
-            try:
-                parse_recipe(changed, "mine.yaml")
-            except InputError as error:
-                one_line(error, "mine.yaml")
-                refused += 1
+    for changed in with_rubbish(whole, places):
+        try:
+            parse_recipe(changed, "mine.yaml")
+        except InputError as error:
+            one_line(error, "mine.yaml")
+            refused += 1
     assert refused > 0.7 * len(places) * len(RUBBISH)
     for values in (None, [], "x", 3):
         with pytest.raises(InputError, match="should be a mapping"):

@@ -2,9 +2,9 @@
 
 Linear maps, norms and embedders are our network's own; the rest is computed as published: a module for each expert, a
 Python loop over them with a gather, an index_add, and gradients of the gathers that fill a whole batch of tokens each;
-tokens that are a transposed view from the embedding on;
-DiffMoE's outputs scattered to [E T, D]; attention with its rotation as published. Everything is float32. Dropout is
-torch's. Shapes: N samples, T tokens, D width, E experts, K = top_k.
+tokens that are a transposed view from the embedding on; DiffMoE's outputs scattered to [E T, D]; attention with its
+rotation as published. Everything is float32. Dropout is torch's. Shapes: N samples, T tokens, D width, E experts,
+K = top_k.
 """
 
 import copy
