@@ -87,7 +87,7 @@ def _shard_images(folder: Path) -> list[ImageFile]:
     images = []
     for index in range(len(reader)):
         members = reader.members(index)
-        offset, length = members.place("png")
+        offset, length = members.place("image")
         images.append(ImageFile(members.path, members.label(), offset, length))
     return images
 

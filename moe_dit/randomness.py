@@ -30,6 +30,7 @@ class Stream(IntEnum):
     SAMPLE_NOISE = 8
     SAMPLE_LABEL = 9
     DROPOUT = 10
+    WINDOW = 11
 
 
 def philox(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
@@ -117,6 +118,12 @@ def keep_mask(
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of an epoch: int64 [n], a pure function of (seed, epoch)."""
     return np.random.Generator(np.random.Philox(key=[seed, (int(Stream.ORDER) << 32) + epoch])).permutation(n)
+
+
+def window_permutation(seed: int, epoch: int, part: int, n: int) -> np.ndarray:
+    """A permutation int64 [n] of a part of an epoch; a pure function of (seed, epoch, part)."""
+    key = [seed, (int(Stream.WINDOW) << 32) + epoch]
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, part])).permutation(n)
 
 
 def fill_weight(out: torch.Tensor, seed: int, name: str, start: int, kind: str, scale: float) -> None:

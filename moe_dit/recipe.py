@@ -55,6 +55,9 @@ class DataConfig:
     latent_shift: Number | None = None  # taken from latents before the factor; null: the VAE's own, likewise
     vae: str | None = None  # hub name or folder of the VAE that decodes samples; null: the one that encoded the shards
     workers: Natural = 4  # loader processes a rank
+    # Shards are shuffled in windows of so many GB, read one after another (moe_dit.data.order); null: all samples at
+    # once; auto: null up to 8 GB of shards, else 4. A run keeps what it began with (before the key: null)
+    window_gb: Positive | Literal["auto"] | None = "auto"
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_dit.data import Latents, batches, check_manifest, training_inputs
+from moe_dit.data.index import ensure_index
+from moe_dit.data.order import window_for
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import Parallelism, load_parallelism
@@ -53,6 +55,8 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         Stop: the loss is not finite any more, or a checkpoint could not be written.
     """
     recipe, parallelism, manifest = ranks.agreed(lambda: _check(recipe, ds_file))
+    # Shards of before there was an index, and foreign ones, are indexed once a node.
+    ranks.agreed(lambda: ensure_index(manifest) is None if ranks.world().local_rank == 0 else None)
 
     # DeepSpeed and TensorBoard take seconds to import: bad input should not have to wait for them.
     from moe_dit.checkpoint import Checkpointer
@@ -73,6 +77,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         # Rank 0 alone decides what is continued: ranks that each looked might see different moments.
         start = ranks.from_rank_0(lambda: _open_run(recipe, run, resume, held))
         held.enter_context(_told(run))
+        recipe = ranks.agreed(lambda: _with_window(recipe, manifest, start))
         engine = Engine(recipe, parallelism, device)
         checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
         start, first_step = _load(engine, checkpointer, start, recipe, run, resume)
@@ -276,6 +281,24 @@ def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
         data = replace(data, latent_scale=latents.scale, latent_shift=latents.shift, vae=data.vae or manifest.vae)
     weights = None if recipe.initial_weights is None else str(Path(recipe.initial_weights).resolve())
     return replace(recipe, data=data, initial_weights=weights)
+
+
+def _with_window(recipe: Recipe, manifest: Manifest, start: "Start") -> Recipe:
+    """The recipe with its order of samples decided: by the run that is continued, which must keep it, or the shards."""
+    from moe_dit.checkpoint_files import read_description
+
+    window = recipe.data.window_gb
+    if start.checkpoint is None:
+        window = window_for(manifest, window)
+    else:
+        kept = read_description(start.checkpoint)["recipe"]["data"].get("window_gb")
+        if window not in ("auto", kept):
+            raise InputError(
+                f"{start.checkpoint} was trained with data.window_gb {kept}, not {window}; continue it with "
+                f"{'null' if kept is None else kept}, or give another --out for another experiment"
+            )
+        window = kept
+    return replace(recipe, data=replace(recipe.data, window_gb=window))
 
 
 def _resumed(recipe: Recipe, run: Path, resume: str, damaged: "Mapping[Path, Damaged] | None" = None) -> "Start":

@@ -1,0 +1,121 @@
+"""The batches of a rank: the samples at its positions of a run, read ahead by worker processes."""
+
+from collections.abc import Generator, Iterator
+from multiprocessing import resource_tracker
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from moe_dit.data.order import FullOrder, Order, make_order, window_for
+from moe_dit.data.reader import ShardReader
+from moe_dit.manifest import Manifest
+from moe_dit.randomness import Stream, uniform
+from moe_dit.recipe import Recipe
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.processes import forkserver
+from moe_dit.runtime.ranks import World
+from moe_dit.runtime.stopping import signals_held
+
+
+class TrainingSamples(Dataset):
+    """The run's samples by position.
+
+    A batch is a dict of "x" (moments or latents float16, pixels uint8), "y" and "position".
+    Errors come back as values, since a DataLoader would bury an exception's one line in a worker's traceback.
+
+    Args:
+        reader: of the shards.
+        seed: of the run.
+        horizontal_flip: probability of a mirror image.
+        order: which sample stands where; None: a permutation of all.
+        reads_ahead: whether this is the one that reads whole shards ahead, for all processes of its node.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        seed: int,
+        horizontal_flip: float,
+        order: Order | None = None,
+        reads_ahead: bool = False,
+    ):
+        self.reader = reader
+        self.seed = seed
+        self.horizontal_flip = horizontal_flip
+        self.order = order or FullOrder(seed, len(reader))
+        self.reads_ahead = reads_ahead
+
+    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor] | InputError:
+        try:
+            return self._batch(positions)
+        except InputError as error:
+            return error
+
+    def _batch(self, positions: list[int]) -> dict[str, torch.Tensor]:
+        where = torch.tensor(positions)
+        worker = get_worker_info()
+        if self.reads_ahead and (worker is None or worker.id == 0):
+            self.reader.ahead(self.order.shards_ahead(positions[0]))
+        flips = uniform(self.seed, Stream.FLIP, where) < self.horizontal_flip
+        x, y = self.reader.read(self.order.samples(where.numpy()), flips.numpy())
+        return {"x": x, "y": y, "position": where}
+
+
+class Positions:
+    """The positions of each micro-batch of one rank, from a step on.
+
+    Step s is positions [s * B, (s + 1) * B); its micro-batch m on rank r is the (m * ranks + r)-th equal part.
+    """
+
+    def __init__(self, first_step: int, steps: int, global_batch_size: int, micro_batch_size: int, world: World):
+        self.first = first_step
+        self.steps = steps
+        self.batch = global_batch_size
+        self.micro = micro_batch_size
+        self.world = world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(
+            self.first * self.batch + self.world.rank * self.micro,
+            self.steps * self.batch,
+            self.world.size * self.micro,
+        ):
+            yield list(range(start, start + self.micro))
+
+
+def _as_is(batch):
+    return batch
+
+
+def batches(
+    recipe: Recipe, manifest: Manifest, micro_batch_size: int, first_step: int, world: World
+) -> Generator[dict[str, torch.Tensor], None, None]:
+    """This rank's micro-batches from ``first_step`` to the recipe's last, read ahead by worker processes.
+
+    ``data.window_gb`` "auto" stands for what :func:`moe_dit.data.order.window_for` says.
+    """
+    reader = ShardReader(manifest)
+    order = make_order(manifest, recipe.seed, window_for(manifest, recipe.data.window_gb))
+    samples = TrainingSamples(reader, recipe.seed, recipe.data.horizontal_flip, order, world.local_rank == 0)
+    positions = Positions(first_step, recipe.steps, recipe.global_batch_size, micro_batch_size, world)
+    loader = DataLoader(
+        samples,
+        batch_sampler=positions,
+        collate_fn=_as_is,
+        num_workers=recipe.data.workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if recipe.data.workers else None,
+        multiprocessing_context=forkserver() if recipe.data.workers else None,
+    )
+    with signals_held():
+        # It unblocks two of the signals as it starts (Python 3.11), so it has to be there before the workers.
+        resource_tracker.ensure_running()
+    with signals_held():
+        loaded = iter(loader)
+    try:
+        for batch in loaded:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    finally:
+        reader.close()
