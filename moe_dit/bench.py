@@ -418,6 +418,7 @@ def _warm_up(ours: Ours, theirs: Published | None) -> dict[str, list[float]]:
             found["loss"].append(loss_of.item() / ranks.world().size)
             gradients = [weight.grad for weight in theirs.weights if weight.grad is not None]
             found["gradient_norm"].append(torch.nn.utils.get_total_norm(gradients).item())
+            theirs.optimizer.param_groups[0]["lr"] = ours.engine.learning_rate(ours.done - 1)  # as it warms up
             theirs.finish()
     exact = not ours.engine.bf16 and not dropouts(ours.engine.model)
     if theirs is not None and exact:

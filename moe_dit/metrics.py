@@ -31,6 +31,7 @@ class Report:
     grad_norm: float
     load: torch.Tensor  # [layers, experts] tokens
     seconds: float  # that the step took
+    data_seconds: float = 0.0  # of them, that this rank's host waited for its batches
 
 
 class Reports:
@@ -59,7 +60,13 @@ class Reports:
         return event
 
     def push(
-        self, step: int, lr: float, names: list[str], result: dict[str, torch.Tensor], grad_norm: float | torch.Tensor
+        self,
+        step: int,
+        lr: float,
+        names: list[str],
+        result: dict[str, torch.Tensor],
+        grad_norm: float | torch.Tensor,
+        data_seconds: float = 0.0,
     ) -> None:
         """Start bringing over a step's result (of Engine.train_step); ``names`` are its losses'."""
         load = result["load"]
@@ -69,12 +76,12 @@ class Reports:
         host = torch.empty(numbers.shape, pin_memory=numbers.is_cuda).copy_(numbers, non_blocking=True)
         before = self._last
         self._last = self._now()
-        self._queue.append((step, lr, names, host, load.shape, before, self._last))
+        self._queue.append((step, lr, names, host, load.shape, before, self._last, data_seconds))
 
     def take(self, everything: bool = False) -> Iterator[Report]:
         """The reports that are due, in order; all of them, waiting for the GPU, with ``everything``."""
         while len(self._queue) > (0 if everything else self.lag):
-            step, lr, names, host, shape, before, arrived = self._queue.popleft()
+            step, lr, names, host, shape, before, arrived, waited = self._queue.popleft()
             if self._on_gpu:
                 arrived.synchronize()
                 seconds = before.elapsed_time(arrived) / 1000
@@ -83,7 +90,7 @@ class Reports:
             n = len(names)
             losses = dict(zip(names, host[:n].tolist(), strict=True))
             stop, norm = host[n : n + 2].tolist()
-            yield Report(step, lr, losses, stop > 0, norm, host[n + 2 :].view(shape), seconds)
+            yield Report(step, lr, losses, stop > 0, norm, host[n + 2 :].view(shape), seconds, waited)
 
 
 def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -132,6 +139,7 @@ class Metrics:
             "grad_norm": report.grad_norm,
             "images_per_second": round(self.images / report.seconds, 2),
             "moe_imbalance": round(imbalance(report.load), 4),
+            "data_wait": round(report.data_seconds / report.seconds, 4),
         }
         record |= {name: value for name, value in report.losses.items() if name != "loss"}
         record |= look or {}

@@ -1,12 +1,13 @@
 """The training loop: from a recipe and a DeepSpeed JSON to a run folder, continuing where it stopped."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -89,9 +90,10 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
             say(note)
         say(_headline(recipe, parallelism, manifest, start.checkpoint, engine))
         stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, ranks.world())
-        micro_batches = _micro_batches(engine, stream, Latents.of(recipe, manifest))
+        waits = Waits(stream)
+        micro_batches = _micro_batches(engine, waits, Latents.of(recipe, manifest))
         try:
-            last_step = _loop(engine, micro_batches, checkpointer, metrics, looks, request, run, first_step)
+            last_step = _loop(engine, micro_batches, waits, checkpointer, metrics, looks, request, run, first_step)
         finally:
             stream.close()
             checkpointer.close()
@@ -192,6 +194,29 @@ def _told(run: Path) -> Iterator[None]:
     write_status(run, "done", exit_status=0)
 
 
+class Waits:
+    """An iterator that keeps how long was waited for what it gives."""
+
+    def __init__(self, stream: Iterator[Any]):
+        self._stream = stream
+        self._seconds = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        begin = time.perf_counter()
+        try:
+            return next(self._stream)
+        finally:
+            self._seconds += time.perf_counter() - begin
+
+    def take(self) -> float:
+        """Seconds since the last time."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 def _micro_batches(
     engine: "Engine", stream: Iterator[dict[str, torch.Tensor]], latents: Latents
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -207,6 +232,7 @@ def _micro_batches(
 def _loop(
     engine: "Engine",
     micro_batches: Iterator[list[dict[str, torch.Tensor]]],
+    waits: Waits,
     checkpointer: "Checkpointer",
     metrics: "Metrics | None",
     looks: "Looks | None",
@@ -224,7 +250,8 @@ def _loop(
         while step < recipe.steps:
             # A save that failed ends the run too, and every rank must know in the same step.
             result = engine.train_step(step, next(micro_batches), stop=request.asked or checkpointer.failed())
-            reports.push(step + 1, engine.learning_rate(step), engine.loss_names, result, engine.gradient_norm())
+            norm = engine.gradient_norm()
+            reports.push(step + 1, engine.learning_rate(step), engine.loss_names, result, norm, waits.take())
             step += 1
             save = step % recipe.checkpoint.every == 0 or step == recipe.steps
             stop = False

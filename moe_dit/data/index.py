@@ -23,7 +23,7 @@ from numpy.lib import format as npy_format
 from moe_dit.manifest import Manifest
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import new_file
-from moe_dit.runtime.processes import forkserver
+from moe_dit.runtime.processes import end_with, forkserver
 from moe_dit.runtime.progress import say, task
 
 IMAGE = "image"  # stands for the extension of a sample's image, whatever that is
@@ -166,7 +166,7 @@ def scan_shards(manifest: Manifest, workers: int | None = None) -> list[np.ndarr
     if len(shards) < 16 or workers < 2:
         return _checked(map(scan, shards), len(shards))
     say(f"{manifest.folder} has no index; making one, once")
-    with ProcessPoolExecutor(workers, forkserver()) as pool:
+    with ProcessPoolExecutor(workers, forkserver(), end_with, (os.getpid(),)) as pool:
         return _checked(pool.map(scan, shards, chunksize=4), len(shards))
 
 

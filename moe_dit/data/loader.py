@@ -1,6 +1,8 @@
 """The batches of a rank: the samples at its positions of a run, read ahead by worker processes."""
 
+import os
 from collections.abc import Generator, Iterator
+from functools import partial
 from multiprocessing import resource_tracker
 
 import torch
@@ -12,7 +14,7 @@ from moe_dit.manifest import Manifest
 from moe_dit.randomness import Stream, uniform
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.processes import forkserver
+from moe_dit.runtime.processes import end_with, forkserver
 from moe_dit.runtime.ranks import World
 from moe_dit.runtime.stopping import signals_held
 
@@ -106,6 +108,7 @@ def batches(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if recipe.data.workers else None,
         multiprocessing_context=forkserver() if recipe.data.workers else None,
+        worker_init_fn=partial(end_with, os.getpid()),
     )
     with signals_held():
         # It unblocks two of the signals as it starts (Python 3.11), so it has to be there before the workers.
@@ -118,4 +121,6 @@ def batches(
                 raise batch
             yield batch
     finally:
+        # Its workers end with it. An error's traceback would keep it until the interpreter waits for them, in vain.
+        del loaded
         reader.close()

@@ -1,5 +1,8 @@
-"""How helper processes start."""
+"""How helper processes start, and end."""
 
+import os
+import select
+import threading
 from multiprocessing import get_context
 from typing import Any
 
@@ -12,3 +15,21 @@ def forkserver() -> Any:
     context = get_context("forkserver")
     context.set_forkserver_preload(["moe_dit.data"])
     return context
+
+
+def end_with(pid: int, *_: Any) -> None:
+    """End this process when process ``pid`` of this machine ends, however it does.
+
+    A forkserver's children are not told: torch's DataLoader workers (2.14) watch their parent, which is the server, and
+    the server (Python 3.11) stays while a child of its holds its pipe. After kill -9 both would stay for good.
+    """
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def wait() -> None:
+        select.select([descriptor], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end with the main process", daemon=True).start()

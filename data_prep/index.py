@@ -1,0 +1,162 @@
+"""The sample index of shards that lack one, and a manifest where there is none: how foreign WebDataset shards train.
+
+Foreign shards are tar files of a folder whose samples have ``.cls`` (a class number) and either ``.latent.npy`` (and
+``.latent_flip.npy``, the mirror image's, if training is to flip) or an image of one size.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_prep.shards import sha256
+from moe_dit.data.index import IMAGE, IMAGE_EXTENSIONS, ensure_index, index_name, scan_shard, write_index
+from moe_dit.manifest import FORMAT, MANIFEST, Manifest, read_manifest
+from moe_dit.runtime.command import Parser, run
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import explained, write_json
+from moe_dit.runtime.progress import task
+
+EXAMPLES = """\
+  python -m data_prep.index data/imagenet256_latents
+  python -m data_prep.index data/foreign_latents --scale 0.18215 --vae stabilityai/sd-vae-ft-mse
+  python -m data_prep.index data/foreign_pixels --classes imagenet_classes.txt
+"""
+
+
+def kind_of(path: Path) -> str:
+    """What a foreign shard holds, by its first sample."""
+    for extension in members_of_first(path):
+        if extension == "latent.npy":
+            return "latents"
+        if extension.lower() in IMAGE_EXTENSIONS:
+            return "pixels"
+    raise InputError(
+        f"shard {path}: the first sample has {', '.join(members_of_first(path)) or 'no files'}; expected .cls and "
+        f"either .latent.npy or an image ({', '.join(IMAGE_EXTENSIONS)})"
+    )
+
+
+def members_of_first(path: Path) -> dict[str, bytes]:
+    """The files of a shard's first sample, by extension."""
+    found: dict[str, bytes] = {}
+    first = None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                first = key if first is None else first
+                if key != first:
+                    break
+                file = tar.extractfile(member)
+                found[extension] = file.read() if file else b""
+    except Exception as error:  # tarfile raises whatever a damaged header leads it to
+        raise InputError(f"shard {path} cannot be read: {error}") from None
+    return found
+
+
+def sample_shape(path: Path, kind: str) -> list[int]:
+    """The shape of a shard's first sample."""
+    members = members_of_first(path)
+    try:
+        if kind == "latents":
+            shape = np.load(io.BytesIO(members["latent.npy"])).shape
+        else:
+            data = next(data for extension, data in members.items() if extension.lower() in IMAGE_EXTENSIONS)
+            width, height = Image.open(io.BytesIO(data)).size
+            shape = (3, height, width)
+    except Exception as error:  # decoders raise whatever they meet
+        raise InputError(f"shard {path}: the first sample cannot be read: {error}") from None
+    if len(shape) != 3:
+        raise InputError(f"shard {path}: the first sample has shape {list(shape)}; expected [channels, height, width]")
+    return list(shape)
+
+
+def scan_foreign(paths: list[Path], kind: str) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Each shard's index records and its record for the manifest."""
+    with task("indexing shards", len(paths)) as progress:
+        for path in paths:
+            part, _ = scan_shard(path, kind)
+            member = "latent.npy" if kind == "latents" else IMAGE
+            for wanted in ("cls", member):
+                if not part[wanted]["size"].all():
+                    raise InputError(f"shard {path}: a sample has no .{wanted}")
+            yield (
+                part,
+                {
+                    "name": path.name,
+                    "samples": len(part),
+                    "bytes": path.stat().st_size,
+                    "sha256": sha256(path),
+                },
+            )
+            progress.advance()
+
+
+def adopt(folder: Path, names: list[str] | None, vae: str | None, scale: float | None, shift: float, means: bool):
+    """Write the manifest and the index of a folder of foreign shards."""
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise InputError(f"{folder} holds no .tar files and no {MANIFEST}")
+    kind = kind_of(paths[0])
+    shape = sample_shape(paths[0], kind)
+    if kind == "latents" and not means and shape[0] % 2:
+        raise InputError(f"{folder}: latents have {shape[0]} channels, which are no moments; give --means")
+    parts, records = zip(*scan_foreign(paths, kind), strict=True)
+    most = max(int(part["label"].max()) for part in parts)
+    names = names or [str(label) for label in range(most + 1)]
+    if most >= len(names):
+        raise InputError(f"{folder}: a label is {most}, but --classes names {len(names)} classes")
+    values: dict[str, Any] = {
+        "kind": kind,
+        "samples": sum(map(len, parts)),
+        "classes": names,
+        "sample_shape": shape,
+        "scale": scale,
+        "shards": list(records),
+        "shift": shift,
+        "posterior": kind == "latents" and not means,
+        "vae": vae,
+    }
+    manifest = Manifest(folder, **values)
+    with explained(str(folder)):
+        write_index(folder, manifest, parts)
+        write_json(folder / MANIFEST, {"format": FORMAT, "size": None, "source": "foreign shards"} | values)
+
+
+def main() -> None:
+    parser = Parser("Makes the sample index of a folder of shards, and a manifest if it has none.", EXAMPLES)
+    add = parser.add_argument
+    add("shards", type=Path, metavar="SHARDS", help="a folder of .tar files")
+    add("--classes", type=Path, metavar="FILE", help="foreign shards: class names, one a line (the numbers)")
+    add("--vae", metavar="NAME_or_DIR", help="foreign latents: what encoded them")
+    add("--scale", type=float, help="foreign latents: 1 / their standard deviation (else data.latent_scale says it)")
+    add("--shift", type=float, default=0.0, help="foreign latents: their mean (0)")
+    add("--means", action="store_true", help="foreign latents: latents themselves, not mean and log variance")
+    args = parser.parse_args()
+    if not args.shards.is_dir():
+        raise InputError(f"no folder of shards {args.shards}")
+    if args.scale is not None and not 0 < args.scale < float("inf"):
+        raise InputError(f"--scale {args.scale}: it should be above 0")
+    if not (args.shards / MANIFEST).exists():
+        names = None
+        if args.classes:
+            try:
+                names = args.classes.read_text().split("\n")
+            except (OSError, ValueError) as error:
+                raise InputError(f"--classes {args.classes} cannot be read: {error}") from None
+            names = names[:-1] if names and not names[-1] else names
+        adopt(args.shards, names, args.vae, args.scale, args.shift, args.means)
+    manifest = read_manifest(args.shards)
+    index = ensure_index(manifest)
+    size = index.nbytes / 1e6
+    print(f"{args.shards}: {len(manifest.shards)} shards, {len(index)} samples, {size:.1f} MB of index")
+    print(f"{index_name(manifest.shards)}")
+
+
+if __name__ == "__main__":
+    run(main)
