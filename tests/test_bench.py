@@ -67,15 +67,16 @@ def bench(*flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_what_the_bench_reports_adds_up(tmp_path):
+@pytest.mark.parametrize("name", ["digits", "digits_pixels"])  # the second's learning rate warms up
+def test_what_the_bench_reports_adds_up(name, tmp_path):
     table, plot = tmp_path / "digits.json", tmp_path / "digits.svg"
     small = [flag for change in SMALL for flag in ("--set", change)]
     done = bench(
-        "--recipe", "digits", "--batch", "4", "--pairs", "3", *small, "--json", str(table), "--plot", str(plot)
+        "--recipe", name, "--batch", "4", "--pairs", "3", *small, "--json", str(table), "--plot", str(plot)
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(table.read_text())
-    assert result["recipe"] == "digits" and result["batch"] == 4 and len(result["pairs"]) == 3
+    assert result["recipe"] == name and result["batch"] == 4 and len(result["pairs"]) == 3
     mine, theirs = ([pair[i] for pair in result["pairs"]] for i in (0, 1))
     assert result["ours"]["seconds"]["median"] == sorted(mine)[1]
     assert result["published"]["seconds"]["median"] == sorted(theirs)[1]
