@@ -67,13 +67,13 @@ def bench(*flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits", "digits_pixels"])  # the second's learning rate warms up
-def test_what_the_bench_reports_adds_up(name, tmp_path):
+@pytest.mark.parametrize(  # the second's learning rate warms up
+    ("name", "more"), [("digits", []), ("digits_pixels", ["model.in_context_start=1"])]
+)
+def test_what_the_bench_reports_adds_up(name, more, tmp_path):
     table, plot = tmp_path / "digits.json", tmp_path / "digits.svg"
-    small = [flag for change in SMALL for flag in ("--set", change)]
-    done = bench(
-        "--recipe", name, "--batch", "4", "--pairs", "3", *small, "--json", str(table), "--plot", str(plot)
-    )
+    small = [flag for change in [*SMALL, *more] for flag in ("--set", change)]
+    done = bench("--recipe", name, "--batch", "4", "--pairs", "3", *small, "--json", str(table), "--plot", str(plot))
     assert done.returncode == 0, done.stderr
     result = json.loads(table.read_text())
     assert result["recipe"] == name and result["batch"] == 4 and len(result["pairs"]) == 3
