@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shards import MOST_WORKERS, positive
 from moe_dit.data import Positions, ShardReader, TrainingSamples
+from moe_dit.data.loader import packed
 from moe_dit.data.order import FullOrder
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.runtime.command import Parser, run
@@ -71,10 +72,6 @@ class Flat(Dataset):
         x, y = self._arrays
         chosen = self.order[places]
         return {"x": torch.from_numpy(x[chosen]), "y": torch.from_numpy(y[chosen])}
-
-
-def as_is(batch: Any) -> Any:
-    return batch
 
 
 def decoded(kind: str, sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
@@ -141,7 +138,7 @@ def loader(dataset: Any, count: int, batch: int, workers: int) -> DataLoader:
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return DataLoader(dataset, batch_size=batch, collate_fn=collated, **how)
     positions = Positions(0, count // batch, batch, batch, World())
-    return DataLoader(dataset, batch_sampler=positions, collate_fn=as_is, **how)
+    return DataLoader(dataset, batch_sampler=positions, collate_fn=packed, **how)
 
 
 def read(dataset: Any, count: int, batch: int, workers: int) -> tuple[float, float]:

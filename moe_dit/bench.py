@@ -226,7 +226,7 @@ class Published:
         batch = {key: value.to(self.clock.device, non_blocking=True) for key, value in next(self.stream).items()}
         x, y = batch["x"].float(), batch["y"]
         if self.recipe.data.kind == "pixels":
-            x = x / 127.5 - 1
+            x = x.contiguous() / 127.5 - 1
         else:
             if self.latents.posterior:
                 mean, log_variance = x.chunk(2, dim=1)

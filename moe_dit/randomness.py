@@ -9,6 +9,7 @@ Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. t
 import math
 import zlib
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,16 @@ def _draw(to_value, seed, stream, positions, shape):
 def uniform(seed: int, stream: Stream, positions: torch.Tensor, shape: tuple[int, ...] = ()) -> torch.Tensor:
     """Uniform draws in [0, 1): float32 [N, *shape], row n belonging to positions[n] (int64 [N], its device)."""
     return _draw(_to_uniform, seed, stream, positions, shape)
+
+
+def host_uniform(seed: int, stream: Stream, positions: np.ndarray) -> np.ndarray:
+    """:func:`uniform`'s draws of one value a position, float32 [N] of int64 [N], in numpy.
+
+    For the processes that read data: on some dozens of values numpy's operations take a fifth of torch's time.
+    """
+    zero = np.zeros_like(positions)
+    words: Any = [zero, zero, positions & _MASK, positions >> 32]
+    return (philox(words, _key(seed, stream))[0] >> 8).astype(np.float32) * np.float32(2.0**-24)  # type: ignore[attr-defined]
 
 
 def normal(seed: int, stream: Stream, positions: torch.Tensor, shape: tuple[int, ...] = ()) -> torch.Tensor:

@@ -64,8 +64,8 @@ MUTATIONS = [
     Mutation(
         "pixel-flip-vertical",
         "moe_dit/data/reader.py",
-        "array[:, :, ::-1] if flip",
         "array[:, ::-1] if flip",
+        "array[::-1] if flip",
         "tests/test_literals.py::test_the_order_of_samples_and_their_flips",
     ),
     Mutation(

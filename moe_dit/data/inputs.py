@@ -117,7 +117,7 @@ def _inputs(settings: _Settings, x: torch.Tensor, y: torch.Tensor, position: tor
             x = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * draw
         x = (x - shift) * scale
     else:
-        x = x.float() / 127.5 - 1
+        x = x.contiguous().float() / 127.5 - 1
     dropped = uniform(seed, Stream.LABEL_DROP, position) < settings.label_dropout
     y = torch.where(dropped, settings.num_classes, y)
     noise = normal(seed, Stream.NOISE, position, tuple(x.shape[1:]))

@@ -4,14 +4,16 @@ import os
 from collections.abc import Generator, Iterator
 from functools import partial
 from multiprocessing import resource_tracker
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from moe_dit.data.order import FullOrder, Order, make_order, window_for
 from moe_dit.data.reader import ShardReader
 from moe_dit.manifest import Manifest
-from moe_dit.randomness import Stream, uniform
+from moe_dit.randomness import Stream, host_uniform
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.processes import end_with, forkserver
@@ -54,13 +56,13 @@ class TrainingSamples(Dataset):
             return error
 
     def _batch(self, positions: list[int]) -> dict[str, torch.Tensor]:
-        where = torch.tensor(positions)
+        where = np.array(positions)
         worker = get_worker_info()
         if self.reads_ahead and (worker is None or worker.id == 0):
             self.reader.ahead(self.order.shards_ahead(positions[0]))
-        flips = uniform(self.seed, Stream.FLIP, where) < self.horizontal_flip
-        x, y = self.reader.read(self.order.samples(where.numpy()), flips.numpy())
-        return {"x": x, "y": y, "position": where}
+        flips = host_uniform(self.seed, Stream.FLIP, where) < self.horizontal_flip
+        x, y = self.reader.read(self.order.samples(where), flips)
+        return {"x": x, "y": y, "position": torch.from_numpy(where)}
 
 
 class Positions:
@@ -85,8 +87,22 @@ class Positions:
             yield list(range(start, start + self.micro))
 
 
-def _as_is(batch):
-    return batch
+Batch: TypeAlias = dict[str, torch.Tensor]
+
+
+def packed(batch: Any) -> Any:
+    """A batch as a worker sends it: a tensor takes a file in shared memory, which is much for some dozen numbers."""
+    if isinstance(batch, InputError):
+        return batch
+    return {key: value if key == "x" else value.numpy() for key, value in batch.items()}
+
+
+def unpacked(batch: dict[str, Any]) -> Batch:
+    """A batch as it was before it was packed, in pinned memory where there is a GPU."""
+    tensors = {key: value if key == "x" else torch.from_numpy(value) for key, value in batch.items()}
+    if not torch.cuda.is_available():
+        return tensors
+    return {key: value if key == "x" else value.pin_memory() for key, value in tensors.items()}
 
 
 def batches(
@@ -103,7 +119,7 @@ def batches(
     loader = DataLoader(
         samples,
         batch_sampler=positions,
-        collate_fn=_as_is,
+        collate_fn=packed,
         num_workers=recipe.data.workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if recipe.data.workers else None,
@@ -119,7 +135,7 @@ def batches(
         for batch in loaded:
             if isinstance(batch, InputError):
                 raise batch
-            yield batch
+            yield unpacked(batch)
     finally:
         # Its workers end with it. An error's traceback would keep it until the interpreter waits for them, in vain.
         del loaded

@@ -1,6 +1,7 @@
 """Random access to the samples of a folder of shards, each checked against the index as it is read."""
 
 import io
+import math
 import os
 import resource
 import threading
@@ -12,13 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.lib import format as npy_format
 from PIL import Image
+from torch.utils.data import get_worker_info
 
+from moe_dit.data import stored_png
 from moe_dit.data.index import IMAGE, ensure_index
 from moe_dit.manifest import Manifest
 from moe_dit.runtime.errors import InputError
@@ -76,17 +79,27 @@ class ShardReader:
             flips: bool [N], whose mirror image is wanted.
 
         Returns:
-            x [N, *sample_shape], latents as they are stored (float16), or uint8 pixels; y int64 [N].
+            x [N, *sample_shape], latents as they are stored (float16), or uint8 pixels with channels last in memory;
+            y int64 [N].
 
         Raises:
             InputError: a shard cannot be read, or a sample is not what the index says.
         """
-        latents = self._latents(indices, flips) if self.manifest.kind == "latents" else None
-        if latents is None:
-            latents = np.stack([self._sample(index, flip) for index, flip in zip(indices.tolist(), flips, strict=True)])
-        return torch.from_numpy(latents), torch.from_numpy(self.index["label"][indices].astype(np.int64))
+        x = self._latents(indices, flips) if self.manifest.kind == "latents" else self._pixels(indices, flips)
+        if x is None:
+            samples = [self._sample(index, flip) for index, flip in zip(indices.tolist(), flips, strict=True)]
+            x = torch.from_numpy(np.stack(samples))
+        return x, torch.from_numpy(self.index["label"][indices].astype(np.int64))
 
-    def _latents(self, indices: np.ndarray, flips: np.ndarray) -> np.ndarray | None:
+    def _pixels(self, indices: np.ndarray, flips: np.ndarray) -> torch.Tensor:
+        channels, height, width = self.manifest.sample_shape
+        x = _room((len(indices), height, width, channels), np.dtype(np.uint8))
+        rows = x.numpy()
+        for i, index in enumerate(indices.tolist()):
+            rows[i] = self._sample(index, flips[i])
+        return x.permute(0, 3, 1, 2)
+
+    def _latents(self, indices: np.ndarray, flips: np.ndarray) -> torch.Tensor | None:
         """Latents read straight into a batch; None where one is not as encoding writes them, or cannot be read."""
         records = self.index[indices]
         straight, mirrored = records["latent.npy"], records["latent_flip.npy"]
@@ -94,8 +107,8 @@ class ShardReader:
         labels, cls = records["label"].tolist(), records["cls"]
         label_offsets, label_sizes = cls["offset"].tolist(), cls["size"].tolist()
         shards = self._shard(indices).tolist()
-        x = np.empty((len(indices), *self.manifest.sample_shape), np.float16)
-        rows: Any = x.reshape(len(x), -1).view(np.uint8)  # a row's memory is written in place
+        x = _room((len(indices), *self.manifest.sample_shape), np.dtype(np.float16))
+        rows: Any = x.numpy().reshape(len(x), -1).view(np.uint8)  # a row's memory is written in place
         header = bytearray(len(self._header))
         whole = len(header) + x[0].nbytes
         classes = len(self.manifest.classes)
@@ -116,17 +129,17 @@ class ShardReader:
         return x
 
     def _sample(self, index: int, flip: bool) -> np.ndarray:
-        """One sample, with all that can be said against it."""
+        """One sample, latents [C, H, W] or an image [H, W, C], with all that can be said against it."""
         members = self.members(index)
         if self.manifest.kind == "latents":
             array = members.array("latent_flip.npy" if flip else "latent.npy")
         else:
-            array = members.array(IMAGE)
-            array = array[:, :, ::-1] if flip else array
-        if list(array.shape) != self.manifest.sample_shape:
+            array = members.image()
+            array = array[:, ::-1] if flip else array
+        shape = list(array.shape) if self.manifest.kind == "latents" else [array.shape[2], *array.shape[:2]]
+        if shape != self.manifest.sample_shape:
             raise InputError(
-                f"shard {members.path}: a sample has shape {list(array.shape)}, its manifest says "
-                f"{self.manifest.sample_shape}"
+                f"shard {members.path}: a sample has shape {shape}, its manifest says {self.manifest.sample_shape}"
             )
         members.label()
         return array
@@ -175,6 +188,15 @@ class ShardReader:
         if len(data) != size:
             raise InputError(f"shard {self.path(shard)} ends inside a sample")
         return data
+
+
+def _room(shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
+    """A tensor to fill; in a loader's worker in shared memory, so that it is not copied again to be sent."""
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=kind)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # as torch's default_collate does
+    return torch.empty(0, dtype=kind).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 @dataclass
@@ -239,14 +261,24 @@ class Members:
         return int(text)
 
     def array(self, member: str) -> np.ndarray:
-        """A .npy, or an image as uint8 [C, H, W]."""
-        data = io.BytesIO(self.read(member))
+        """The values of a .npy file."""
+        return self._decoded(member, np.load)
+
+    def image(self) -> np.ndarray:
+        """The image, uint8 [H, W, 3]."""
+        return self._decoded(IMAGE, _pixels)
+
+    def _decoded(self, member: str, decode: Callable[[BinaryIO], np.ndarray]) -> np.ndarray:
+        data = self.read(member)
         try:
-            if member.endswith("npy"):
-                return np.load(data)
-            return np.asarray(Image.open(data).convert("RGB")).transpose(2, 0, 1)
+            return decode(io.BytesIO(data))
         except Exception as error:  # decoders raise whatever they meet
             raise InputError(f"shard {self.path}: .{member} is damaged: {error}") from None
+
+
+def _pixels(file: BinaryIO) -> np.ndarray:
+    stored = stored_png.decode(file.read())
+    return np.asarray(Image.open(file).convert("RGB")) if stored is None else stored
 
 
 class ReadAhead:
