@@ -1,13 +1,15 @@
-"""Reading images: class folders, and the field's usual centre crop."""
+"""Reading images as people see them: class folders, and the field's usual centre crop."""
 
+import io
 import os
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from moe_dit.runtime.errors import InputError
 
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -33,14 +35,32 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def load_image(path: str | Path, size: int) -> Image.Image:
-    """Read a file as RGB and centre-crop it to ``size`` x ``size``; InputError where it cannot be read."""
+def as_seen(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: turned as its EXIF data says, transparency on white, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey = np.asarray(image, np.float64)  # 16 bits, which Pillow would cut off at 255
+        image = Image.fromarray((grey / 257 if grey.max() > 255 else grey).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def load_image(file: str | Path | bytes, size: int) -> Image.Image:
+    """Read an image file, or its bytes, as RGB and centre-crop it to ``size`` x ``size``.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
-        with Image.open(path) as image:
-            return center_crop(image.convert("RGB"), size)
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            return center_crop(as_seen(image), size)
     # Decoders raise whatever they meet: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
-        raise InputError(f"cannot read the image {path}: {error or type(error).__name__}") from error
+        what = "an image" if isinstance(file, bytes) else f"the image {file}"
+        raise InputError(f"cannot read {what}: {str(error) or type(error).__name__}") from error
 
 
 def list_images(folder: str | Path) -> tuple[list[str], list[int], list[str]]:
@@ -86,8 +106,14 @@ def _images_below(folder: str) -> list[str]:
         raise error
 
     found = []
+    seen = {os.path.realpath(folder)}
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in list(folders):
+            real = os.path.realpath(os.path.join(parent, name))
+            if real in seen:  # a loop of links would multiply files
+                folders.remove(name)
+            seen.add(real)
         images = (name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
         found += [os.path.join(parent, name) for name in images]
     return sorted(found)

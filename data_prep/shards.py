@@ -2,35 +2,46 @@
 
 What is in a shard depends on the images and the shard size alone, never on how many ranks shared the work or on how
 often it was stopped: images are put in one fixed shuffled order, shard k holds the k-th run of ``shard_size`` of them
-and belongs to rank k % size, and batches do not cross shards. A shard appears under its name only when complete; the
-manifest appears last, so its presence means that the folder is complete.
+and belongs to rank k % size, and batches do not cross shards. An image that cannot be read is left out of its shard and
+listed in errors.jsonl. A shard appears under its name only when complete; the manifest appears last, so its presence
+means that the folder is complete.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import tarfile
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from queue import Empty, Full, Queue
 from typing import Any
 
 import torch
 import webdataset
+from PIL import UnidentifiedImageError
 
-from data_prep.images import list_images
-from moe_dit import randomness
-from moe_dit.manifest import FORMAT, MANIFEST
+from data_prep.sources import Source, open_source
+from moe_dit.data.index import MEMBERS as INDEXED
+from moe_dit.data.index import scan_shard, write_index
+from moe_dit.manifest import FORMAT, MANIFEST, Manifest
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import explained, new_file, remove_unfinished, write_json
+from moe_dit.runtime.files import explained, new_file, remove_unfinished, write_json, write_text
 from moe_dit.runtime.lock import lock_folder
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.ranks import from_rank_0, world
 
+ENOUGH = 1000  # images of which no tenth may be broken
 SETTINGS = ".settings.json"
+ERRORS = "errors.jsonl"
 LARGEST = 8192  # pixels along a side
 MOST_WORKERS = 512
 MEMBERS = {"latents": {"cls", "latent.npy", "latent_flip.npy"}, "pixels": {"cls", "png"}}
@@ -42,7 +53,11 @@ _SETTING_NAMES = {
     "shard_size": "--shard-size",
     "images": "--images (other files in it)",
     "vae": "--vae (other weights)",
+    "precision": "--precision",
+    "keep": "--keep",
+    "png_level": "--png-level",
 }
+_BEFORE = {"precision": "fp32", "keep": "moments", "png_level": 6}  # what folders of before these flags were made with
 
 
 def positive(text: str) -> int:
@@ -54,15 +69,24 @@ def positive(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that encode_latents and pack_pixels share."""
-    parser.add_argument("--images", required=True, metavar="DIR", help="holds one folder of images a class")
-    parser.add_argument("--out", required=True, type=Path, metavar="SHARDS", help="folder to write")
-    parser.add_argument("--size", type=positive, default=256, help="side of the centre crop in pixels (256)")
-    parser.add_argument("--shard-size", type=positive, default=1024, help="samples a shard (1024)")
-    parser.add_argument("--workers", type=int, help="processes that read images, a rank (chosen by data and cores)")
+    add = parser.add_argument
+    add(
+        "--images",
+        required=True,
+        metavar="PATH",
+        help="a folder of class folders; ImageNet's tar of class tars; parquet or arrow files; shards of raw images",
+    )
+    add("--out", required=True, type=Path, metavar="SHARDS", help="folder to write")
+    add("--size", type=positive, default=256, help="side of the centre crop in pixels (256)")
+    add("--shard-size", type=positive, default=1024, help="samples a shard (1024)")
+    add("--workers", type=int, help="processes that read images, a rank (chosen by data and cores)")
+    add("--strict", action="store_true", help=f"stop at the first image that cannot be read, instead of {ERRORS}")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse numbers that no machine could take (InputError)."""
+    """Refuse numbers that no machine could take, and places that are no folders (InputError)."""
+    if "://" in str(args.out) or ":/" in str(args.out):
+        raise InputError(f"--out {args.out}: shards are written to a folder of this machine; copy them from there")
     if args.size > LARGEST:
         raise InputError(f"--size {args.size}: it should be at most {LARGEST}")
     if args.workers is not None and not 0 <= args.workers <= MOST_WORKERS:
@@ -105,69 +129,83 @@ def join() -> None:
 
 def write_shards(
     args: argparse.Namespace,
-    read: Callable[[str], Any],
-    encode: Callable[[Any], list[dict[str, bytes]]],
+    read: Callable[[str | bytes], Any],
+    encode: Callable[[Any], Any],
+    members: Callable[[Any], dict[str, bytes]],
     *,
     kind: str,
     sample_shape: list[int],
     batch: int,
+    settings: dict[str, Any] | None = None,
     vae: str | None = None,
-    vae_hash: str | None = None,
     scale: float | None = None,
     shift: float | None = None,
     posterior: bool | None = None,
 ) -> None:
-    """Write every image below ``args.images`` to shards in ``args.out``; each rank calls it.
+    """Write every image of ``args.images`` to shards in ``args.out``; each rank calls it.
 
     Args:
         args: what :func:`add_arguments` reads.
-        read: from a file's path to a tensor or bytes; runs in the reading processes.
-        encode: from a batch of what ``read`` gives (tensors stacked, bytes listed) to each sample's members but
-            ``cls``, as extension -> content.
+        read: from a file's path or bytes to a tensor or bytes; runs in the reading processes.
+        encode: from a batch of what ``read`` gives (tensors stacked, bytes listed) to what is kept of each.
+        members: from that, of one, to a sample's members but ``cls``, as extension -> content; runs beside ``encode``.
         kind, sample_shape, vae, scale, shift, posterior: for the manifest.
         batch: images handed to ``encode`` at once.
-        vae_hash: hash of the VAE's weights; another one may not continue the folder.
+        settings: what else decides the samples; other ones may not continue the folder.
 
     Raises:
-        InputError: the images cannot be listed or read, or the folder is in use, holds something else or was begun
-            with other settings.
+        InputError: the images cannot be listed, too many cannot be read (or one, with ``args.strict``), or the folder
+            is in use, holds something else or was begun with other settings.
     """
     join()
-    paths, labels, classes = from_rank_0(lambda: list_images(args.images))
-    listing = "\n".join(os.path.relpath(path, args.images) for path in paths)
+    source = from_rank_0(lambda: open_source(args.images))
     settings = {
         "kind": kind,
         "size": args.size,
         "shard_size": args.shard_size,
-        "images": hashlib.sha256(os.fsencode(listing)).hexdigest(),
-        "vae": vae_hash,
-    }
+        "images": source.fingerprint(),
+        "vae": None,
+    } | (settings or {})
     with ExitStack() as held:
         from_rank_0(lambda: held.enter_context(lock_folder(args.out, "another command")) and None)
         if from_rank_0(lambda: _prepare(args.out, settings)):
-            say(f"{args.out} is complete already: {len(paths)} samples; nothing to do")
+            say(f"{args.out} is complete already; nothing to do")
             return
-        records = _write_my_shards(args, kind, paths, labels, read, encode, batch)
+        mine = _write_my_shards(args, kind, source, read, encode, members, batch)
+        gathered: list[Any] = [mine]
         if world().size > 1:
-            gathered: list[Any] = [None] * world().size
-            torch.distributed.all_gather_object(gathered, records)
-            records = sorted((record for part in gathered for record in part), key=lambda record: record["name"])
-        manifest = {
-            "format": FORMAT,
+            gathered = [None] * world().size
+            torch.distributed.all_gather_object(gathered, mine)
+        done = sorted((shard for part in gathered for shard in part), key=lambda shard: shard.name)
+        shards = [shard for shard in done if shard.record is not None]
+        if not shards:
+            raise InputError(f"--images {args.images}: none of its images can be read: {done[0].broken[0][1]}")
+        broken = sorted((i, reason) for shard in done for i, reason in shard.broken)
+        samples = sum(len(shard.index) for shard in shards)
+        values = {
             "kind": kind,
-            "size": args.size,
-            "samples": len(paths),
-            "classes": classes,
-            "source": args.images,
-            "vae": vae,
-            "scale": scale,
-            "shift": shift,
-            "posterior": posterior,
+            "samples": samples,
+            "classes": source.classes,
             "sample_shape": sample_shape,
-            "shards": records,
+            "scale": scale,
+            "shards": [shard.record for shard in shards],
         }
-        from_rank_0(lambda: _write_json(args.out / MANIFEST, manifest))
-    say(f"{args.out}: {len(records)} shards, {len(paths)} samples, {len(classes)} classes")
+        more = {"size": args.size, "source": args.images, "vae": vae, "shift": shift, "posterior": posterior}
+
+        def finish() -> None:
+            with explained(str(args.out)):
+                lines = (json.dumps({"image": source.name(i), "reason": reason}) + "\n" for i, reason in broken)
+                write_text(args.out / ERRORS, "".join(lines))
+                write_index(args.out, Manifest(args.out, **values), [shard.index for shard in shards])
+            manifest = {"format": FORMAT, "size": args.size} | values | more | {"errors": len(broken)}
+            _write_json(args.out / MANIFEST, manifest)
+            for leftover in args.out.glob(".*.broken.json"):
+                leftover.unlink()
+
+        from_rank_0(finish)
+    say(f"{args.out}: {len(shards)} shards, {samples} samples, {len(source.classes)} classes")
+    if broken:
+        say(f"{len(broken)} images could not be read; {args.out / ERRORS} lists them")
 
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> bool:
@@ -178,7 +216,9 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> bool:
             found = dict(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {error}; give another --out") from error
-        differing = [name for key, name in _SETTING_NAMES.items() if found.get(key) != settings[key]]
+        differing = [
+            _SETTING_NAMES[key] for key, value in settings.items() if found.get(key, _BEFORE.get(key)) != value
+        ]
         if differing:
             raise InputError(
                 f"{folder} was begun with other settings: {', '.join(differing)}; give the same again, or another --out"
@@ -192,64 +232,247 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> bool:
     return (folder / MANIFEST).exists()
 
 
+def begun_with(folder: Path, key: str, new: Any) -> Any:
+    """A setting that was left to the command: the folder's if it was begun already, else ``new``."""
+    try:
+        return json.loads((folder / SETTINGS).read_text()).get(key, _BEFORE[key])
+    except (OSError, ValueError, AttributeError, RecursionError):  # what is wrong is said when it is opened to write
+        return new
+
+
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     with explained(str(path)):
         write_json(path, value)
 
 
-class _Files(torch.utils.data.Dataset):
-    def __init__(self, paths: list[str], read: Callable[[str], Any]):
-        self.paths = paths
+@dataclass
+class _Shard:
+    """One shard's outcome; without a record where no image of it could be read."""
+
+    name: str
+    record: dict[str, Any] | None  # for the manifest
+    index: Any  # its samples' records for the index
+    broken: list[list[Any]]  # images that could not be read: number and reason
+
+
+@dataclass
+class _Broken:
+    reason: str
+
+
+class _Images(torch.utils.data.Dataset):
+    """A source's images as ``read`` gives them; those that cannot be read as the reason, or as an error."""
+
+    def __init__(self, source: Source, read: Callable[[str | bytes], Any], strict: bool):
+        self.source = source
         self.read = read
+        self.strict = strict
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self.read(self.paths[index])
+            return self.read(self.source.read(index))
+        # Handed over as values: raised, they would reach the main process wrapped in the worker's traceback.
         except InputError as error:
-            # Handed over as a value: raised, it would reach the main process wrapped in the worker's traceback.
-            return error
+            reason = _reason(error)
+            if self.strict:
+                return InputError(f"cannot read the image {self.source.name(index)}: {reason}")
+            return _Broken(reason)
+
+
+def _reason(error: InputError) -> str:
+    """Why an image cannot be read, in words that do not change from run to run."""
+    cause = error.__cause__ or error
+    if isinstance(cause, UnidentifiedImageError):
+        return "not an image of a known format"
+    return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
 def _collate(samples: list[Any]) -> Any:
+    """What could be read, stacked where it is tensors, and each sample's reason or None; or an error."""
     problem = next((sample for sample in samples if isinstance(sample, InputError)), None)
-    return problem or (torch.stack(samples) if isinstance(samples[0], torch.Tensor) else samples)
+    if problem is not None:
+        return problem
+    whole = [sample for sample in samples if not isinstance(sample, _Broken)]
+    reasons = [sample.reason if isinstance(sample, _Broken) else None for sample in samples]
+    return (torch.stack(whole) if whole and isinstance(whole[0], torch.Tensor) else whole), reasons
 
 
-def _write_my_shards(args, kind, paths, labels, read, encode, batch) -> list[dict[str, Any]]:
-    """Write this rank's missing shards; gives the manifest's records of all of this rank's shards."""
-    order = randomness.permutation(0, 0, len(paths)).tolist()
+def _write_my_shards(args, kind, source, read, encode, members, batch) -> list[_Shard]:
+    """Write this rank's missing shards; gives all of this rank's."""
+    order = source.order().tolist()
     mine = {
         f"shard-{k:06d}.tar": order[k * args.shard_size : (k + 1) * args.shard_size]
         for k in world().share(-(-len(order) // args.shard_size))
     }
-    records = {name: _record(args.out / name, kind, indices) for name, indices in mine.items()}
-    todo = {name: indices for name, indices in mine.items() if records[name] is None}
+    found = {name: _finished(args.out / name, kind, indices) for name, indices in mine.items()}
+    todo = {name: indices for name, indices in mine.items() if found[name] is None}
     batches = [indices[i : i + batch] for indices in todo.values() for i in range(0, len(indices), batch)]
-    loader = torch.utils.data.DataLoader(
-        _Files(paths, read),
-        batch_sampler=batches,
-        collate_fn=_collate,
-        num_workers=_workers(len(paths)) if args.workers is None else args.workers,
-        pin_memory=torch.cuda.is_available() and kind == "latents",
-    )
+    workers = _workers(len(source)) if args.workers is None else args.workers
     # One iterator for all shards, so that reading goes on while a shard is closed.
-    loaded = iter(loader)
+    loaded = iter(
+        torch.utils.data.DataLoader(
+            _Images(source, read, args.strict),
+            batch_sampler=batches,
+            collate_fn=_collate,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available() and kind == "latents",
+        )
+    )
     total = sum(map(len, mine.values()))
     where = f" (rank 0 of {world().size})" if world().size > 1 else ""
-    with task(f"writing samples{where}", total, done=total - sum(map(len, todo.values()))) as progress:
+    clock = _Clock()
+    seen = broken = 0
+    with (
+        task(f"writing samples{where}", total, done=total - sum(map(len, todo.values()))) as progress,
+        _Beside() as side,
+    ):
         for name, indices in todo.items():
-            with explained(str(args.out / name)), new_file(args.out / name) as file, _tar(file) as tar:
-                for i in range(0, len(indices), batch):
-                    samples = next(loaded)
-                    if isinstance(samples, InputError):
-                        raise samples
-                    for index, members in zip(indices[i : i + batch], encode(samples), strict=True):
-                        tar.write({"__key__": _key(index), "cls": str(labels[index]).encode(), **members})
-                    progress.advance(len(indices[i : i + batch]))
-            records[name] = _record(args.out / name, kind, indices)
-            if records[name] is None:
-                raise InputError(f"{args.out / name} does not read back as it was written; is the disk sound?")
-    return [record for record in records.values() if record is not None]
+            side.begin(partial(_write_shard, args.out / name, kind, source.labels, members, indices))
+            for i in range(0, len(indices), batch):
+                with clock:
+                    images = next(loaded)
+                if isinstance(images, InputError):
+                    raise images
+                whole, reasons = images
+                seen += len(reasons)
+                broken += len(reasons) - len(whole)
+                if seen >= ENOUGH and 10 * broken > seen:
+                    last = next(reason for reason in reversed(reasons) if reason)
+                    raise InputError(f"--images {args.images}: {broken} of {seen} cannot be read, the last: {last}")
+                if broken == len(source):
+                    raise InputError(f"--images {args.images}: none of its images can be read: {reasons[-1]}")
+                side.give((indices[i : i + batch], reasons, encode(whole) if len(whole) else []))
+                progress.advance(len(reasons))
+            side.end()
+        written = side.results()
+    found |= {shard.name: shard for shard in written}
+    if kind == "latents":
+        clock.advise(workers)
+    return [shard for shard in found.values() if shard is not None]
+
+
+class _Clock:
+    """How much of the time was waited in its blocks."""
+
+    def __init__(self) -> None:
+        self.begin = time.monotonic()
+        self.waited = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: Any) -> None:
+        self.waited += time.monotonic() - self._since
+
+    def advise(self, workers: int) -> None:
+        """Say how many workers would do, where the autoencoder waited for images."""
+        spent = time.monotonic() - self.begin
+        if spent > 60 and self.waited > 0.2 * spent:
+            enough = math.ceil(max(1, workers) * spent / (spent - self.waited)) + 1
+            say(f"the autoencoder waited for images {self.waited / spent:.0%} of the time; try --workers {enough}")
+
+
+class _Stopped(Exception):
+    """The main thread goes no further."""
+
+
+class _Beside:
+    """A thread that writes shards beside the autoencoder, two batches behind it at most."""
+
+    def __enter__(self) -> "_Beside":
+        self._pool = ThreadPoolExecutor(1)
+        self._queue: Queue = Queue(2)
+        self._jobs: list[Future] = []
+        return self
+
+    def begin(self, work: Callable[[Iterator[Any]], _Shard]) -> None:
+        """A shard's writing begins, with what :meth:`give` will give."""
+        self._queue = Queue(2)
+        self._jobs.append(self._pool.submit(work, iter(self._queue.get, None)))
+
+    def give(self, item: Any) -> None:
+        """Hand over; raises what writing this or an earlier shard raised."""
+        while True:
+            for job in self._jobs:
+                if job.done():
+                    job.result()
+            try:
+                return self._queue.put(item, timeout=1)
+            except Full:
+                continue
+
+    def end(self) -> None:
+        """The shard has got everything."""
+        self.give(None)
+
+    def results(self) -> list[_Shard]:
+        """All shards, when they are written."""
+        return [job.result() for job in self._jobs]
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:  # the thread may be waiting for more
+            with suppress(Empty):
+                while True:
+                    self._queue.get_nowait()
+            self._queue.put(_Stopped())
+        self._pool.shutdown()
+
+
+def _write_shard(path, kind, labels, members, indices, batches: Iterator[Any]) -> _Shard:
+    """Write one shard of batches of numbers, reasons (None: it could be read) and what is kept of those read."""
+    broken: list[list[Any]] = []
+    with explained(str(path)), suppress(_Nothing), new_file(path) as file:
+        with _tar(file) as tar:
+            for item in batches:
+                if isinstance(item, _Stopped):
+                    raise item
+                numbers, reasons, kept = item
+                left = iter(kept)
+                for index, reason in zip(numbers, reasons, strict=True):
+                    if reason is not None:
+                        broken.append([index, reason])
+                        continue
+                    tar.write({"__key__": _key(index), "cls": str(labels[index]).encode(), **members(next(left))})
+        if broken:  # before the shard appears: a kill in between must not lose them
+            write_json(_broken_file(path), broken)
+        if len(broken) == len(indices):
+            raise _Nothing
+    shard = _finished(path, kind, indices)
+    if shard is None:
+        raise InputError(f"{path} does not read back as it was written; is the disk sound?")
+    return shard
+
+
+class _Nothing(Exception):
+    """A shard without samples, which does not appear."""
+
+
+def _broken_file(path: Path) -> Path:
+    """Where a shard's broken images are kept until all shards are written."""
+    return path.with_name(f".{path.name}.broken.json")
+
+
+def _finished(path: Path, kind: str, indices: Iterable[int]) -> _Shard | None:
+    """A shard that is there whole; None where it is not."""
+    broken: list[list[Any]] = []
+    aside = _broken_file(path)
+    try:
+        if aside.exists():
+            broken = [[int(index), str(reason)] for index, reason in json.loads(aside.read_text())]
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    left = {index for index, _ in broken}
+    keys = [_key(index) for index in indices if index not in left]
+    if not keys:
+        return _Shard(path.name, None, None, broken)
+    try:
+        index, found = scan_shard(path, kind)
+    except InputError:
+        return None
+    if found != keys or not all(index[member]["size"].all() for member in INDEXED[kind]):
+        return None
+    record = {"name": path.name, "samples": len(keys), "bytes": path.stat().st_size, "sha256": sha256(path)}
+    return _Shard(path.name, record, index, broken)
 
 
 def _tar(file: Any) -> webdataset.TarWriter:
@@ -260,17 +483,6 @@ def _tar(file: Any) -> webdataset.TarWriter:
 def _key(index: int) -> str:
     """A sample's key: its place in the sorted list of images."""
     return f"{index:08d}"
-
-
-def _record(path: Path, kind: str, indices: Iterable[int]) -> dict[str, Any] | None:
-    """The manifest's record of a shard, or None where it is not there whole."""
-    try:
-        keys = read_keys(path, kind)
-    except ValueError:
-        return None
-    if keys != [_key(index) for index in indices]:
-        return None
-    return {"name": path.name, "samples": len(keys), "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _workers(samples: int) -> int:

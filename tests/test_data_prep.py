@@ -303,7 +303,7 @@ def test_verify_looks_into_samples(shards, tmp_path):
         (["--images", "/no/such/images"], "no such folder of images"),
         (["--images", "{images}/3"], "no class folders"),
         (["--images", "{empty}"], "holds no images"),
-        (["--images", "{unreadable}", "--out", "{out}"], "cannot read the image .*broken.png"),
+        (["--images", "{unreadable}", "--out", "{out}", "--strict"], "cannot read the image .*broken.png"),
         (["--out", "{file}"], "cannot write into"),
         (["--out", "{foreign}"], "did not begin"),
     ],
@@ -340,9 +340,11 @@ def test_bad_input_from_the_shell(images, tmp_path):
     """Nothing but the line, from imports and reading processes neither."""
     (tmp_path / "images/a").mkdir(parents=True)
     (tmp_path / "images/a/1.png").write_bytes(b"not an image")
+    pack = ("pack_pixels", "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"))
     for module, *flags in (
         ("verify", str(images)),
-        ("pack_pixels", "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--workers", "1"),
+        (*pack, "--workers", "1"),
+        (*pack, "--workers", "1", "--strict"),
     ):
         command = [*PYTHON, f"data_prep.{module}", *flags]
         result = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)

@@ -1,0 +1,397 @@
+"""Where images come from, how odd ones come out, and what becomes of those that cannot be read."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+import webdataset
+from helpers import ENV, ROOT, free_port
+from PIL import Image
+
+from data_prep import encode_latents, pack_pixels, verify
+from data_prep.digits import build_vae
+from data_prep.images import as_seen, list_images, load_image
+from data_prep.sources import open_source
+from moe_dit.data import stored_png
+from moe_dit.manifest import read_manifest
+from moe_dit.runtime.errors import InputError
+
+
+def jpeg(value, size=(20, 14)):
+    file = io.BytesIO()
+    Image.new("RGB", size, (value, 255 - value, 100)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def png(image, **how):
+    file = io.BytesIO()
+    image.save(file, "PNG", **how)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Three classes of seven JPEGs; names with spaces and accents."""
+    folder = tmp_path_factory.mktemp("sources") / "images"
+    for k, name in enumerate(("a", "b b", "ç")):
+        (folder / name).mkdir(parents=True)
+        for i in range(7):
+            (folder / name / f"é {i}.jpg").write_bytes(jpeg(30 * k + 10 * i))
+    return folder
+
+
+def pack(images, out, *flags, module=pack_pixels):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["x", "--images", str(images), "--out", str(out), "--size", "8", *map(str, flags)])
+        module.main()
+    return out
+
+
+def samples(folder):
+    """Each sample's class name and pixels, sorted."""
+    manifest = read_manifest(folder)
+    urls = [str(folder / shard["name"]) for shard in manifest.shards]
+    found = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8")
+    return sorted((manifest.classes[one["cls"]], one["png"].tobytes()) for one in found)
+
+
+@pytest.fixture(scope="module")
+def packed(images, tmp_path_factory):
+    return pack(images, tmp_path_factory.mktemp("packed") / "out", "--shard-size", 4)
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def class_tar(folder, file):
+    with tarfile.open(file, "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+
+
+def as_class_tars(images, out):
+    out.mkdir()
+    for folder in images.iterdir():
+        class_tar(folder, out / f"{folder.name}.tar")
+    return out
+
+
+def as_tar_of_tars(images, out):
+    inner = as_class_tars(images, out.with_name("inner"))
+    with tarfile.open(out.with_suffix(".tar"), "w") as tar:
+        for path in sorted(inner.iterdir()):
+            tar.add(path, path.name)
+    return out.with_suffix(".tar")
+
+
+def as_webdataset(images, out):
+    out.mkdir()
+    paths, labels, _ = list_images(images)
+    for part in range(2):
+        with webdataset.TarWriter(str(out / f"{part}.tar"), encoder=False) as tar:
+            for i in range(part, len(paths), 2):
+                content = open(paths[i], "rb").read()
+                tar.write({"__key__": f"{i:05d}", "jpg": content, "cls": str(labels[i]).encode()})
+    return out
+
+
+def as_table(images, names=True):
+    paths, labels, classes = list_images(images)
+    rows = [{"bytes": open(path, "rb").read(), "path": path} for path in paths]
+    table = pa.table({"image": rows, "label": pa.array(labels, pa.int64())})
+    features = {"info": {"features": {"label": {"names": classes, "_type": "ClassLabel"}}}}
+    return table.replace_schema_metadata({"huggingface": json.dumps(features)}) if names else table
+
+
+def as_parquet(images, out):
+    out.mkdir()
+    table = as_table(images)
+    pa.parquet.write_table(table.slice(0, 12), out / "train-0.parquet", row_group_size=5)
+    pa.parquet.write_table(table.slice(12), out / "train-1.parquet", row_group_size=5)
+    return out
+
+
+def as_arrow(images, out):
+    table = as_table(images)
+    path = out.with_suffix(".arrow")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (as_class_tars, True),
+        (as_tar_of_tars, True),
+        (as_webdataset, False),
+        (as_parquet, True),
+        (as_arrow, True),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_source_gives_the_same_samples(images, packed, tmp_path, make, named, workers):
+    out = pack(make(images, tmp_path / "source"), tmp_path / "out", "--workers", workers, "--shard-size", 6)
+    want = samples(packed)
+    assert len(want) == 21
+    if not named:  # WebDataset shards tell numbers
+        want = sorted((str(["a", "b b", "ç"].index(name)), pixels) for name, pixels in want)
+    assert samples(out) == want
+    assert verify.verify(out) == (4, 21)
+
+
+def test_parquet_is_shuffled_and_read_group_by_group(images, tmp_path):
+    source = open_source(str(as_parquet(images, tmp_path / "source")))
+    order = source.order()
+    assert sorted(order) == list(range(21)) and order.tolist() != list(range(21))
+    assert source.name(13) == "train-1.parquet/0/1"
+    assert source.read(13) == open(list_images(images)[0][13], "rb").read()
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda p: p.with_suffix(".tar").write_bytes(b"x" * 2000), "cannot be read as a tar file"),
+        (lambda p: p.with_suffix(".parquet").write_bytes(b"PAR1"), "cannot be read as a table"),
+        (lambda p: p.with_suffix(".txt").write_bytes(b"x"), "expected a folder, or a .tar"),
+        (lambda p: tarfile.open(p.with_suffix(".tar"), "w").close(), "holds no images"),
+        (
+            lambda p: pa.parquet.write_table(pa.table({"x": [1]}), p.with_suffix(".parquet")),
+            "cannot be read as a table",
+        ),
+    ],
+)
+def test_a_source_that_is_none_is_one_line(tmp_path, make, line):
+    make(tmp_path / "source")
+    (path,) = tmp_path.iterdir()
+    with pytest.raises(InputError, match=line) as caught:
+        open_source(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_remote_and_looping_folders(images, tmp_path):
+    for flags in (("--images", "s3://bucket/x"), ("--out", "s3://bucket/x")):
+        with pytest.raises(InputError, match="this machine"):
+            pack(images, tmp_path / "out", *flags)
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(jpeg(3))
+    (folder / "again").symlink_to(folder)
+    (folder / "up").symlink_to(tmp_path)
+    assert len(list_images(tmp_path / "images")[0]) == 1
+
+
+# --- odd images -------------------------------------------------------------------------------------------------------
+
+
+def test_images_come_out_as_people_see_them():
+    half = Image.new("L", (2, 1))
+    half.putdata([0, 128])
+
+    def seen(image, **how):
+        return list(as_seen(Image.open(io.BytesIO(png(image, **how)))).getdata())
+
+    grey16 = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
+    assert seen(grey16) == [(0,) * 3, (100,) * 3, (255,) * 3]
+    assert seen(half) == [(0, 0, 0), (128, 128, 128)]
+    assert seen(Image.new("1", (1, 1), 1)) == [(255, 255, 255)]
+    rgba = Image.new("RGBA", (3, 1))
+    rgba.putdata([(10, 20, 30, 255), (10, 20, 30, 0), (0, 0, 0, 128)])
+    assert seen(rgba) == [(10, 20, 30), (255, 255, 255), (127, 127, 127)]
+    la = Image.new("LA", (2, 1))
+    la.putdata([(50, 255), (50, 0)])
+    assert seen(la) == [(50, 50, 50), (255, 255, 255)]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 0, 0, 0, 0, 200])
+    palette.putdata([0, 1])
+    assert seen(palette) == [(200, 0, 0), (0, 0, 200)]
+    assert seen(palette, transparency=1) == [(200, 0, 0), (255, 255, 255)]
+    file = io.BytesIO()
+    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(file, "JPEG", quality=100)
+    red, green, blue = as_seen(Image.open(file)).getpixel((4, 4))
+    assert red < 10 and green > 240 and blue > 240  # cyan
+
+
+@pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (1, 1)), (6, (1, 0)), (8, (0, 1)), (2, (1, 0))])
+def test_images_are_turned_as_their_exif_data_says(orientation, corner):
+    image = Image.new("RGB", (2, 2))
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    turned = load_image(file.getvalue(), 2)
+    assert [p for p in np.ndindex(2, 2) if turned.getpixel(p) == (255, 255, 255)] == [corner]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (256, 256), (300, 200)])
+def test_stored_png_is_png(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    data = stored_png.encode(pixels)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+    assert np.array_equal(stored_png.decode(data), pixels)
+    assert pixels.nbytes < len(data) < 1.01 * pixels.nbytes + 500
+    if shape[0] > 1:
+        assert stored_png.decode(png(Image.fromarray(pixels))) is None
+    assert stored_png.decode(data[:50]) is None and stored_png.decode(b"") is None
+    filtered = bytearray(data)
+    filtered[48] = 1  # the first row's filter: sub; the checksum of the stream is off too
+    assert stored_png.decode(bytes(filtered)) is None
+
+
+# --- images that cannot be read ---------------------------------------------------------------------------------------
+
+BROKEN = {"ç/é 1.jpg": b"", "a/é 3.jpg": jpeg(30)[:300], "a/notes.jpg": b"just text\n", "b b/é 6.jpg": b"\xff\xd8\xff"}
+
+
+@pytest.fixture(scope="module")
+def damaged(images, tmp_path_factory):
+    """The images with broken ones among them: 22 files, 4 of which cannot be read."""
+    import shutil
+
+    folder = shutil.copytree(images, tmp_path_factory.mktemp("damaged") / "images")
+    for name, content in BROKEN.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def everything(folder):
+    names = [
+        path for path in folder.iterdir() if path.suffix in (".tar", ".jsonl", ".npy") or path.name == "manifest.json"
+    ]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
+
+
+@pytest.fixture(scope="module")
+def left_out(damaged, tmp_path_factory):
+    return pack(damaged, tmp_path_factory.mktemp("left") / "out", "--shard-size", 3)
+
+
+def test_every_file_is_accounted_for(damaged, left_out):
+    errors = [json.loads(line) for line in (left_out / "errors.jsonl").read_text().splitlines()]
+    assert [error["image"] for error in errors] == sorted(BROKEN)
+    assert all(error["reason"] and "0x" not in error["reason"] for error in errors)
+    manifest = json.loads((left_out / "manifest.json").read_text())
+    assert manifest["errors"] == 4 and manifest["samples"] == 18 == len(samples(left_out))
+    paths, _, _ = list_images(damaged)
+    keys = {
+        one["__key__"]
+        for shard in left_out.glob("*.tar")
+        for one in webdataset.WebDataset(str(shard), shardshuffle=False, empty_check=False)
+    }
+    listed = {os.path.relpath(path, damaged) for path in paths}
+    assert {os.path.relpath(paths[int(key)], damaged) for key in keys} == listed - set(BROKEN)
+    assert verify.verify(left_out)[1] == 18 and not list(left_out.glob(".*.broken.json"))
+
+
+def command(damaged, out, *flags):
+    return [
+        "-m",
+        "data_prep.pack_pixels",
+        "--images",
+        str(damaged),
+        "--out",
+        str(out),
+        "--size",
+        "8",
+        "--shard-size",
+        "3",
+        *flags,
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_give_the_same_bytes(damaged, left_out, tmp_path, ranks):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    done = subprocess.run([sys.executable, *launcher, *command(damaged, tmp_path / "out")], cwd=ROOT, env=ENV)
+    assert done.returncode == 0 and everything(tmp_path / "out") == everything(left_out)
+
+
+@pytest.mark.slow
+def test_kills_give_the_same_bytes(damaged, left_out, tmp_path):
+    out = tmp_path / "out"
+    line = [sys.executable, *command(damaged, out)]
+    for k in range(10):
+        process = subprocess.Popen(line, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("*.tar"))) <= k // 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.002 * (k % 3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(line, cwd=ROOT, env=ENV).returncode == 0
+    assert everything(out) == everything(left_out)
+
+
+def test_strict_stops_and_most_broken_stops(damaged, tmp_path):
+    with pytest.raises(InputError, match=r"cannot read the image .*(é \d|notes)\.jpg"):
+        pack(damaged, tmp_path / "out", "--strict")
+    assert not list((tmp_path / "out").glob("*.tar"))
+    folder = tmp_path / "many" / "a"
+    folder.mkdir(parents=True)
+    for i in range(1100):
+        (folder / f"{i}.png").write_bytes(png(Image.new("L", (8, 8))) if i % 5 else b"x")
+    with pytest.raises(InputError, match=r"\d+ of \d+ cannot be read"):
+        pack(tmp_path / "many", tmp_path / "out2")
+    assert not (tmp_path / "out2" / "manifest.json").exists()
+
+
+def test_a_shard_without_samples_does_not_appear(images, tmp_path):
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(jpeg(5))
+    (folder / "2.jpg").write_bytes(b"")
+    out = pack(tmp_path / "images", tmp_path / "out", "--shard-size", 1)
+    assert len(list(out.glob("*.tar"))) == 1 and verify.verify(out) == (1, 1)
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    build_vae(seed=1).save_pretrained(folder)
+    return folder
+
+
+def latents(folder):
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    found = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode()
+    return {one["__key__"]: one["latent.npy"] for one in found}
+
+
+def test_means_and_precision(images, vae, tmp_path, monkeypatch):
+    flags = ["--vae", vae, "--size", 32]
+    whole = pack(images, tmp_path / "moments", *flags, module=encode_latents)
+    means = pack(images, tmp_path / "means", *flags, "--keep", "means", module=encode_latents)
+    rough = pack(images, tmp_path / "bf16", *flags, "--precision", "bf16", module=encode_latents)
+    manifest = read_manifest(means)
+    assert manifest.sample_shape == [4, 8, 8] and not manifest.posterior
+    for key, moments in latents(whole).items():
+        assert np.array_equal(latents(means)[key], moments[:4])
+    exact, other = (np.stack(list(latents(folder).values())).astype(np.float32) for folder in (whole, rough))
+    error = np.abs(other - exact)[:, :4].max() / exact[:, :4].std()
+    assert 0 < error < 0.1  # of the means' standard deviation
+    with pytest.raises(InputError, match="begun with other settings: --keep"):
+        pack(images, tmp_path / "moments", *flags, "--keep", "means", module=encode_latents)
+    # A folder of before there was a choice is continued as it was begun.
+    settings = tmp_path / "moments" / ".settings.json"
+    old = json.loads(settings.read_text())
+    del old["precision"], old["keep"]
+    settings.write_text(json.dumps(old))
+    pack(images, tmp_path / "moments", *flags, module=encode_latents)
+    with pytest.raises(InputError, match="begun with other settings: --precision"):
+        pack(images, tmp_path / "moments", *flags, "--precision", "bf16", module=encode_latents)
