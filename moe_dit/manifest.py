@@ -10,7 +10,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import explained, write_bytes
 from moe_dit.schema import Count, Natural
+from moe_dit.store import RemoteFolder, cache_folder, is_remote
 
 FORMAT = "moe-dit-shards-1"
 MANIFEST = "manifest.json"
@@ -51,17 +53,46 @@ class Manifest:
     shift: float = 0.0
     posterior: bool = True  # latents: moments to draw from, else the latents themselves
     vae: str | None = None  # what encoded latents: a hub name or a folder
+    remote: RemoteFolder | None = None  # where the shards come from, if ``folder`` is but their cache
+
+    @property
+    def place(self) -> str:
+        """The folder, or its URL."""
+        return str(self.folder) if self.remote is None else self.remote.url
+
+    def local(self, shard: dict[str, Any]) -> Path:
+        """A shard's file on this node, fetched if need be."""
+        if self.remote is None:
+            return self.folder / shard["name"]
+        return self.remote.fetch(shard["name"], shard["bytes"], shard["sha256"])
 
 
-def read_manifest(folder: str | Path, check_sizes: bool = True) -> Manifest:
+def read_manifest(folder: str | Path, check_sizes: bool = True, cache_gb: float | None = None) -> Manifest:
     """Read a folder's manifest and hold each shard's size against it.
+
+    Args:
+        folder: of shards, or its URL.
+        check_sizes: look at the shards too; those behind a URL are checked when they are fetched.
+        cache_gb: 10^9 bytes that shards behind a URL may take on this node; None: any.
 
     Raises:
         InputError: no folder, no manifest, one that does not add up, or a shard missing, truncated or overlong.
     """
+    make = "python -m data_prep.encode_latents (or pack_pixels) makes one"
+    remote = None
+    if is_remote(folder):
+        url = str(folder)
+        remote = RemoteFolder(url, cache_folder(url), None if cache_gb is None else cache_gb * 1e9)
+        folder = remote.folder
+        try:
+            text = remote.read(MANIFEST)
+        except FileNotFoundError:
+            raise InputError(f"{url} has no {MANIFEST}; {make}") from None
+        with explained(f"into the cache {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(folder / MANIFEST, text)
     folder = Path(folder)
     path = folder / MANIFEST
-    make = "python -m data_prep.encode_latents (or pack_pixels) makes one"
     if not os.path.isdir(folder):
         raise InputError(f"no folder of shards {folder}; {make}")
     try:
@@ -78,6 +109,7 @@ def read_manifest(folder: str | Path, check_sizes: bool = True) -> Manifest:
             shift=float(values.get("shift") or 0.0),
             posterior=values.get("posterior") is not False,
             vae=values.get("vae"),
+            remote=remote,
         )
         total = sum(shard["samples"] for shard in manifest.shards)
         if total != manifest.samples or not total:
@@ -90,7 +122,7 @@ def read_manifest(folder: str | Path, check_sizes: bool = True) -> Manifest:
         raise InputError(f"{path} cannot be read as a manifest: {key}: {problem['msg']}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as a manifest: {type(error).__name__} {error}") from None
-    for shard in manifest.shards if check_sizes else ():
+    for shard in manifest.shards if check_sizes and remote is None else ():
         file = folder / shard["name"]
         size = file.stat().st_size if os.path.isfile(file) else None
         if size != shard["bytes"]:

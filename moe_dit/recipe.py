@@ -48,7 +48,7 @@ class SamplingConfig:
 class DataConfig:
     """Where the shards are and how a sample becomes a network input."""
 
-    path: str  # folder of shards; --data replaces it
+    path: str  # folder of shards, or its URL; --data replaces it
     kind: Literal["latents", "pixels"]
     horizontal_flip: Fraction  # probability
     latent_scale: Positive | None = None  # factor on latents; null: the VAE's own, from the shards' manifest
@@ -58,6 +58,7 @@ class DataConfig:
     # Shards are shuffled in windows of so many GB, read one after another (moe_dit.data.order); null: all samples at
     # once; auto: null up to 8 GB of shards, else 4. A run keeps what it began with (before the key: null)
     window_gb: Positive | Literal["auto"] | None = "auto"
+    cache_gb: Positive | None = None  # GB that shards behind a URL may take on a node; null: any
 
 
 @dataclass(frozen=True, config=STRICT)

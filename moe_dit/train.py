@@ -110,7 +110,7 @@ def _check(recipe: Recipe, ds_file: str) -> tuple[Recipe, Parallelism, Manifest]
     """What can be checked at once: the recipe, completed from its shards; how the work is spread; the shards."""
     optimizer_kind(recipe.optimizer.name)
     parallelism = load_parallelism(ds_file, recipe, ranks.world().size)
-    manifest = read_manifest(recipe.data.path)
+    manifest = read_manifest(recipe.data.path, cache_gb=recipe.data.cache_gb)
     check_manifest(manifest, recipe)
     return _resolve(recipe, manifest), parallelism, manifest
 
@@ -302,7 +302,7 @@ def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
 
 def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
     """Put what the shards decide into the recipe, so that a run's config.yaml says everything; paths whole."""
-    data = replace(recipe.data, path=str(manifest.folder.resolve()))
+    data = replace(recipe.data, path=str(manifest.folder.resolve()) if manifest.remote is None else manifest.place)
     if data.kind == "latents":
         latents = Latents.of(recipe, manifest)
         data = replace(data, latent_scale=latents.scale, latent_shift=latents.shift, vae=data.vae or manifest.vae)

@@ -13,6 +13,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from numpy.lib import format as npy_format
 
 from moe_dit.manifest import Manifest
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import new_file
+from moe_dit.runtime.files import new_file, write_bytes
 from moe_dit.runtime.processes import end_with, forkserver
 from moe_dit.runtime.progress import say, task
+from moe_dit.store import cache
 
 IMAGE = "image"  # stands for the extension of a sample's image, whatever that is
 IMAGE_EXTENSIONS = ("png", "webp", "jpg", "jpeg", "bmp", "gif", "tif", "tiff", "ppm", "avif")
@@ -100,12 +102,6 @@ def write_index(folder: Path, manifest: Manifest, parts: Iterable[np.ndarray]) -
     return path
 
 
-def cache() -> Path:
-    """Where this machine keeps what it makes or fetches once: $MOE_DIT_CACHE, or ~/.cache/moe-dit."""
-    given = os.environ.get("MOE_DIT_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "moe-dit"
-
-
 def open_index(manifest: Manifest) -> np.ndarray | None:
     """Map the index of a manifest's shards; None where there is none.
 
@@ -114,6 +110,9 @@ def open_index(manifest: Manifest) -> np.ndarray | None:
     """
     name = index_name(manifest.shards)
     dtype = record_type(manifest.kind)
+    if manifest.remote is not None and not (manifest.folder / name).is_file():
+        with suppress(FileNotFoundError):
+            write_bytes(manifest.folder / name, manifest.remote.read(name))
     for path in (manifest.folder / name, cache() / "indexes" / name):
         if not path.is_file():
             continue
@@ -162,7 +161,7 @@ def scan_shards(manifest: Manifest, workers: int | None = None) -> list[np.ndarr
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)))
     shards = manifest.shards
-    scan = partial(_scan, manifest.folder, manifest.kind)
+    scan = partial(_scan, manifest)
     if len(shards) < 16 or workers < 2:
         return _checked(map(scan, shards), len(shards))
     say(f"{manifest.folder} has no index; making one, once")
@@ -170,9 +169,9 @@ def scan_shards(manifest: Manifest, workers: int | None = None) -> list[np.ndarr
         return _checked(pool.map(scan, shards, chunksize=4), len(shards))
 
 
-def _scan(folder: Path, kind: str, shard: dict[str, Any]) -> np.ndarray | InputError:
+def _scan(manifest: Manifest, shard: dict[str, Any]) -> np.ndarray | InputError:
     try:
-        return scan_shard(folder / shard["name"], kind, shard["samples"])[0]
+        return scan_shard(manifest.local(shard), manifest.kind, shard["samples"])[0]
     except InputError as error:  # as a value: it would come back with another process's traceback
         return error
 

@@ -129,7 +129,11 @@ def window_for(manifest: Manifest, window_gb: float | Literal["auto"] | None) ->
     """``data.window_gb`` with "auto" decided: no windows for up to FULL_GB of shards, else those of WINDOW_GB."""
     if window_gb != "auto":
         return window_gb
-    return None if sum(shard["bytes"] for shard in manifest.shards) <= FULL_GB * 1e9 else WINDOW_GB
+    total = sum(shard["bytes"] for shard in manifest.shards) / 1e9
+    limit = manifest.remote.limit if manifest.remote is not None else None
+    if limit is not None and total > limit / 1e9:
+        return min(WINDOW_GB, limit / 1e9 / 4)  # this window, the next one, and room for what ranks still read
+    return None if total <= FULL_GB else WINDOW_GB
 
 
 def make_order(manifest: Manifest, seed: int, window_gb: float | None = None) -> Order:

@@ -44,7 +44,7 @@ class ShardReader:
         self.index = ensure_index(manifest)
         self._ends = np.cumsum([shard["samples"] for shard in manifest.shards])
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
-        self._ahead = ReadAhead(self.path)
+        self._ahead = ReadAhead(self._local)
         self._header = _npy_header(tuple(manifest.sample_shape))
         self._header_crc = zlib.crc32(self._header)
 
@@ -150,8 +150,11 @@ class ShardReader:
         return np.searchsorted(self._ends, indices, side="right")
 
     def path(self, shard: int) -> Path:
-        """Where shard number ``shard`` lies."""
+        """Where shard number ``shard`` lies, or is kept."""
         return self.manifest.folder / self.manifest.shards[shard]["name"]
+
+    def _local(self, shard: int) -> Path:
+        return self.manifest.local(self.manifest.shards[shard])
 
     def _file(self, shard: int) -> int:
         """The descriptor of an open shard."""
@@ -160,13 +163,14 @@ class ShardReader:
         if file is None:
             if len(self._files) >= _most_open():
                 os.close(self._files.popitem(last=False)[1].descriptor)
-            path = self.path(shard)
             try:
-                file = _OpenFile(os.open(path, os.O_RDONLY), now)
+                file = _OpenFile(os.open(self._local(shard), os.O_RDONLY), now)
             except FileNotFoundError:
-                raise InputError(f"shard {path} is gone; was it deleted while it was read?") from None
+                if self.manifest.remote is not None:  # put out of the cache this moment
+                    return self._file(shard)
+                raise InputError(f"shard {self.path(shard)} is gone; was it deleted while it was read?") from None
             self._files[shard] = file
-        elif now - file.checked > _CHECKED:
+        elif now - file.checked > _CHECKED and self.manifest.remote is None:
             if not os.fstat(file.descriptor).st_nlink:
                 raise InputError(f"shard {self.path(shard)} was deleted or replaced while it was read")
             file.checked = now
@@ -319,6 +323,6 @@ class ReadAhead:
                     return
                 shard = self._wanted.pop(0)
             # What cannot be read is said by whoever needs it.
-            with suppress(OSError), open(self._path(shard), "rb", buffering=0) as file:
+            with suppress(OSError, InputError), open(self._path(shard), "rb", buffering=0) as file:
                 while file.readinto(buffer) and not self._closed:
                     pass

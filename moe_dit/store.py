@@ -1,0 +1,268 @@
+"""Shards behind a URL, kept file by file in a folder of bounded size that all processes of a node share.
+
+fsspec opens what is there: http(s); s3, gs and others with their packages. A file is downloaded under a hidden name,
+checked against the manifest's size and SHA-256, and appears by a rename. One download serves every process that asks.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import random
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import temporary_name
+from moe_dit.runtime.progress import say
+
+PATIENCE = 120.0  # seconds that a server may stay away; $MOE_DIT_PATIENCE replaces it
+SILENCE = 30.0  # seconds without a byte, after which a request has failed
+TRIES = 3  # downloads whose content may be wrong
+_PIECE = 1 << 20  # bytes
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp"}
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is a URL."""
+    return "://" in str(path)
+
+
+def cache() -> Path:
+    """Where this machine keeps what it makes or fetches once: $MOE_DIT_CACHE, or ~/.cache/moe-dit."""
+    given = os.environ.get("MOE_DIT_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "moe-dit"
+
+
+def cache_folder(url: str) -> Path:
+    """Where a remote folder is kept on this node."""
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", url.rstrip("/"))[-60:]
+    return cache() / "shards" / f"{name}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:8]}"
+
+
+class RemoteFolder:
+    """A folder behind a URL.
+
+    Args:
+        url: of the folder.
+        folder: where files are kept.
+        limit: bytes that they may take; None: any. The least recently used go first.
+        patience: seconds that the server may stay away.
+    """
+
+    def __init__(self, url: str, folder: Path, limit: float | None = None, patience: float | None = None):
+        self.url = url.rstrip("/")
+        self.folder = folder
+        self.limit = limit
+        self.patience = float(os.environ.get("MOE_DIT_PATIENCE", PATIENCE)) if patience is None else patience
+        self._process = 0
+        self._filesystem: Any = None
+        self._used: dict[str, float] = {}
+
+    def __getstate__(self) -> dict[str, Any]:  # connections stay with their process
+        return {"url": self.url, "folder": self.folder, "limit": self.limit, "patience": self.patience}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def read(self, name: str) -> bytes:
+        """A small file as it is now; FileNotFoundError where the server says that there is none."""
+        return b"".join(self._pieces(name, 0))
+
+    def fetch(self, name: str, size: int, sha256: str) -> Path:
+        """A whole file's place in the cache, downloaded if it is not there.
+
+        Args:
+            name: of the file.
+            size: in bytes.
+            sha256: of its content; "": unknown.
+
+        Raises:
+            InputError: the server stays away, gives something else, or there is no room.
+        """
+        path = self.folder / name
+        if not self._there(path, size):
+            self._check_room(name, size)
+            with self._locked(name):
+                if not self._there(path, size):  # another process may have fetched it meanwhile
+                    self._download(name, size, sha256)
+            self._evict(name)
+        now = time.monotonic()
+        if now - self._used.get(name, -1e9) > 60:  # seconds; a note for who looks for room
+            self._used[name] = now
+            with suppress(OSError):
+                os.utime(path)
+        return path
+
+    @staticmethod
+    def _there(path: Path, size: int) -> bool:
+        try:
+            return path.stat().st_size == size
+        except OSError:
+            return False
+
+    # --- the server ---------------------------------------------------------------------------------------------------
+
+    def _open(self) -> Any:
+        """fsspec's filesystem, made anew in every process: its connections do not outlive a fork."""
+        if self._process != os.getpid():
+            import fsspec
+
+            scheme = self.url.partition("://")[0]
+            try:
+                options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+                if scheme in ("http", "https"):
+                    import aiohttp
+
+                    silent = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+                    options["client_kwargs"] = {"timeout": silent}
+                self._filesystem = fsspec.filesystem(scheme, **options)
+            except (ImportError, ValueError) as error:
+                package = _PACKAGES.get(scheme.removesuffix("s") if scheme == "https" else scheme)
+                hint = f"pip install {package}" if package and isinstance(error, ImportError) else str(error)
+                raise InputError(f"{self.url} cannot be read here: {hint}") from None
+            self._process = os.getpid()
+        return self._filesystem
+
+    def _pieces(self, name: str, start: int) -> Iterator[bytes]:
+        """A file's bytes from an offset on; a server that fails is asked again, from where it broke off."""
+        place = start
+        since: float | None = None  # when it began to fail
+        wait, told = 0.2, False
+        while True:
+            filesystem = self._open()
+            try:
+                for piece in _stream(filesystem, f"{self.url}/{name}", place):
+                    yield piece
+                    place += len(piece)
+                    if told:
+                        say(f"{self.url} is back")
+                    since, wait, told = None, 0.2, False
+                return
+            except ValueError as error:
+                if place == start:
+                    raise InputError(f"{self.url}/{name} cannot be read: {_said(error)}") from None
+                raise _NotFromHere(str(error)) from None
+            except Exception as error:  # every library behind fsspec has errors of its own
+                if _is_missing(error):
+                    raise
+                if getattr(error, "status", 0) in (401, 403) or isinstance(error, PermissionError):
+                    raise InputError(f"{self.url}/{name} may not be read: {_said(error)}") from None
+                now = time.monotonic()
+                since = now if since is None else since
+                if now - since + wait > self.patience:
+                    raise InputError(
+                        f"{self.url}/{name} cannot be read, tried for {now - since:.0f} s: {_said(error)}; what was "
+                        f"fetched is kept in {self.folder}"
+                    ) from None
+                if not told and now - since > 1:
+                    say(f"{self.url} does not answer ({_said(error)}); trying again for up to {self.patience:.0f} s")
+                    told = True
+            time.sleep(wait * random.uniform(0.75, 1.25))
+            wait = min(10.0, 2 * wait)
+
+    def _download(self, name: str, size: int, sha256: str) -> None:
+        path = self.folder / name
+        temporary = temporary_name(path)
+        try:
+            for _ in range(TRIES):
+                digest = hashlib.sha256()
+                with open(temporary, "wb") as file, suppress(_NotFromHere):
+                    for piece in self._pieces(name, 0):
+                        file.write(piece)
+                        digest.update(piece)
+                length = temporary.stat().st_size
+                if length == size and sha256 in ("", digest.hexdigest()):
+                    os.replace(temporary, path)
+                    return
+            raise InputError(
+                f"{self.url}/{name} is not what the manifest says: "
+                + (f"{length} bytes instead of {size}" if length != size else "its SHA-256 differs")
+            )
+        except FileNotFoundError:
+            raise InputError(f"{self.url}/{name} is missing on the server") from None
+        except OSError as error:
+            raise InputError(f"cannot write into the cache {self.folder}: {error.strerror or error}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    # --- the cache ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """One process at a time; a file system without locks lets all in, which costs downloads and harms nothing."""
+        with self._lock_file(name) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)  # let go by the kernel when the process ends, however it does
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+                    raise InputError(f"cannot lock {self.folder}: {error.strerror}") from None
+            for leftover in self.folder.glob(f".{name}.*.tmp"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
+            yield
+
+    def _lock_file(self, name: str) -> BinaryIO:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return open(self.folder / f".{name}.lock", "ab")
+        except OSError as error:
+            raise InputError(f"cannot write into the cache {self.folder}: {error.strerror}") from None
+
+    def _check_room(self, name: str, size: int) -> None:
+        if self.limit is not None and 2 * size > self.limit:
+            raise InputError(
+                f"the cache of {self.url} may take {self.limit / 1e9:.3g} GB, and {name} alone has {size / 1e9:.3g}; "
+                f"it should hold a few: --set data.cache_gb={8 * size / 1e9:.3g}"
+            )
+
+    def _evict(self, kept: str) -> None:
+        """Remove what was used longest ago; processes that have it open read on."""
+        if self.limit is None:
+            return
+        with self._locked("evict"):
+            found = []
+            for path in self.folder.glob("*.tar"):
+                with suppress(OSError):
+                    status = path.stat()
+                    found.append((status.st_mtime, status.st_size, path))
+            total = sum(size for _, size, _ in found)
+            for _, size, path in sorted(found):
+                if total <= self.limit:
+                    return
+                if path.name != kept:
+                    path.unlink(missing_ok=True)
+                    total -= size
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether a server says that there is no such file. fsspec (2026.9) says so of every failed HTTP request too."""
+    cause = error.__cause__
+    found = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410)
+    return isinstance(error, FileNotFoundError) and found
+
+
+class _NotFromHere(Exception):
+    """A server that cannot go on in the middle of a file."""
+
+
+def _stream(filesystem: Any, url: str, start: int) -> Iterator[bytes]:
+    """A file's bytes from an offset on."""
+    whole = start == 0 and url.startswith("http")
+    # Over HTTP, block_size 0 is one request that is read to its end; others are read in requests of 8 MiB.
+    how: dict[str, Any] = {"block_size": 0} if whole else {"block_size": 8 << 20, "cache_type": "readahead"}
+    with filesystem.open(url, "rb", **({} if url.startswith("file") else how)) as file:
+        if start:
+            file.seek(start)
+        while piece := file.read(_PIECE):
+            yield piece
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # type: ignore[assignment]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
