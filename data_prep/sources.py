@@ -17,6 +17,7 @@ from data_prep.images import EXTENSIONS, list_images
 from moe_dit import randomness
 from moe_dit.data.order import WindowOrder
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.progress import say
 
 GROUPS = 16  # row groups of a parquet file whose images are shuffled together, and kept by a process that reads
 _TAR_HELP = "expected ImageNet's tar of class tars, a folder of class tars, or WebDataset shards of images and .cls"
@@ -60,6 +61,12 @@ class ClassFolders(Source):
     def __init__(self, folder: str):
         self.folder = folder
         self.paths, self.labels, self.classes = list_images(folder)
+        parents = {os.path.relpath(os.path.dirname(path), folder) for path in self.paths}
+        if len(parents) > 2 * len(self.classes) and not parents & set(self.classes):
+            say(
+                f"{folder} has {len(self.classes)} class folders ({', '.join(self.classes[:3])}), whose images lie in "
+                f"{len(parents)} folders below; if those are the classes, give one of {folder}'s folders as --images"
+            )
 
     def name(self, i: int) -> str:
         return os.path.relpath(self.paths[i], self.folder)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.shards import read_keys, sha256
+from moe_dit.data import ShardReader
 from moe_dit.data.index import index_name, open_index, scan_shard
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.runtime.command import Parser, run
@@ -74,6 +75,7 @@ def verify(folder: Path) -> tuple[int, int]:
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise InputError(f"{folder}: {'; '.join(problems[:SHOWN])}{more}; delete the folder and make it again")
+    ShardReader(manifest).read(np.array(starts[:-1]), np.zeros(len(records), bool))  # a sample of each, decoded
     return len(records), manifest.samples
 
 

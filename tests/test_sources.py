@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,8 +259,6 @@ BROKEN = {"ç/é 1.jpg": b"", "a/é 3.jpg": jpeg(30)[:300], "a/notes.jpg": b"jus
 @pytest.fixture(scope="module")
 def damaged(images, tmp_path_factory):
     """The images with broken ones among them: 22 files, 4 of which cannot be read."""
-    import shutil
-
     folder = shutil.copytree(images, tmp_path_factory.mktemp("damaged") / "images")
     for name, content in BROKEN.items():
         (folder / name).write_bytes(content)
@@ -354,6 +353,94 @@ def test_a_shard_without_samples_does_not_appear(images, tmp_path):
     (folder / "2.jpg").write_bytes(b"")
     out = pack(tmp_path / "images", tmp_path / "out", "--shard-size", 1)
     assert len(list(out.glob("*.tar"))) == 1 and verify.verify(out) == (1, 1)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def _flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def _index(folder):
+    return next(folder.glob("index-*.npy"))
+
+
+def _rows(folder, change):
+    """Change the index's records, of which there are 21 of 36 bytes."""
+    path = _index(folder)
+    data = path.read_bytes()
+    start = len(data) - 21 * 36
+    rows = [bytearray(data[start + 36 * i : start + 36 * (i + 1)]) for i in range(21)]
+    change(rows)
+    path.write_bytes(data[:start] + b"".join(rows))
+
+
+def _manifest(folder, change):
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def _label_place(folder):
+    with tarfile.open(folder / "shard-000001.tar") as tar:
+        return next(member.offset_data for member in tar if member.name.endswith(".cls"))
+
+
+def _swap(folder):
+    a, b, c = (folder / name for name in ("shard-000000.tar", "shard-000001.tar", "x"))
+    a.rename(c), b.rename(a), c.rename(b)
+
+
+DAMAGE = {
+    "a pixel": lambda f: _flip(f / "shard-000002.tar", 1600),
+    "a label": lambda f: _flip(f / "shard-000001.tar", _label_place(f)),
+    "a name": lambda f: _flip(f / "shard-000001.tar", 3),
+    "padding": lambda f: _flip(f / "shard-000001.tar", 512 + 300),
+    "the last byte": lambda f: _flip(f / "shard-000003.tar", -1),
+    "cut off": lambda f: os.truncate(f / "shard-000001.tar", 2000),
+    "empty": lambda f: os.truncate(f / "shard-000001.tar", 0),
+    "longer": lambda f: (f / "shard-000001.tar").open("ab").write(b"\0" * 512),
+    "deleted": lambda f: (f / "shard-000001.tar").unlink(),
+    "renamed": lambda f: (f / "shard-000001.tar").rename(f / "shard-000009.tar"),
+    "swapped": _swap,
+    "doubled": lambda f: (f / "shard-000001.tar").write_bytes((f / "shard-000000.tar").read_bytes()),
+    "a shard too many": lambda f: (f / "shard-000077.tar").write_bytes((f / "shard-000000.tar").read_bytes()),
+    "an index label": lambda f: _rows(f, lambda rows: rows[7].__setitem__(0, rows[7][0] ^ 1)),
+    "an index offset": lambda f: _rows(f, lambda rows: rows[7].__setitem__(21, rows[7][21] ^ 1)),
+    "an index checksum": lambda f: _rows(f, lambda rows: rows[20].__setitem__(35, rows[20][35] ^ 1)),
+    "index rows swapped": lambda f: _rows(f, lambda rows: rows.insert(3, rows.pop(9))),
+    "an index cut off": lambda f: os.truncate(_index(f), 500),
+    "an index of noise": lambda f: _index(f).write_bytes(os.urandom(900)),
+    "a manifest's count": lambda f: _manifest(f, lambda m: m.update(samples=20)),
+    "a manifest's shard": lambda f: _manifest(f, lambda m: (m["shards"].pop(), m.update(samples=20))),
+    "a manifest's hash": lambda f: _manifest(f, lambda m: m["shards"][2].update(sha256="0" * 64)),
+    "a manifest's classes": lambda f: _manifest(f, lambda m: m["classes"].pop()),
+    "a manifest's shape": lambda f: _manifest(f, lambda m: m.update(sample_shape=[3, 8, 9])),
+    "a manifest's kind": lambda f: _manifest(f, lambda m: m.update(kind="latents")),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_verify_finds_damage(packed, tmp_path, kind):
+    folder = shutil.copytree(packed, tmp_path / "shards")
+    assert verify.verify(folder) == (6, 21)
+    DAMAGE[kind](folder)
+    with pytest.raises(InputError) as caught:
+        verify.verify(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_classes_that_are_a_level_too_high(images, tmp_path, capsys):
+    for part in ("train", "val"):
+        shutil.copytree(images, tmp_path / "images" / part)
+    open_source(str(tmp_path / "images"))
+    assert "if those are the classes" in capsys.readouterr().err
+    open_source(str(images))
+    assert not capsys.readouterr().err
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
