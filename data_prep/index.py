@@ -14,12 +14,13 @@ import numpy as np
 from PIL import Image
 
 from data_prep.shards import sha256
-from moe_dit.data.index import IMAGE, IMAGE_EXTENSIONS, ensure_index, index_name, scan_shard, write_index
+from moe_dit.data.index import IMAGE, IMAGE_EXTENSIONS, ensure_index, scan_shard, write_index
 from moe_dit.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, write_json
 from moe_dit.runtime.progress import task
+from moe_dit.store import is_remote
 
 EXAMPLES = """\
   python -m data_prep.index data/imagenet256_latents
@@ -131,18 +132,19 @@ def adopt(folder: Path, names: list[str] | None, vae: str | None, scale: float |
 def main() -> None:
     parser = Parser("Makes the sample index of a folder of shards, and a manifest if it has none.", EXAMPLES)
     add = parser.add_argument
-    add("shards", type=Path, metavar="SHARDS", help="a folder of .tar files")
+    add("shards", metavar="SHARDS", help="a folder of .tar files; or the URL of shards that have a manifest")
     add("--classes", type=Path, metavar="FILE", help="foreign shards: class names, one a line (the numbers)")
     add("--vae", metavar="NAME_or_DIR", help="foreign latents: what encoded them")
     add("--scale", type=float, help="foreign latents: 1 / their standard deviation (else data.latent_scale says it)")
     add("--shift", type=float, default=0.0, help="foreign latents: their mean (0)")
     add("--means", action="store_true", help="foreign latents: latents themselves, not mean and log variance")
     args = parser.parse_args()
-    if not args.shards.is_dir():
-        raise InputError(f"no folder of shards {args.shards}")
+    folder = Path(args.shards)
+    if not is_remote(args.shards) and not folder.is_dir():
+        raise InputError(f"no folder of shards {folder}")
     if args.scale is not None and not 0 < args.scale < float("inf"):
         raise InputError(f"--scale {args.scale}: it should be above 0")
-    if not (args.shards / MANIFEST).exists():
+    if not is_remote(args.shards) and not (folder / MANIFEST).exists():
         names = None
         if args.classes:
             try:
@@ -150,12 +152,12 @@ def main() -> None:
             except (OSError, ValueError) as error:
                 raise InputError(f"--classes {args.classes} cannot be read: {error}") from None
             names = names[:-1] if names and not names[-1] else names
-        adopt(args.shards, names, args.vae, args.scale, args.shift, args.means)
+        adopt(folder, names, args.vae, args.scale, args.shift, args.means)
     manifest = read_manifest(args.shards)
     index = ensure_index(manifest)
     size = index.nbytes / 1e6
     print(f"{args.shards}: {len(manifest.shards)} shards, {len(index)} samples, {size:.1f} MB of index")
-    print(f"{index_name(manifest.shards)}")
+    print(f"{index.filename}")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ import webdataset
 from helpers import ENV, ROOT, free_port
 from PIL import Image
 
-from data_prep import encode_latents, pack_pixels, verify
+from data_prep import encode_latents, index, pack_pixels, verify
 from data_prep.digits import build_vae
 from data_prep.images import as_seen, list_images, load_image
 from data_prep.sources import open_source
-from moe_dit.data import stored_png
+from moe_dit.data import ShardReader, stored_png
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
 
@@ -482,3 +482,58 @@ def test_means_and_precision(images, vae, tmp_path, monkeypatch):
     pack(images, tmp_path / "moments", *flags, module=encode_latents)
     with pytest.raises(InputError, match="begun with other settings: --precision"):
         pack(images, tmp_path / "moments", *flags, "--precision", "bf16", module=encode_latents)
+
+
+# --- shards of other programs -----------------------------------------------------------------------------------------
+
+
+def write_foreign(folder, kind):
+    folder.mkdir()
+    for part in range(2):
+        with webdataset.TarWriter(str(folder / f"data-{part}.tar")) as tar:
+            for i in range(part * 3, part * 3 + 3):
+                value = np.full((4, 2, 2), i, np.float32) if kind == "latents" else np.full((4, 6, 3), i * 40, np.uint8)
+                name = "latent.npy" if kind == "latents" else "webp" if i % 2 else "png"
+                file = io.BytesIO()
+                if kind == "latents":
+                    np.save(file, value)
+                else:
+                    Image.fromarray(value).save(file, name, **({"lossless": True} if name == "webp" else {}))
+                tar.write({"__key__": f"x/{i}", name: file.getvalue(), "cls": str(i % 3).encode(), "json": b"{}"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["latents", "pixels"])
+def test_foreign_shards_train_after_indexing(tmp_path, monkeypatch, capsys, kind):
+    folder = write_foreign(tmp_path / "foreign", kind)
+    with pytest.raises(InputError, match="has no manifest"):
+        read_manifest(folder)
+    monkeypatch.setattr(sys, "argv", ["x", str(folder), *(["--means", "--scale", "0.5"] if kind == "latents" else [])])
+    index.main()
+    assert "2 shards, 6 samples" in capsys.readouterr().out
+    manifest = read_manifest(folder)
+    assert manifest.kind == kind and manifest.classes == ["0", "1", "2"] and not manifest.posterior
+    assert manifest.sample_shape == ([4, 2, 2] if kind == "latents" else [3, 4, 6])
+    x, y = ShardReader(manifest).read(np.array([4, 0, 5]), np.zeros(3, bool))
+    assert y.tolist() == [1, 0, 2] and x.flatten(1)[:, 0].tolist() == (
+        [4, 0, 5] if kind == "latents" else [160, 0, 200]
+    )
+
+
+@pytest.mark.parametrize(
+    ("sample", "line"),
+    [
+        ({"txt": b"a", "cls": b"1"}, "the first sample has cls, txt; expected"),
+        ({"png": b"a", "cls": b"1"}, "the first sample cannot be read"),
+        ({"png": stored_png.encode(np.zeros((2, 2, 3), np.uint8))}, r"a sample has no \.cls"),
+        ({"png": stored_png.encode(np.zeros((2, 2, 3), np.uint8)), "cls": b"cat"}, "a label is b'cat'"),
+    ],
+)
+def test_foreign_shards_that_cannot_train_are_one_line(tmp_path, monkeypatch, sample, line):
+    (tmp_path / "shards").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "shards" / "a.tar"), encoder=False) as tar:
+        tar.write({"__key__": "0"} | sample)
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "shards")])
+    with pytest.raises(InputError, match=line) as caught:
+        index.main()
+    assert "\n" not in str(caught.value) and sorted(os.listdir(tmp_path / "shards")) == ["a.tar"]

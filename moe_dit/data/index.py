@@ -102,7 +102,7 @@ def write_index(folder: Path, manifest: Manifest, parts: Iterable[np.ndarray]) -
     return path
 
 
-def open_index(manifest: Manifest) -> np.ndarray | None:
+def open_index(manifest: Manifest) -> np.memmap | None:
     """Map the index of a manifest's shards; None where there is none.
 
     Raises:
@@ -130,7 +130,7 @@ def open_index(manifest: Manifest) -> np.ndarray | None:
     return None
 
 
-def ensure_index(manifest: Manifest, workers: int | None = None) -> np.ndarray:
+def ensure_index(manifest: Manifest, workers: int | None = None) -> np.memmap:
     """The index of a manifest's shards, made where there is none; kept in their folder if that can be written.
 
     Raises:

@@ -3,8 +3,11 @@
 import os
 import select
 import threading
+import time
 from multiprocessing import get_context
 from typing import Any
+
+import psutil
 
 
 def forkserver() -> Any:
@@ -23,13 +26,19 @@ def end_with(pid: int, *_: Any) -> None:
     A forkserver's children are not told: torch's DataLoader workers (2.14) watch their parent, which is the server, and
     the server (Python 3.11) stays while a child of its holds its pipe. After kill -9 both would stay for good.
     """
+    descriptor = None
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         os._exit(1)
+    except OSError:  # Linux before 5.3, or forbidden in a container
+        pass
 
     def wait() -> None:
-        select.select([descriptor], [], [])
+        if descriptor is not None:
+            select.select([descriptor], [], [])
+        while descriptor is None and psutil.pid_exists(pid):
+            time.sleep(2)
         os._exit(1)
 
     threading.Thread(target=wait, name="end with the main process", daemon=True).start()
