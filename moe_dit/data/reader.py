@@ -63,6 +63,10 @@ class ShardReader:
         while self._files:
             os.close(self._files.popitem()[1].descriptor)
 
+    def __del__(self):
+        with suppress(AttributeError):  # of one that was never whole
+            self.close()
+
     def members(self, index: int) -> "Members":
         """The files of sample ``index``."""
         return Members(self, self._shard(index), self.index[index])
