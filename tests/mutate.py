@@ -436,8 +436,8 @@ MUTATIONS = [
     Mutation(
         "exif-ignored",
         "data_prep/images.py",
-        "image = ImageOps.exif_transpose(image)\n",
-        "",
+        "image = ImageOps.exif_transpose(image)",
+        "image = image.copy()",
         "tests/test_sources.py::test_images_are_turned_as_their_exif_data_says",
     ),
     Mutation(

@@ -100,6 +100,7 @@ def test_windows_are_shards_that_were_permuted():
         shards = epoch // 4
         windows = [set(shards[start : start + 12].tolist()) for start in (0, 12, 24, 36)]
         assert [len(window) for window in windows] == [3, 3, 3, 1]
+        assert (np.diff(shards[:12]) != 0).sum() > 2  # not one shard after another
         assert epoch[:12].tolist() != sorted(epoch[:12]) and shards[:12].tolist() != sorted(shards[:12])
     assert (epochs[0] != epochs[1]).any() and set(epochs[0][:12] // 4) != set(epochs[1][:12] // 4)
     assert WindowOrder(4, [4] * 10, 3).samples(np.arange(40)).tolist() != epochs[0].tolist()
