@@ -26,6 +26,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from moe_dit.build import build_model
 from moe_dit.ema import EMA
 from moe_dit.flow import build_flow
+from moe_dit.kernels.linear import use_onednn
 from moe_dit.models.diffmoe import ExpertChoiceMoE
 from moe_dit.models.dropout import dropouts, set_dropout_draws
 from moe_dit.models.initialization import initialize
@@ -108,6 +109,8 @@ class Engine:
         elif compiled == "blocks":
             compile_blocks(model, whole=recipe.activation_checkpointing != "experts")
             self.flow.compile()
+        elif device.type == "cpu":
+            use_onednn(model)
         apply_activation_checkpointing(model, recipe.activation_checkpointing)
         buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         kind = optimizer_kind(recipe.optimizer.name)
