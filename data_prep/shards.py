@@ -28,7 +28,7 @@ import torch
 import webdataset
 from PIL import UnidentifiedImageError
 
-from data_prep.sources import Source, open_source
+from data_prep.sources import BrokenImage, Source, open_source
 from moe_dit.data.index import MEMBERS as INDEXED
 from moe_dit.data.index import scan_shard, write_index
 from moe_dit.manifest import FORMAT, MANIFEST, Manifest
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--images",
         required=True,
-        metavar="PATH",
+        metavar="PATH_or_URL",
         help="a folder of class folders; ImageNet's tar of class tars; parquet or arrow files; shards of raw images",
     )
     add("--out", required=True, type=Path, metavar="SHARDS", help="folder to write")
@@ -269,14 +269,22 @@ class _Images(torch.utils.data.Dataset):
         self.strict = strict
 
     def __getitem__(self, index: int) -> Any:
+        # Errors are handed over as values: raised, they would reach the main process in the worker's traceback.
         try:
-            return self.read(self.source.read(index))
-        # Handed over as values: raised, they would reach the main process wrapped in the worker's traceback.
+            file = self.source.read(index)
+        except BrokenImage as error:
+            return self._broken(index, str(error))
         except InputError as error:
-            reason = _reason(error)
-            if self.strict:
-                return InputError(f"cannot read the image {self.source.name(index)}: {reason}")
-            return _Broken(reason)
+            return error
+        try:
+            return self.read(file)
+        except InputError as error:
+            return self._broken(index, _reason(error))
+
+    def _broken(self, index: int, reason: str) -> Any:
+        if self.strict:
+            return InputError(f"cannot read the image {self.source.name(index)}: {reason}")
+        return _Broken(reason)
 
 
 def _reason(error: InputError) -> str:

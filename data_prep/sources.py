@@ -1,6 +1,7 @@
 """Where images come from: class folders, tar files of them (ImageNet's own, WebDataset shards), parquet or arrow files.
 
-A source lists its images in one fixed order and reads any of them in any process. It holds a few numbers an image.
+A source lists its images in one fixed order and reads any of them in any process, from this machine's disks or from
+behind a URL (:mod:`moe_dit.store`). It holds a few numbers an image.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,17 @@ from moe_dit import randomness
 from moe_dit.data.order import WindowOrder
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.progress import say
+from moe_dit.store import RemoteFolder, RemotePath, is_remote
 
 GROUPS = 16  # row groups of a parquet file whose images are shuffled together, and kept by a process that reads
+_TABLES = (".parquet", ".arrow")
+_TARS = (".tar",)
+_FILES = _TABLES + _TARS
 _TAR_HELP = "expected ImageNet's tar of class tars, a folder of class tars, or WebDataset shards of images and .cls"
+
+
+class BrokenImage(Exception):
+    """An image that a source has and cannot give; others can still be read."""
 
 
 class Source:
@@ -42,7 +52,12 @@ class Source:
         raise NotImplementedError
 
     def read(self, i: int) -> str | bytes:
-        """Image ``i``: its path, or the bytes of its file."""
+        """Image ``i``: its path, or the bytes of its file.
+
+        Raises:
+            BrokenImage: it cannot be given, and others can.
+            InputError: the source cannot be read.
+        """
         raise NotImplementedError
 
     def fingerprint(self) -> str:
@@ -75,10 +90,37 @@ class ClassFolders(Source):
         return self.paths[i]
 
 
+class RemoteClassFolders(Source):
+    """One folder of images a class, behind a URL; listed and named as the same folder here."""
+
+    def __init__(self, folder: RemoteFolder, names: list[str]):
+        self.folder = folder
+        self.classes = sorted({name.partition("/")[0] for name in names if "/" in name})
+        if not self.classes:
+            raise InputError(
+                f"{folder.url} has no class folders; expected one folder of images a class, e.g. {folder.url}/cat/*.png"
+            )
+        images = [name for name in names if "/" in name and name.lower().endswith(EXTENSIONS)]
+        for name in sorted(set(self.classes) - {image.partition("/")[0] for image in images}):
+            raise InputError(f"{folder.url}: the class folder {name} holds no images ({' '.join(EXTENSIONS)})")
+        place = {name: i for i, name in enumerate(self.classes)}
+        self.paths = sorted(images, key=lambda name: (place[name.partition("/")[0]], name))
+        self.labels = [place[name.partition("/")[0]] for name in self.paths]
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+    def read(self, i: int) -> bytes:
+        try:
+            return self.folder.read(self.paths[i])
+        except FileNotFoundError:
+            raise BrokenImage("missing on the server") from None
+
+
 class Tars(Source):
     """Images inside tar files, uncompressed ones, which any process reads at their offsets."""
 
-    def __init__(self, paths: list[Path]):
+    def __init__(self, paths: Sequence[Path | RemotePath]):
         self.paths = paths
         found: list[tuple[str, str, int, int, int]] = []  # class, name, file, offset, size
         for number, path in enumerate(paths):
@@ -101,20 +143,20 @@ class Tars(Source):
     def read(self, i: int) -> bytes:
         number, offset, size = self._places[i].tolist()
         try:
-            with open(self.paths[number], "rb") as file:
+            with self.paths[number].open("rb") as file:
                 file.seek(offset)
                 return file.read(size)
         except OSError as error:
-            raise InputError(f"{self.paths[number]} cannot be read: {error.strerror}") from None
+            raise InputError(f"{self.paths[number]} cannot be read: {error.strerror or error}") from None
 
 
-def _listed(path: Path) -> list[tuple[str, str, int, int]]:
+def _listed(path: Path | RemotePath) -> list[tuple[str, str, int, int]]:
     """A tar file's images: class, name, offset and size."""
     images: list[tuple[str, str, int, int]] = []  # by sample: key, name, offset, size
     labels: dict[str, str] = {}
     inner: list[tuple[str, int]] = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 key, _, extension = member.name.rpartition("/")[2].partition(".")
                 key = member.name[: len(member.name) - len(extension) - 1]
@@ -141,9 +183,9 @@ def _listed(path: Path) -> list[tuple[str, str, int, int]]:
     return [(str(int(labels[key])), name, offset, size) for key, name, offset, size in images]
 
 
-def _inside(path: Path, name: str, start: int) -> list[tuple[str, str, int, int]]:
+def _inside(path: Path | RemotePath, name: str, start: int) -> list[tuple[str, str, int, int]]:
     """Images of a tar file inside another, offsets in the outer one."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             kind = Path(name).stem
@@ -160,7 +202,7 @@ class Tables(Source):
     A parquet file gives a row by decoding its whole row group, so images are shuffled in windows of GROUPS of them.
     """
 
-    def __init__(self, paths: list[Path]):
+    def __init__(self, paths: Sequence[Path | RemotePath]):
         self.paths = paths
         self.labels, self.classes = [], []
         self._groups: list[tuple[int, int]] = []  # file, row group
@@ -174,6 +216,8 @@ class Tables(Source):
                     self._groups.append((number, group))
                     sizes.append(len(labels))
                 self.classes = self.classes or _class_names(table.schema_arrow)
+            except InputError:
+                raise
             except Exception as error:  # pyarrow raises whatever it meets
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise InputError(
@@ -195,7 +239,12 @@ class Tables(Source):
         group, row = self._row(i)
         if group not in self._kept:
             number, part = self._groups[group]
-            self._kept[group] = _open_table(self.paths[number]).read_row_group(part, columns=["image"])["image"]
+            try:
+                self._kept[group] = _open_table(self.paths[number]).read_row_group(part, columns=["image"])["image"]
+            except InputError:
+                raise
+            except Exception as error:  # pyarrow raises whatever it meets
+                raise BrokenImage(f"row group {part} cannot be read: {str(error).partition(chr(10))[0]}") from None
             if len(self._kept) > GROUPS:
                 self._kept.popitem(last=False)
         return self._kept[group][row].as_py()["bytes"] or b""
@@ -228,9 +277,13 @@ class _ArrowFile:
         return self.table.select(columns)
 
 
-def _open_table(path: Path) -> Any:
+def _open_table(path: Path | RemotePath) -> Any:
     import pyarrow.parquet
 
+    if isinstance(path, RemotePath):
+        if path.suffix == ".arrow":
+            raise InputError(f"{path}: arrow files are read from this machine's disks; copy them first")
+        return pyarrow.parquet.ParquetFile(path.open())
     return _ArrowFile(path) if path.suffix == ".arrow" else pyarrow.parquet.ParquetFile(path)
 
 
@@ -243,19 +296,27 @@ def _class_names(schema: Any) -> list[str]:
 
 
 def open_source(images: str) -> Source:
-    """The source of images at a path: a folder, or a .tar, .parquet or .arrow file.
+    """The source of images at a path or URL: a folder, or a .tar, .parquet or .arrow file.
 
     Raises:
         InputError: there are no images, or they cannot be listed.
     """
-    if "://" in images:
-        raise InputError(f"--images {images}: images are read from this machine's folders; copy them first")
-    path = Path(images)
-    files = [path] if path.is_file() else sorted(entry for entry in path.glob("*") if entry.is_file())
-    for suffixes, kind in (((".parquet", ".arrow"), Tables), ((".tar",), Tars)):
+    names: list[str] = []
+    files: Sequence[Path | RemotePath]
+    if is_remote(images):
+        parent, _, last = images.rstrip("/").rpartition("/")
+        is_file = last.endswith(_FILES)
+        folder = RemoteFolder(parent if is_file else images)
+        names = [last] if is_file else folder.names()
+        files = [RemotePath(folder, name) for name in names if "/" not in name]
+    else:
+        path = Path(images)
+        is_file = path.is_file()
+        files = [path] if is_file else sorted(entry for entry in path.glob("*") if entry.is_file())
+    for suffixes, kind in ((_TABLES, Tables), (_TARS, Tars)):
         chosen = [file for file in files if file.suffix in suffixes]
         if chosen:
             return kind(chosen)
-    if path.is_file():
+    if is_file:
         raise InputError(f"--images {images}: expected a folder, or a .tar, .parquet or .arrow file")
-    return ClassFolders(images)
+    return RemoteClassFolders(folder, names) if is_remote(images) else ClassFolders(images)

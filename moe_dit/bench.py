@@ -28,7 +28,7 @@ from moe_dit.flow import build_flow
 from moe_dit.manifest import FORMAT, MANIFEST, Manifest
 from moe_dit.models.dropout import dropouts
 from moe_dit.parallel.deepspeed_config import Parallelism
-from moe_dit.plan import training_flops
+from moe_dit.plan import most_images_per_second, training_flops
 from moe_dit.recipe import Recipe
 from moe_dit.reference.loop import published_form
 from moe_dit.runtime import ranks
@@ -165,7 +165,8 @@ class Ours:
         self.recipe = recipe
         self.engine = Engine(recipe, parallelism, clock.device)
         self.latents = Latents.of(recipe, manifest)
-        self.stream = batches(recipe, manifest, parallelism.micro_batch_size, 0, ranks.world())
+        eats = most_images_per_second(recipe, clock.device.type)
+        self.stream = batches(recipe, manifest, parallelism.micro_batch_size, 0, ranks.world(), eats)
         self.done = 0
         for owner, method, part in (
             (self.engine.flow, "loss", "forward"),
@@ -213,7 +214,8 @@ class Published:
             decay: [weight.detach().clone() for weight in self.weights] for decay in recipe.ema.decays.values()
         }
         self.latents = Latents.of(recipe, manifest)
-        self.stream = batches(recipe, manifest, parallelism.micro_batch_size, 0, ranks.world())
+        eats = most_images_per_second(recipe, clock.device.type)
+        self.stream = batches(recipe, manifest, parallelism.micro_batch_size, 0, ranks.world(), eats)
 
     def step(self) -> None:
         with self.clock.part("data and draws"):

@@ -181,7 +181,7 @@ def _split(sizes: list[int]) -> list[list[int]]:
 def training_flops(recipe: Recipe, model: torch.nn.Module) -> float:
     """Floating-point operations to train on one image: 6 a weight and token, and attention's 12 T^2 D a block."""
     tokens = recipe.model.tokens
-    moe = recipe.model.moe
+    moe = getattr(recipe.model, "moe", None)
     flops = 12.0 * tokens**2 * recipe.model.hidden_size * recipe.model.depth
     for name, weight in model.named_parameters():
         share = 1.0
@@ -191,6 +191,12 @@ def training_flops(recipe: Recipe, model: torch.nn.Module) -> float:
         per_sample = "adaLN" in name or "c_embedder" in name
         flops += 6.0 * weight.numel() * share * (1 if per_sample else tokens)
     return flops
+
+
+def most_images_per_second(recipe: Recipe, device_type: str) -> float:
+    """More than a rank trains on: half of an H100's bf16 peak ("cuda"), or a teraflop a second ("cpu")."""
+    rate = GPUS["h100-80g"].flops / 2 if device_type == "cuda" else 1e12
+    return rate / training_flops(recipe, build_model(recipe, device="meta"))
 
 
 def measure_activations(recipe: Recipe) -> dict[str, float]:

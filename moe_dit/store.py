@@ -1,20 +1,25 @@
-"""Shards behind a URL, kept file by file in a folder of bounded size that all processes of a node share.
+"""Files behind a URL, which fsspec opens: http(s); s3, gs and others with their packages.
 
-fsspec opens what is there: http(s); s3, gs and others with their packages. A file is downloaded under a hidden name,
-checked against the manifest's size and SHA-256, and appears by a rename. One download serves every process that asks.
+Shards are kept file by file in a folder of bounded size that all processes of a node share. A file is downloaded under
+a hidden name, checked against the manifest's size and SHA-256, and appears by a rename. One download serves every
+process that asks. Other files, such as images to encode, are listed and read where they are.
 """
 
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, BinaryIO
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote, unquote
 
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import temporary_name
@@ -24,7 +29,10 @@ PATIENCE = 120.0  # seconds that a server may stay away; $MOE_DIT_PATIENCE repla
 SILENCE = 30.0  # seconds without a byte, after which a request has failed
 TRIES = 3  # downloads whose content may be wrong
 _PIECE = 1 << 20  # bytes
+_BUFFER = 1 << 16  # bytes read at once of a file that is read in parts
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "http": "aiohttp"}
+
+Result = TypeVar("Result")
 
 
 def is_remote(path: str | Path) -> bool:
@@ -49,14 +57,14 @@ class RemoteFolder:
 
     Args:
         url: of the folder.
-        folder: where files are kept.
+        folder: where fetched files are kept; None: nothing is fetched.
         limit: bytes that they may take; None: any. The least recently used go first.
         patience: seconds that the server may stay away.
     """
 
-    def __init__(self, url: str, folder: Path, limit: float | None = None, patience: float | None = None):
+    def __init__(self, url: str, folder: Path | None = None, limit: float | None = None, patience: float | None = None):
         self.url = url.rstrip("/")
-        self.folder = folder
+        self.folder = folder or cache_folder(url)
         self.limit = limit
         self.patience = float(os.environ.get("MOE_DIT_PATIENCE", PATIENCE)) if patience is None else patience
         self._process = 0
@@ -105,6 +113,40 @@ class RemoteFolder:
         except OSError:
             return False
 
+    def names(self) -> list[str]:
+        """All files and folders below this one, sorted, folders with a slash behind.
+
+        Over HTTP they are what the server's pages of folders link to. Names that start with a dot are passed over.
+
+        Raises:
+            InputError: the server stays away, or there is no such folder.
+        """
+        found: list[str] = []
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            try:
+                inside = self._patiently(folder, partial(self._inside, folder))
+            except FileNotFoundError:
+                raise InputError(f"{self.url}/{folder} is missing on the server") from None
+            inside = [name for name in inside if not name.rstrip("/").rpartition("/")[2].startswith(".")]
+            folders += [name for name in inside if name.endswith("/")]
+            found += inside
+        return sorted(found)
+
+    def _inside(self, folder: str, filesystem: Any) -> list[str]:
+        """The files and folders of one folder, by their names from here; fsspec's own walk passes over failures."""
+        http = self.url.startswith("http")
+        start = len(filesystem._strip_protocol(self.url).rstrip("/")) + 1
+        found = []
+        for entry in filesystem.ls(self._address(folder) if http else self._address(folder).rstrip("/"), detail=True):
+            name = entry["name"].rstrip("/")[start:]
+            if http:
+                name = unquote(name.partition("?")[0])  # pages link to themselves, sorted otherwise
+            if name.startswith(folder) and name != folder.rstrip("/"):
+                found.append(f"{name}/" if entry["type"] == "directory" else name)
+        return found
+
     # --- the server ---------------------------------------------------------------------------------------------------
 
     def _open(self) -> Any:
@@ -131,39 +173,37 @@ class RemoteFolder:
     def _pieces(self, name: str, start: int) -> Iterator[bytes]:
         """A file's bytes from an offset on; a server that fails is asked again, from where it broke off."""
         place = start
-        since: float | None = None  # when it began to fail
-        wait, told = 0.2, False
+        server = _Patience(self, name)
         while True:
             filesystem = self._open()
             try:
-                for piece in _stream(filesystem, f"{self.url}/{name}", place):
+                for piece in _stream(filesystem, self._address(name), place):
                     yield piece
                     place += len(piece)
-                    if told:
-                        say(f"{self.url} is back")
-                    since, wait, told = None, 0.2, False
+                    server.works()
                 return
             except ValueError as error:
                 if place == start:
                     raise InputError(f"{self.url}/{name} cannot be read: {_said(error)}") from None
                 raise _NotFromHere(str(error)) from None
             except Exception as error:  # every library behind fsspec has errors of its own
-                if _is_missing(error):
-                    raise
-                if getattr(error, "status", 0) in (401, 403) or isinstance(error, PermissionError):
-                    raise InputError(f"{self.url}/{name} may not be read: {_said(error)}") from None
-                now = time.monotonic()
-                since = now if since is None else since
-                if now - since + wait > self.patience:
-                    raise InputError(
-                        f"{self.url}/{name} cannot be read, tried for {now - since:.0f} s: {_said(error)}; what was "
-                        f"fetched is kept in {self.folder}"
-                    ) from None
-                if not told and now - since > 1:
-                    say(f"{self.url} does not answer ({_said(error)}); trying again for up to {self.patience:.0f} s")
-                    told = True
-            time.sleep(wait * random.uniform(0.75, 1.25))
-            wait = min(10.0, 2 * wait)
+                server.failed(error)
+
+    def _patiently(self, name: str, work: Callable[[Any], Result]) -> Result:
+        """What ``work`` gives of fsspec's filesystem; a server that fails is asked again."""
+        server = _Patience(self, name)
+        while True:
+            filesystem = self._open()
+            try:
+                found = work(filesystem)
+                server.works()
+                return found
+            except Exception as error:  # every library behind fsspec has errors of its own
+                server.failed(error)
+
+    def _address(self, name: str) -> str:
+        """A file's URL; over HTTP a name's odd characters are quoted."""
+        return f"{self.url}/{quote(name) if self.url.startswith('http') else name}"
 
     def _download(self, name: str, size: int, sha256: str) -> None:
         path = self.folder / name
@@ -236,6 +276,117 @@ class RemoteFolder:
                 if path.name != kept:
                     path.unlink(missing_ok=True)
                     total -= size
+
+
+class _Patience:
+    """How long a server that fails is asked again."""
+
+    def __init__(self, remote: RemoteFolder, name: str):
+        self.remote = remote
+        self.name = name
+        self.told = False
+        self.works()
+
+    def works(self) -> None:
+        if self.told:
+            say(f"{self.remote.url} is back")
+        self.since: float | None = None  # when it began to fail
+        self.wait, self.told = 0.2, False
+
+    def failed(self, error: Exception) -> None:
+        """Wait before it is asked again, or raise; called where ``error`` is handled."""
+        url, patience = self.remote.url, self.remote.patience
+        if _is_missing(error) or isinstance(error, InputError):
+            raise error
+        if getattr(error, "status", 0) in (401, 403) or isinstance(error, PermissionError):
+            raise InputError(f"{url}/{self.name} may not be read: {_said(error)}") from None
+        now = time.monotonic()
+        self.since = now if self.since is None else self.since
+        failing = now - self.since
+        if failing + self.wait > patience:
+            kept = f"; what was fetched is kept in {self.remote.folder}" if self.remote.folder.exists() else ""
+            raise InputError(
+                f"{url}/{self.name} cannot be read, tried for {failing:.0f} s: {_said(error)}{kept}"
+            ) from None
+        if not self.told and failing > 1:
+            say(f"{url} does not answer ({_said(error)}); trying again for up to {patience:.0f} s")
+            self.told = True
+        time.sleep(self.wait * random.uniform(0.75, 1.25))
+        self.wait = min(10.0, 2 * self.wait)
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A file in a remote folder, with what is used here of pathlib's paths."""
+
+    folder: RemoteFolder
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.folder.url}/{self.path}"
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.path).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.path).suffix
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """The file, to be read in parts by requests for them."""
+        return io.BufferedReader(_Parts(self), _BUFFER)
+
+
+class _Parts(io.RawIOBase):
+    """A file of a server, each read a request for a part of it."""
+
+    def __init__(self, path: RemotePath):
+        super().__init__()
+        self.path = path
+        self.place = 0
+        try:
+            self.size = path.folder._patiently(path.path, lambda filesystem: filesystem.size(self._address))
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing on the server") from None
+        if self.size is None:
+            raise InputError(f"{path} cannot be read in parts: the server does not say how long it is; copy it first")
+
+    @property
+    def _address(self) -> str:
+        return self.path.folder._address(self.path.path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence] + offset
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(0, min(len(buffer), self.size - self.place))
+        if length:
+            buffer[:length] = self.path.folder._patiently(self.path.path, lambda of: self._part(of, length))
+            self.place += length
+        return length
+
+    def _part(self, filesystem: Any, length: int) -> bytes:
+        part = filesystem.cat_file(self._address, start=self.place, end=self.place + length)
+        if len(part) > length:
+            raise InputError(f"{self.path} cannot be read in parts, which this server does not give; copy it first")
+        if len(part) < length:
+            raise OSError(f"{len(part)} bytes of {length}")
+        return part
 
 
 def _is_missing(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from moe_dit.data.order import window_for
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import Parallelism, load_parallelism
+from moe_dit.plan import most_images_per_second
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import parse_recipe
 from moe_dit.runtime import ranks
@@ -89,7 +90,8 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         for note in start.notes:
             say(note)
         say(_headline(recipe, parallelism, manifest, start.checkpoint, engine))
-        stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, ranks.world())
+        eats = most_images_per_second(recipe, device.type)
+        stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, ranks.world(), eats)
         waits = Waits(stream)
         micro_batches = _micro_batches(engine, waits, Latents.of(recipe, manifest))
         try:

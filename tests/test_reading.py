@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from helpers import ENV, ROOT, kill, losses, start_training, wait_for_step
 from data_prep import verify
 from moe_dit.data import ShardReader, batches, make_order
 from moe_dit.data.index import ensure_index, index_name, record_type
+from moe_dit.data.loader import TrainingSamples, workers_for
 from moe_dit.data.order import FullOrder, WindowOrder, window_for
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.recipe_file import load_recipe
@@ -84,7 +86,7 @@ def test_one_sequence_whatever_shares_it(small, window_gb):
     assert sorted(whole) == list(range(48))
     numbers = [whole[position] for position in range(48)]
     assert sorted(numbers[:23]) == sorted(numbers[23:46]) == list(range(23)) and numbers[:23] != numbers[23:46]
-    for size, workers in ((2, 0), (3, 1), (4, 0), (1, 3), (2, 2)):
+    for size, workers in ((2, 0), (3, 1), (4, 0), (1, 3), (2, 2), (1, "auto")):
         assert sequence(small, size, steps, window_gb=window_gb, workers=workers) == whole
     for size in (1, 2, 3, 4):
         later = sequence(small, size, steps, window_gb=window_gb, first_step=2)
@@ -236,6 +238,26 @@ def flip(path, place):
         byte = file.read(1)[0]
         file.seek(place)
         file.write(bytes([byte ^ 1]))
+
+
+def test_workers_are_as_many_as_feed_a_rank(monkeypatch):
+    class Reader:
+        def __len__(self):
+            return 100
+
+        def read(self, indices, flips):
+            time.sleep(0.05 if reads else 1)  # the first time, files are opened
+            reads.append(len(indices))
+
+    def chosen(eats, cores=64):
+        reads.clear()
+        monkeypatch.setattr("moe_dit.data.loader.ranks.cores", lambda: cores)
+        return workers_for(TrainingSamples(Reader(), 0, 0.5), list(range(10)), eats)
+
+    reads = []
+    assert chosen(290) == 3 and reads == [10, 10, 10]  # one reads 200 a second
+    assert chosen(290, cores=3) == 2
+    assert chosen(0.1) == 1 and chosen(1e6, cores=1) == 1
 
 
 def read_all(folder, workers=0):

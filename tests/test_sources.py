@@ -19,8 +19,9 @@ import torch
 import webdataset
 from helpers import ENV, ROOT, free_port
 from PIL import Image
+from server import serving
 
-from data_prep import encode_latents, index, pack_pixels, verify
+from data_prep import encode_latents, index, pack_pixels, shards, verify
 from data_prep.digits import build_vae
 from data_prep.images import as_seen, list_images, load_image
 from data_prep.sources import open_source
@@ -152,6 +153,79 @@ def test_every_source_gives_the_same_samples(images, packed, tmp_path, make, nam
     assert verify.verify(out) == (4, 21)
 
 
+@pytest.mark.parametrize("make", [None, as_class_tars, as_tar_of_tars, as_webdataset, as_parquet])
+def test_a_source_behind_a_server_that_fails_is_the_same(images, tmp_path, make):
+    source = make(images, tmp_path / "source") if make else images
+    here = pack(source, tmp_path / "here", "--shard-size", 6)
+    with serving(source if source.is_dir() else source.parent) as server:
+        server.every = 5
+        url = server.url if source.is_dir() else f"{server.url}/{source.name}"
+        there = pack(url, tmp_path / "there", "--shard-size", 6, "--workers", 2)
+    for path in here.glob("[!.]*"):
+        if path.name != "manifest.json":
+            assert path.read_bytes() == (there / path.name).read_bytes(), path.name
+    of = [json.loads((folder / "manifest.json").read_text()) for folder in (here, there)]
+    assert of[1].pop("source") == url and of[0].pop("source") == str(source) and of[0] == of[1]
+
+
+def test_servers_that_stop_or_give_no_parts(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_DIT_PATIENCE", "1")
+    tars = as_class_tars(images, tmp_path / "tars")
+    with serving(tars) as server:
+        server.parts = False
+        with pytest.raises(InputError, match="in parts"):
+            open_source(server.url).read(3)
+        server.parts = True
+        source = open_source(server.url)
+        assert source.read(3) == open(list_images(images)[0][3], "rb").read()
+        (tars / "ç.tar").unlink()
+        with pytest.raises(InputError, match=r"ç\.tar is missing on the server"):
+            source.read(20)
+        with pytest.raises(InputError, match="missing on the server"):
+            open_source(f"{server.url}/none")
+    with pytest.raises(InputError, match="cannot be read, tried for"):
+        source.read(3)
+    (tmp_path / "empty" / "cls").mkdir(parents=True)
+    with serving(tmp_path / "empty") as server:
+        with pytest.raises(InputError, match="class folder cls holds no images"):
+            open_source(server.url)
+        with pytest.raises(InputError, match="no class folders"):
+            open_source(f"{server.url}/cls")
+        (tmp_path / "empty" / "x.arrow").write_bytes(b"x")
+        with pytest.raises(InputError, match="copy them first"):
+            open_source(server.url)
+
+
+def test_an_image_that_goes_is_broken_and_a_server_that_goes_ends_the_job(images, tmp_path, monkeypatch):
+    served = tmp_path / "served"
+    shutil.copytree(images, served)
+    monkeypatch.setenv("MOE_DIT_PATIENCE", "1")
+    with serving(served) as server:
+        source = open_source(server.url)
+        monkeypatch.setattr(shards, "open_source", lambda _: source)
+        next((served / "a").iterdir()).unlink()
+        out = pack(server.url, tmp_path / "out", "--shard-size", 6)
+        (line,) = (out / "errors.jsonl").read_text().splitlines()
+        assert json.loads(line)["reason"] == "missing on the server"
+        assert verify.verify(out) == (4, 20)
+    with pytest.raises(InputError, match="tried for"):
+        pack(server.url, tmp_path / "again", "--shard-size", 6)
+    assert not (tmp_path / "again" / "manifest.json").exists()
+
+
+def test_a_broken_row_group_is_some_broken_images(images, tmp_path):
+    folder = as_parquet(images, tmp_path / "source")
+    source = open_source(str(folder))
+    part = pa.parquet.ParquetFile(folder / "train-1.parquet").metadata.row_group(0).column(0)
+    with open(folder / "train-1.parquet", "r+b") as file:
+        file.seek(part.data_page_offset)
+        file.write(b"\xff" * 64)
+    out = pack(folder, tmp_path / "out", "--shard-size", 6)
+    lines = [json.loads(line) for line in (out / "errors.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == [f"train-1.parquet/0/{row}" for row in range(5)]
+    assert all("row group 0 cannot be read" in line["reason"] for line in lines) and len(source) == 21
+
+
 def test_parquet_is_shuffled_and_read_group_by_group(images, tmp_path):
     source = open_source(str(as_parquet(images, tmp_path / "source")))
     order = source.order()
@@ -182,9 +256,10 @@ def test_a_source_that_is_none_is_one_line(tmp_path, make, line):
 
 
 def test_remote_and_looping_folders(images, tmp_path):
-    for flags in (("--images", "s3://bucket/x"), ("--out", "s3://bucket/x")):
-        with pytest.raises(InputError, match="this machine"):
-            pack(images, tmp_path / "out", *flags)
+    with pytest.raises(InputError, match="this machine"):
+        pack(images, tmp_path / "out", "--out", "s3://bucket/x")
+    with pytest.raises(InputError, match="pip install s3fs"):
+        pack(images, tmp_path / "out", "--images", "s3://bucket/x")
     folder = tmp_path / "images" / "a"
     folder.mkdir(parents=True)
     (folder / "1.jpg").write_bytes(jpeg(3))

@@ -3,123 +3,21 @@
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from contextlib import contextmanager, suppress
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 
 import pytest
-from helpers import ENV, ROOT, free_port, kill, losses, start_training, wait_for_step
+from helpers import ENV, ROOT, kill, losses, start_training, wait_for_step
+from server import Server, serving
 
 from data_prep import fetch as fetch_command
 from moe_dit.data import ShardReader
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
 from moe_dit.store import RemoteFolder, cache_folder, is_remote
-
-
-class Server:
-    """A server of a folder, on a port of its own, that misbehaves when told to."""
-
-    def __init__(self, folder):
-        self.folder, self.port = folder, free_port()
-        self.requests = Counter()
-        self.connections = set()
-        self.number = 0
-        self.every = 0  # each so-manyth request fails, in turns in one of three ways
-        self.lie = False
-        self.slow = 0.0  # seconds a piece
-        self.up()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}"
-
-    def up(self):
-        server = self
-
-        class Handler(SimpleHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def __init__(self, *args):
-                super().__init__(*args, directory=str(server.folder))
-
-            def log_message(self, *_):
-                pass
-
-            def setup(self):
-                super().setup()
-                server.connections.add(self.connection)
-
-            def finish(self):
-                server.connections.discard(self.connection)
-                with suppress(OSError, ValueError):
-                    super().finish()
-
-            def hang_up(self):
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
-
-            def do_HEAD(self):
-                self.answer(body=False)
-
-            def do_GET(self):
-                server.requests[self.path.lstrip("/")] += 1
-                self.answer(body=True)
-
-            def answer(self, body):
-                server.number += 1
-                fails = server.every and server.number % server.every == 0
-                way = server.number // max(1, server.every) % 3 if fails else None
-                path = server.folder / self.path.lstrip("/")
-                if not path.is_file():
-                    return self.send_error(404)
-                if way == 0:
-                    return self.send_error(503)
-                if way == 1:
-                    return self.hang_up()
-                data = path.read_bytes()
-                if server.lie:
-                    data = bytes([data[0] ^ 1]) + data[1:]
-                start = int(self.headers.get("Range", "bytes=0-").split("=")[1].split("-")[0] or 0)
-                end = self.headers.get("Range", "bytes=0-").split("-")[1]
-                part = data[start : int(end) + 1 if end else None]
-                self.send_response(206 if "Range" in self.headers else 200)
-                self.send_header("Content-Length", str(len(part)))
-                self.send_header("Accept-Ranges", "bytes")
-                if "Range" in self.headers:
-                    self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
-                self.end_headers()
-                if not body:
-                    return None
-                if way == 2:  # a body that breaks off
-                    self.wfile.write(part[: len(part) // 2])
-                    return self.hang_up()
-                for i in range(0, len(part), 100_000):
-                    time.sleep(server.slow)
-                    self.wfile.write(part[i : i + 100_000])
-                return None
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_):
-                pass
-
-        self.server = Quiet(("127.0.0.1", self.port), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def down(self):
-        self.server.shutdown()
-        self.server.server_close()
-        for connection in list(self.connections):  # that are kept for more
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -133,15 +31,6 @@ def files(tmp_path):
         (folder / f"{k}.tar").write_bytes(content)
         listed.append((f"{k}.tar", len(content), hashlib.sha256(content).hexdigest()))
     return folder, listed
-
-
-@contextmanager
-def serving(folder):
-    server = Server(folder)
-    try:
-        yield server
-    finally:
-        server.down()
 
 
 def test_every_file_comes_whole_from_a_server_that_fails(files, tmp_path):

@@ -1,6 +1,8 @@
 """The batches of a rank: the samples at its positions of a run, read ahead by worker processes."""
 
+import math
 import os
+import time
 from collections.abc import Generator, Iterator
 from functools import partial
 from multiprocessing import resource_tracker
@@ -15,8 +17,10 @@ from moe_dit.data.reader import ShardReader
 from moe_dit.manifest import Manifest
 from moe_dit.randomness import Stream, host_uniform
 from moe_dit.recipe import Recipe
+from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.processes import end_with, forkserver
+from moe_dit.runtime.progress import say
 from moe_dit.runtime.ranks import World
 from moe_dit.runtime.stopping import signals_held
 
@@ -105,25 +109,57 @@ def unpacked(batch: dict[str, Any]) -> Batch:
     return {key: value if key == "x" else value.pin_memory() for key, value in tensors.items()}
 
 
+def workers_for(samples: TrainingSamples, positions: list[int], eats: float) -> int:
+    """How many loader processes feed a rank that takes ``eats`` images a second at most.
+
+    One process's rate is measured on a micro-batch. Twice as many as the rates say, since disks and cores are shared;
+    at least one, and one less than the rank has cores.
+    """
+    where = np.array(positions)
+    indices, flips = samples.order.samples(where), np.zeros(len(where), bool)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        samples.reader.read(indices, flips)
+        seconds.append(time.perf_counter() - start)
+    reads = len(where) / min(seconds[1:])
+    workers = max(1, min(math.ceil(2 * eats / reads), ranks.cores() - 1))
+    say(f"loader processes a rank: {workers} (one reads {reads:.0f} images/s; at most {eats:.0f} are trained on)")
+    return workers
+
+
 def batches(
-    recipe: Recipe, manifest: Manifest, micro_batch_size: int, first_step: int, world: World
+    recipe: Recipe,
+    manifest: Manifest,
+    micro_batch_size: int,
+    first_step: int,
+    world: World,
+    eats: float = 1.0,
 ) -> Generator[dict[str, torch.Tensor], None, None]:
     """This rank's micro-batches from ``first_step`` to the recipe's last, read ahead by worker processes.
 
-    ``data.window_gb`` "auto" stands for what :func:`moe_dit.data.order.window_for` says.
+    ``data.window_gb`` "auto" stands for what :func:`moe_dit.data.order.window_for` says, and ``data.workers`` "auto"
+    for what :func:`workers_for` says.
+
+    Args:
+        eats: images a second that this rank trains on at most.
     """
     reader = ShardReader(manifest)
     order = make_order(manifest, recipe.seed, window_for(manifest, recipe.data.window_gb))
     samples = TrainingSamples(reader, recipe.seed, recipe.data.horizontal_flip, order, world.local_rank == 0)
     positions = Positions(first_step, recipe.steps, recipe.global_batch_size, micro_batch_size, world)
+    workers = recipe.data.workers
+    if workers == "auto":
+        first = next(iter(positions), None)
+        workers = 0 if first is None else workers_for(samples, first, eats)
     loader = DataLoader(
         samples,
         batch_sampler=positions,
         collate_fn=packed,
-        num_workers=recipe.data.workers,
+        num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if recipe.data.workers else None,
-        multiprocessing_context=forkserver() if recipe.data.workers else None,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context=forkserver() if workers else None,
         worker_init_fn=partial(end_with, os.getpid()),
     )
     with signals_held():

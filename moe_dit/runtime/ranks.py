@@ -46,8 +46,13 @@ def device() -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each take every core slow each other down several times over.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_node()))
+        torch.set_num_threads(cores())
     return torch.device("cpu")
+
+
+def cores() -> int:
+    """CPU cores that fall to this rank, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_node())
 
 
 def _ranks_on_this_node() -> int:
