@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 
-def read_arrays(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The arrays of these names.
+def read_arrays(file: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of these names, or all.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -15,7 +15,7 @@ def read_arrays(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(file) as arrays:
-            return {name: arrays[name] for name in names}
+            return {name: arrays[name] for name in (arrays.files if names is None else names)}
     except FileNotFoundError:
         raise
     # A byte that is not what it was makes zipfile, zlib and numpy raise errors of many kinds.

@@ -1,239 +1,114 @@
-"""Images in, features out: the networks whose features FID, IS, KID, precision and recall compare.
+"""Networks whose features are compared: Inception V3, DINOv2, and a small classifier that is fitted to the real images.
 
 Inception V3 is what published numbers use. It says nothing about images unlike photographs (handwritten digits), so for
-those a small classifier is fitted to the real labelled images, and its penultimate layer is compared instead.
+those a classifier is fitted to the real labelled images, and its penultimate layer is compared instead. A further
+network is one class: a subclass of :class:`Network`, which :func:`make_extractor` hands images to in the same pass.
 """
 
 import contextlib
 import hashlib
 import io
-import json
 import os
-import re
 import zipfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from data_prep.images import EXTENSIONS, center_crop, list_images
-from moe_dit.data import ShardReader
-from moe_dit.manifest import read_manifest
+from eval.images import BATCH, ImageFile, labels_of, read_batches
+from eval.metrics import Moments, Sums
+from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file
 from moe_dit.runtime.progress import say, task
 
-PUBLISHED_INCEPTION = "6726825d"  # start of the SHA-256 of torch-fidelity's weights, the TensorFlow ones of 2015-12-05
-BATCH = 64
-WORKERS = min(8, os.cpu_count() or 1)  # image coding releases Python's lock, so threads are enough
-PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # its last chunk, which is empty
+PUBLISHED_INCEPTION = "6726825d"  # start of the SHA-256 of the weights, the TensorFlow ones of 2015-12-05
 FIT_IMAGES = 20_000  # a bigger reference is thinned to about this many for the fit
+KEPT = 10_000  # real images whose features are kept, as ADM's reference has for precision and recall (arXiv:2105.05233)
+MEANS = ("features", "spatial", "dinov2")  # arrays whose mean and covariance are compared
 
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """Where one image's bytes are: a file of its own, or a piece of a tar file; label None where there is none."""
-
-    file: Path
-    label: int | None
-    offset: int = 0
-    length: int = -1  # the rest of the file
+# --- networks ---------------------------------------------------------------------------------------------------------
 
 
-def reference_images(path: Path) -> list[ImageFile]:
-    """List the real images of a folder of class folders, of a flat folder (no labels) or of pixel shards.
+class Network(nn.Module):
+    """A network in eval mode that makes features of images.
 
-    Raises:
-        InputError: nothing there, no images in it, or shards of latents.
+    Attributes:
+        title: for the result: says whether numbers compare with published ones.
+        identity: equal for networks that give equal features.
     """
-    if not os.path.isdir(path):
-        raise InputError(f"no reference {path}; it should be a .npz file, a folder of shards or a folder of images")
-    images = _shard_images(path) if (path / "manifest.json").exists() else _folder_images(path)
-    if not images:
-        raise InputError(f"the reference {path} holds no images; it should hold class folders of images")
-    return images
+
+    title: str
+    identity: str
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Arrays [N, width] by name, of images [N, 3, H, W] in [0, 255], uint8 or float32.
+
+        "features" are those that the scores compare, "logits" those of the Inception Score; a network that stands
+        beside another one has names of its own.
+        """
+        raise NotImplementedError
 
 
-def _folder_images(folder: Path) -> list[ImageFile]:
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise InputError(f"cannot list {folder}: {error.strerror}") from None
-    if any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
-        paths, labels, _ = list_images(folder)
-        return [ImageFile(Path(path), label) for path, label in zip(paths, labels, strict=True)]
-    return [ImageFile(file, None) for file in entries if file.name.lower().endswith(EXTENSIONS)]
-
-
-def _shard_images(folder: Path) -> list[ImageFile]:
-    manifest = read_manifest(folder)
-    if manifest.kind != "pixels":
-        raise InputError(
-            f"the reference {folder} holds {manifest.kind}; scores need images: give the folder of images itself, "
-            "or pack it with data_prep.pack_pixels"
-        )
-    reader = ShardReader(manifest)
-    images = []
-    for index in range(len(reader)):
-        members = reader.members(index)
-        offset, length = members.place("image")
-        images.append(ImageFile(members.path, members.label(), offset, length))
-    return images
-
-
-def sample_images(folder: Path) -> list[ImageFile]:
-    """List a sample folder's images by index: files named 000123_7.png (index, label)."""
-    found = []
-    for file in folder.iterdir() if folder.is_dir() else ():
-        if match := re.fullmatch(r"(\d+)_(\d+)\.png", file.name):
-            found.append((int(match[1]), ImageFile(file, int(match[2]))))
-    return [image for _, image in sorted(found, key=lambda pair: pair[0])]
-
-
-def fingerprint(images: list[ImageFile]) -> str:
-    """Tells one list of images from another by names, labels and sizes, without reading them."""
-    described = [(image.file.name, image.label, image.offset, image.file.stat().st_size) for image in images]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
-
-
-def read_image(image: ImageFile, size: int | None = None) -> torch.Tensor:
-    """Read one image as uint8 [3, H, W]; one that is not size x size is scaled and cropped as the training data was."""
-    try:
-        with open(image.file, "rb") as file:
-            file.seek(image.offset)
-            picture = Image.open(io.BytesIO(file.read(image.length))).convert("RGB")
-        if size is not None and picture.size != (size, size):
-            picture = center_crop(picture, size)
-    except Exception:  # decoders raise whatever they meet
-        raise _unreadable(image.file) from None
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def image_file_size(file: Path) -> tuple[int, int]:
-    """Width and height of an image file, by its first bytes; InputError where those, or its last, are no image's."""
-    try:
-        with open(file, "rb") as opened, Image.open(opened) as image:
-            if image.format == "PNG" and not ends_as_png(opened):
-                raise _unreadable(file)
-            return image.size
-    except InputError:
-        raise
-    except Exception:  # decoders raise whatever they meet
-        raise _unreadable(file) from None
-
-
-def ends_as_png(file: BinaryIO) -> bool:
-    """Whether the end of a PNG file is there."""
-    file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))  # a program may have put something behind it
-    return PNG_END in file.read()
-
-
-def _unreadable(file: Path) -> InputError:
-    return InputError(f"{file} holds an image that cannot be read; remove or replace it")
-
-
-def read_batches(images: list[ImageFile], size: int) -> Iterator[torch.Tensor]:
-    """Read images as batches uint8 [N, 3, size, size], in order; the next batch is read while this one is used."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-
-        def submit(start: int):
-            return [pool.submit(read_image, image, size) for image in images[start : start + BATCH]]
-
-        coming = submit(0)
-        for start in range(0, len(images), BATCH):
-            batch = coming
-            coming = submit(start + BATCH)
-            yield torch.stack([future.result() for future in batch])
-
-
-# --- extractors -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """A network in eval mode that maps uint8 images [N, 3, H, W] to (features [N, D], logits [N, K])."""
-
-    network: FeatureExtractorBase
-    name: str  # for the result: says whether numbers compare with published ones
-    identity: str  # equal for extractors that give equal features
-    held_out_accuracy: float | None = None  # fitted classifier only: share of unseen real images it labels right
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and logits, float32 on the CPU, of uint8 images [N, 3, H, W]."""
-        device = next(self.network.parameters()).device
-        features, logits = self.network(images.to(device))
-        return features.float().cpu(), logits.float().cpu()
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features [N, D] and logits [N, K], float32 on the CPU, of N images; labels [N], None where images have none."""
-
-    features: torch.Tensor
-    logits: torch.Tensor
-    labels: torch.Tensor | None
-
-
-def extract(extractor: Extractor, images: list[ImageFile], size: int, description: str) -> Features:
-    """Run the extractor over image files, read at size x size."""
-    features: list[torch.Tensor] = []
-    logits: list[torch.Tensor] = []
-    with task(description, len(images)) as progress:
-        for batch in read_batches(images, size):
-            for parts, part in zip((features, logits), extractor(batch), strict=True):
-                parts.append(part)
-            progress.advance(len(batch))
-    return Features(torch.cat(features), torch.cat(logits), labels_of(images))
-
-
-def labels_of(images: list[ImageFile]) -> torch.Tensor | None:
-    """Labels, int64 [N], or None where an image has none."""
-    labels = [image.label for image in images if image.label is not None]
-    return torch.tensor(labels) if len(labels) == len(images) else None
-
-
-def inception(weights: str, device: torch.device) -> Extractor:
-    """Inception V3 with 2048 features and 1008 logits, as torch-fidelity and published FIDs use it.
+class Inception(Network):
+    """Inception V3 of 2015: 2048 features, 1008 logits without bias.
 
     Args:
-        weights: torch-fidelity's weight file, or "download" to let torch-fidelity fetch it.
+        weights: torch-fidelity's or pytorch-fid's weight file, or "download" to let torch-fidelity fetch it.
+        half_pixel: images are resized as pytorch-fid does (bilinear with half-pixel centres, 2 x - 1), instead of as
+            TensorFlow 1, by which torch-fidelity and ADM's evaluator go.
+        spatial: also "spatial", the first 7 channels of a 17 x 17 layer, of which ADM's evaluator computes sFID.
 
     Raises:
         InputError: no such file, another kind of file, or a download that failed.
     """
-    path = None
-    if weights != "download":
-        path = Path(weights)
-        _check_inception(path)
-    try:
-        # torch.hub announces its download on stderr.
-        with contextlib.redirect_stderr(io.StringIO()):
-            network = FeatureExtractorInceptionV3(
-                "inception-v3", ["2048", "logits_unbiased"], feature_extractor_weights_path=path, verbose=False
-            )
-    except Exception as error:
-        if path is None:
-            raise InputError(
-                f"the Inception weights could not be downloaded ({error}); give their file with --inception FILE.pth"
-            ) from None
-        raise InputError(f"{path} does not hold torch-fidelity's Inception V3 weights") from None
-    digest = PUBLISHED_INCEPTION if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
-    published = digest.startswith(PUBLISHED_INCEPTION)
-    name = "Inception V3" + ("" if published else " with other weights (not comparable with published FID)")
-    identity = f"inception-v3 {PUBLISHED_INCEPTION if published else digest}"
-    return Extractor(network.to(device), name, identity)
+
+    def __init__(self, weights: str, half_pixel: bool = False, spatial: bool = False):
+        super().__init__()
+        path = None
+        if weights != "download":
+            path = Path(weights)
+            _check_inception(path)
+        try:
+            # torch.hub announces its download on stderr.
+            with contextlib.redirect_stderr(io.StringIO()):
+                network = FeatureExtractorInceptionV3(
+                    "inception-v3", ["2048"], feature_extractor_weights_path=path, verbose=False
+                )
+        except Exception as error:
+            if path is None:
+                raise InputError(
+                    f"the Inception weights could not be downloaded ({error}); give their file: --inception FILE.pth"
+                ) from None
+            raise InputError(f"{path} does not hold torch-fidelity's Inception V3 weights") from None
+        digest = PUBLISHED_INCEPTION if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+        published = digest.startswith(PUBLISHED_INCEPTION)
+        self.network = network
+        self.half_pixel, self.spatial = half_pixel, spatial
+        self.title = "Inception V3" + ("" if published else " with other weights (not comparable with published FID)")
+        self.identity = f"inception-v3 {PUBLISHED_INCEPTION if published else digest}" + half_pixel * " half-pixel"
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        x, found = images.float(), {}
+        if self.half_pixel:
+            x = F.interpolate(x / 255, size=(299, 299), mode="bilinear", align_corners=False) * 2 - 1
+        else:
+            x = (interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False) - 128) / 128
+        for name, layer in self.network.named_children():  # in the order in which they are computed
+            if name == "Mixed_6d" and self.spatial:  # TensorFlow's mixed_6/conv, channels last
+                found["spatial"] = layer.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+            if name == "fc":
+                break
+            x = layer(x)
+        found["features"] = x.flatten(1)
+        found["logits"] = found["features"] @ self.network.fc.weight.T
+        return found
 
 
 def _check_inception(path: Path) -> None:
@@ -250,11 +125,62 @@ def _check_inception(path: Path) -> None:
         raise InputError(f"{path} does not hold torch-fidelity's Inception V3 weights; {advice}")
 
 
-class FittedCNN(FeatureExtractorBase):
-    """A small classifier of small images; its penultimate layer (64) gives the features."""
+class DINOv2(Network):
+    """DINOv2 ViT-L/14 (arXiv:2304.07193): 1024 features, compared as FDD (arXiv:2306.04675) the way EDM2 does.
+
+    Args:
+        weights: a file of its weights, Meta's or timm's, or "download" to let timm fetch them.
+
+    Raises:
+        InputError: no such file, another kind of file, or a download that failed.
+    """
+
+    ARCHITECTURE = "vit_large_patch14_dinov2.lvd142m"
+    SIDE = 224
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, weights: str):
+        super().__init__()
+        import timm
+
+        given: dict[str, Any] = {} if weights == "download" else {"pretrained_cfg_overlay": {"file": weights}}
+        try:
+            if given and not zipfile.is_zipfile(weights) and not weights.endswith(".safetensors"):
+                raise ValueError("no such file of weights")
+            network: Any = timm.create_model(
+                self.ARCHITECTURE, pretrained=True, img_size=self.SIDE, num_classes=0, **given
+            )
+        except Exception as error:  # torch, timm and the hub raise errors of many kinds
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"--dinov2 {weights} does not give the weights of {self.ARCHITECTURE}: {reason}") from None
+        self.network = network.requires_grad_(False)
+        self.title = "DINOv2"
+        digest = hashlib.sha256()
+        for value in network.state_dict().values():
+            digest.update(value.numpy().tobytes())
+        self.identity = f"dinov2 {digest.hexdigest()}"
+        mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = F.interpolate(images.float(), size=(self.SIDE, self.SIDE), mode="bicubic", antialias=True)
+        return {"dinov2": self.network((x / 255 - self.mean) / self.std)}
+
+
+class FittedCNN(Network):
+    """A small classifier of small images; its penultimate layer (64) gives the features.
+
+    Attributes:
+        held_out_accuracy: share of unseen real images that it labels right.
+    """
+
+    title = "fitted CNN (not comparable with published FID)"
+    held_out_accuracy: float
 
     def __init__(self, num_classes: int):
-        super().__init__("fitted-cnn", ["64", "logits"])
+        super().__init__()
         self.num_classes = num_classes
         layers: list[nn.Module] = []
         for width_in, width in ((3, 32), (32, 64), (64, 64)):
@@ -266,21 +192,140 @@ class FittedCNN(FeatureExtractorBase):
         )
         self.head = nn.Linear(64, num_classes)
 
-    @staticmethod
-    def get_provided_features_list():
-        return "64", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return {"isc": "logits", "fid": "64", "kid": "64", "prc": "64"}[metric]
-
-    def forward(self, images):
-        """(features [N, 64], logits [N, num_classes]) of uint8 images [N, 3, H, W]."""
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         features = self.body(F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 32))
-        return features, self.head(features.relu())
+        return {"features": features, "logits": self.head(features.relu())}
 
 
-def fit(images: list[ImageFile], size: int, device: torch.device) -> Extractor:
+class Extractor:
+    """Networks that make features of the same images in one pass.
+
+    Args:
+        networks: no two give arrays of one name.
+        device: where they compute.
+
+    Attributes:
+        title: for the result.
+        identity: equal for extractors that give equal features.
+    """
+
+    def __init__(self, networks: Sequence[Network], device: torch.device):
+        self.networks = [cast(Network, network.requires_grad_(False).eval().to(device)) for network in networks]
+        self.device = device
+        self.title = " and ".join(network.title for network in networks)
+        self.identity = " + ".join(network.identity for network in networks)
+
+    @property
+    def fitted(self) -> FittedCNN | None:
+        """The classifier that was fitted to the real images, if it is one of the networks."""
+        return next((network for network in self.networks if isinstance(network, FittedCNN)), None)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Arrays [N, width] by name, float32 on the CPU, of images [N, 3, H, W] in [0, 255]."""
+        images = images.to(self.device)
+        found = {name: array for network in self.networks for name, array in network(images).items()}
+        return {name: array.float().cpu() for name, array in found.items()}
+
+
+# --- over many images -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Features:
+    """Arrays [N, width] by name, float32 on the CPU, of N images; labels [N], None where images have none."""
+
+    arrays: dict[str, torch.Tensor]
+    labels: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is kept of real images, however many they are.
+
+    Attributes:
+        moments: of each array whose mean and covariance are compared, by name.
+        rows: arrays of KEPT evenly spaced images at most, by name.
+        count: images; None: a file does not tell.
+        of_file: whether they were read from a file.
+    """
+
+    moments: dict[str, Moments]
+    rows: dict[str, torch.Tensor]
+    count: int | None
+    of_file: bool = False
+
+
+def cut(images: Sequence[ImageFile]) -> list[Sequence[ImageFile]]:
+    """Images in batches of BATCH, the last one smaller, which the ranks share."""
+    return [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+
+
+def evenly(count: int) -> torch.Tensor:
+    """Indices of KEPT of so many images at most, evenly spaced, so that every class has its share."""
+    return torch.linspace(0, count - 1, min(KEPT, count), dtype=torch.float64).round().long()
+
+
+def extract(extractor: Extractor, images: Sequence[ImageFile], size: int, description: str) -> Features | None:
+    """The features of images, read at size x size by all ranks; on rank 0, None elsewhere."""
+    found = _over(extractor, images, size, description, lambda arrays, start: arrays)
+    if found is None:
+        return None
+    return Features({name: torch.cat([part[name] for part in found]) for name in found[0]}, labels_of(images))
+
+
+def survey(extractor: Extractor, images: Sequence[ImageFile], size: int, description: str) -> Survey | None:
+    """What is kept of real images, read at size x size by all ranks; on rank 0, None elsewhere."""
+    chosen = torch.zeros(len(images), dtype=torch.bool)
+    chosen[evenly(len(images))] = True
+    sums: dict[str, Sums] = {}
+
+    def count(arrays: dict[str, torch.Tensor], start: int) -> dict[str, torch.Tensor]:
+        rows = chosen[start : start + BATCH]
+        for name in MEANS:
+            if name in arrays:
+                if name not in sums:
+                    sums[name] = Sums(arrays[name].shape[1], extractor.device)
+                sums[name].add(arrays[name])
+        return {name: array[rows] for name, array in arrays.items() if name in ("features", "dinov2")}
+
+    found = _over(extractor, images, size, description, count)
+    mine = {name: (part.n, part.first.cpu(), part.second.cpu()) for name, part in sums.items()}
+    everyone = ranks.gathered(mine)
+    if found is None or everyone is None:
+        return None
+    totals: dict[str, Moments] = {}
+    for name in found[0] | mine:
+        parts = [theirs[name] for theirs in everyone if name in theirs]
+        whole = Sums(0)
+        whole.n, whole.first, whole.second = (sum(part[i] for part in parts) for i in range(3))
+        totals[name] = whole.moments()
+    return Survey(totals, {name: torch.cat([part[name] for part in found]) for name in found[0]}, len(images))
+
+
+def _over(extractor: Extractor, images: Sequence[ImageFile], size: int, description: str, keep: Any) -> Any:
+    """``keep(arrays, index of the first)`` of each batch, in order, on rank 0; None elsewhere. Ranks share batches."""
+    world = ranks.world()
+    batches = cut(images)
+    mine = world.share(len(batches))
+    found = {}
+    with task(description, len(images), unit="images") as progress:
+        for k, batch in zip(mine, read_batches([batches[k] for k in mine], size), strict=True):
+            # Batches of one size: kernels chosen by it decide the last bits of a feature.
+            filled = torch.cat([batch, batch[-1:].expand(BATCH - len(batch), -1, -1, -1)])
+            found[k] = keep({name: array[: len(batch)] for name, array in extractor(filled).items()}, k * BATCH)
+            progress.advance(sum(map(len, batches[k : k + world.size])))  # the other ranks do as much meanwhile
+    everyone = ranks.gathered(found)
+    if everyone is None:
+        return None
+    whole = {k: part for theirs in everyone for k, part in theirs.items()}
+    return [whole[k] for k in range(len(batches))]
+
+
+# --- the fitted classifier --------------------------------------------------------------------------------------------
+
+
+def fit(images: Sequence[ImageFile], size: int) -> FittedCNN:
     """Fit :class:`FittedCNN` to real labelled images, read at size x size; one in five of a class is held out.
 
     The fit runs on one CPU thread from a fixed seed, so that the same images give the same extractor.
@@ -295,7 +340,7 @@ def fit(images: list[ImageFile], size: int, device: torch.device) -> Extractor:
             f"the reference images in {images[0].file.parent} have no labels, so no classifier can be fitted to them; "
             "put them in class folders, or give --inception FILE.pth"
         )
-    x = torch.cat(list(read_batches(images, size)))
+    x = torch.cat(list(read_batches(cut(images), size)))
     position_in_class = torch.zeros_like(y)
     for label in y.unique():
         position_in_class[y == label] = torch.arange(int((y == label).sum()))
@@ -308,14 +353,15 @@ def fit(images: list[ImageFile], size: int, device: torch.device) -> Extractor:
     with _one_thread():
         network = _fit(x[~held_out], y[~held_out])
         with torch.no_grad():
-            correct = torch.cat([network(part)[1].argmax(1) for part in x[held_out].split(BATCH)]) == y[held_out]
+            guesses = [network(part)["logits"].argmax(1) for part in x[held_out].split(BATCH)]
+            correct = torch.cat(guesses) == y[held_out]
     accuracy = correct.double().mean().item()
     say(
         f"classifier fitted to {int((~held_out).sum())} real images labels {accuracy:.1%} of {len(correct)} unseen ones"
     )
     if accuracy < 0.9:
         say("its features are weak for such images; --inception FILE.pth is the extractor for photographs")
-    return _fitted(network, accuracy, device)
+    return _finished(network, accuracy)
 
 
 @contextlib.contextmanager
@@ -341,7 +387,7 @@ def _fit(x: torch.Tensor, y: torch.Tensor, batch: int = 64) -> FittedCNN:
             for chosen in torch.randperm(len(x)).tensor_split(batches):
                 # Shifted by up to a pixel: features of fitted images would otherwise differ from those of unseen ones.
                 shifted = torch.roll(x[chosen], torch.randint(-1, 2, (2,)).tolist(), dims=(2, 3))
-                loss = F.cross_entropy(network(shifted)[1], y[chosen])
+                loss = F.cross_entropy(network(shifted)["logits"], y[chosen])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -350,25 +396,26 @@ def _fit(x: torch.Tensor, y: torch.Tensor, batch: int = 64) -> FittedCNN:
     return network.eval()
 
 
-def _fitted(network: FittedCNN, accuracy: float, device: torch.device) -> Extractor:
+def _finished(network: FittedCNN, accuracy: float) -> FittedCNN:
+    network.held_out_accuracy = accuracy
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in network.state_dict().values())).hexdigest()
-    name = "fitted CNN (not comparable with published FID)"
-    return Extractor(network.requires_grad_(False).eval().to(device), name, f"fitted-cnn {digest}", accuracy)
+    network.identity = f"fitted-cnn {digest}"
+    return network.requires_grad_(False).eval()
 
 
-def save_fitted(extractor: Extractor, path: Path) -> None:
-    """Write a fitted extractor, so that samples and reference meet the very same one."""
+def save_fitted(network: FittedCNN, path: Path) -> None:
+    """Write a fitted classifier, so that samples and reference meet the very same one."""
     with explained(str(path)), new_file(path) as file:
-        torch.save(fitted_state(extractor), file)
+        torch.save(fitted_state(network), file)
 
 
-def load_fitted(path: Path, device: torch.device) -> Extractor:
+def load_fitted(path: Path) -> FittedCNN:
     """Read what :func:`save_fitted` wrote; InputError where it is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as members:
             if broken := members.testzip():  # torch itself (2.14) loads tensors without a look at their checksums
                 raise ValueError(f"{broken} has another checksum")
-        return fitted_from_state(torch.load(path, map_location="cpu", weights_only=True), device)
+        return fitted_from_state(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many kinds for a file that is not whole
         what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise InputError(
@@ -376,14 +423,13 @@ def load_fitted(path: Path, device: torch.device) -> Extractor:
         ) from None
 
 
-def fitted_state(extractor: Extractor) -> dict:
-    """A fitted extractor as plain values and tensors."""
-    network = extractor.network
-    return {"state": network.state_dict(), "classes": network.num_classes, "accuracy": extractor.held_out_accuracy}
+def fitted_state(network: FittedCNN) -> dict[str, Any]:
+    """A fitted classifier as plain values and tensors."""
+    return {"state": network.state_dict(), "classes": network.num_classes, "accuracy": network.held_out_accuracy}
 
 
-def fitted_from_state(saved: dict, device: torch.device) -> Extractor:
-    """The extractor of :func:`fitted_state`."""
+def fitted_from_state(saved: dict[str, Any]) -> FittedCNN:
+    """The classifier of :func:`fitted_state`."""
     network = FittedCNN(saved["classes"])
     network.load_state_dict(saved["state"])
-    return _fitted(network, saved["accuracy"], device)
+    return _finished(network, saved["accuracy"])

@@ -104,6 +104,11 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def to_floats(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] as numbers in [0, 255] that are not rounded, as DiffMoE's sampler has them."""
+    return (images.float() * 127.5 + 128).clamp(0, 255)
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -111,8 +116,11 @@ def generate(
     sampling: Sampling,
     vae: Any,
     indices: torch.Tensor,
+    rounded: bool = True,
 ) -> torch.Tensor:
     """The samples of these indices (int64 [N] on the model's device): images uint8 [N, 3, H, W].
+
+    Not ``rounded``, they are float32 (:func:`to_floats`).
 
     The model computes in the precision of its weights (moe_dit.build.to_compute), the sampler and the VAE in float32.
     """
@@ -131,4 +139,4 @@ def generate(
         x = decode(vae, x / sampling.latent_scale + (sampling.latent_shift or 0.0))
     if not torch.isfinite(x).all():
         raise InputError("the model's samples are not finite; was it trained to divergence?")
-    return to_uint8(x)
+    return to_uint8(x) if rounded else to_floats(x)

@@ -5,9 +5,12 @@ import shutil
 import tempfile
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+from eval.protocols import PROTOCOLS
+from eval.reference import check_reference
 from eval.sample import add_sampling_arguments, sample
-from eval.score import check_out, check_reference, load_statistics, present, score
+from eval.score import add_scoring_arguments, check_out, difference, present, read_scores, score
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.files import explained
@@ -26,7 +29,7 @@ def main() -> None:
     parser = Parser(__doc__, EXAMPLES)
     add_sampling_arguments(parser, default_num=50_000)
     add = parser.add_argument
-    add("--reference", type=Path, required=True, metavar="FILE.npz/SHARDS/DIR", help="real images, or statistics")
+    add_scoring_arguments(parser)
     add("--samples", type=Path, metavar="SAMPLES", help="keep the features here, so that a stopped run continues")
     add("--out", type=Path, metavar="FILE.json", help="default SAMPLES/metrics.json, or nowhere without --samples")
     args = parser.parse_args()
@@ -34,13 +37,15 @@ def main() -> None:
 
     out = args.out or (args.samples / "metrics.json" if args.samples else None)
 
+    protocol = PROTOCOLS[args.protocol]
+    other: list[Any] = []
+
     def prepare() -> Path:
         # The samples folder itself may still have to be made.
         if out is not None and (args.out or os.path.isdir(args.samples)):
             check_out(out)
-        check_reference(args.reference, args.inception)
-        if args.reference.suffix == ".npz":
-            load_statistics(args.reference)  # to complain before the work rather than after it
+        check_reference(args.reference, args.inception, protocol)
+        other.append(None if args.against is None else read_scores(args.against))
         if args.samples:
             return args.samples
         # Beside the result, where all nodes can reach it: /tmp is each node's own.
@@ -51,10 +56,15 @@ def main() -> None:
     samples = from_rank_0(prepare)
     try:
         sample(args, samples, "features")
-        # The reference takes rank 0 long: nobody should wait for it.
-        ranks.stop()
-        if world.rank == 0:
-            present(score(samples, args.reference, args.inception), out)
+        result = score(samples, args.reference, args.inception, protocol, args.dinov2)
+
+        def finish() -> None:
+            assert result is not None
+            if other[0] is not None:
+                result["against"] = difference(result, other[0], str(args.against))
+            present(result, out)
+
+        from_rank_0(finish)
     finally:
         if world.rank == 0 and args.samples is None:
             shutil.rmtree(samples, ignore_errors=True)

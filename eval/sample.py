@@ -16,19 +16,16 @@ import torch
 
 from data_prep.autoencoder import hash_weights
 from eval.captured import captured
-from eval.features import (
-    Extractor,
-    fingerprint,
-    fit,
-    inception,
-    load_fitted,
-    reference_images,
-    save_fitted,
-)
+from eval.features import Extractor, FittedCNN, fit, load_fitted, save_fitted
 from eval.generate import Sampling, generate, image_size, labels_for, load_decoder, resolve
+from eval.images import fingerprint, reference_images
+from eval.protocols import PROTOCOLS, Protocol
+from eval.reference import check_reference, fitted_of, is_statistics, make_extractor
 from eval.sample_folder import (
     GRID,
+    export_npz,
     image_name,
+    is_images,
     model_fingerprint,
     open_folder,
     saved_features,
@@ -43,7 +40,7 @@ from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import explained
+from moe_dit.runtime.files import check_new_file, explained
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.ranks import from_rank_0
 
@@ -80,6 +77,16 @@ def add_sampling_arguments(parser: Parser, default_num: int | None = None) -> No
     add("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not used")
 
 
+def add_feature_arguments(parser: Parser) -> None:
+    """The flags of eval.sample that say which features are kept; eval.run has its own."""
+    add = parser.add_argument
+    add("--save", choices=("images", "features"), default="images", help="default images")
+    add("--reference", type=Path, metavar="DIR", help="with --save features: what they will be compared to")
+    add("--protocol", choices=PROTOCOLS, default="fidelity", help="with --save features (fidelity)")
+    add("--dinov2", metavar="FILE", help="with --save features: DINOv2 weights, or the word download")
+    add("--export-npz", type=Path, metavar="FILE.npz", help="write the images as arr_0 too, for ADM's evaluator")
+
+
 def sample(args, out: Path, save: str) -> None:
     """Sample this rank's share of the batches into the folder ``out``.
 
@@ -103,10 +110,11 @@ def sample(args, out: Path, save: str) -> None:
     vae = ranks.agreed(lambda: load_decoder(sampling, recipe))
     size = image_size(recipe, vae)
     extractor = None
+    protocol = PROTOCOLS[args.protocol]
     if save == "features":
-        from_rank_0(lambda: _check_source(args, device))
+        from_rank_0(lambda: _check_source(args, protocol))
         if args.inception is not None:
-            extractor = ranks.agreed(lambda: inception(args.inception, device))
+            extractor = make_extractor(protocol, args.inception, args.dinov2, [], size, device)
     batch_size = args.batch or (256 if device.type == "cuda" else 64)
 
     def open_once() -> None:
@@ -114,6 +122,7 @@ def sample(args, out: Path, save: str) -> None:
         settings |= vars(sampling) | {"cfg_interval": list(sampling.cfg_interval), "save": save}
         settings |= {"vae_sha256": hash_weights(vae) if vae is not None else None, "image_size": size}
         settings |= {"batch": batch_size} if model.couples_samples else {}
+        settings |= {"protocol": protocol.name} if protocol.name != "fidelity" else {}
         open_folder(out, settings | {"features": _source(args, extractor) if save == "features" else None})
 
     from_rank_0(open_once)
@@ -121,7 +130,8 @@ def sample(args, out: Path, save: str) -> None:
     # On rank 0 alone: every rank must know what is there before one of them adds files.
     saved = from_rank_0(lambda: saved_images(out, labels) if save == "images" else saved_features(out))
     if save == "features" and extractor is None:
-        extractor = _fitted_extractor(out, args.reference, size, device, anew=not saved)
+        fitted = _fitted_extractor(out, args.reference, size, anew=not saved)
+        extractor = make_extractor(protocol, None, args.dinov2, [], size, device, fitted)
     couples_samples = model.couples_samples
     model = to_compute(model, recipe, device)
     if args.capture:
@@ -132,7 +142,7 @@ def sample(args, out: Path, save: str) -> None:
 
     def generate_batch(indices: torch.Tensor) -> torch.Tensor:
         try:
-            return generate(model, recipe, sampling, vae, indices.to(device))
+            return generate(model, recipe, sampling, vae, indices.to(device), save == "images" or protocol.rounded)
         except torch.OutOfMemoryError:
             raise InputError(f"--batch {batch_size} does not fit into the GPU's memory; give a smaller one") from None
 
@@ -158,7 +168,7 @@ def _sample_missing(
         out: the samples folder.
         batches: indices of all batches; those beyond the labels' number are computed, and not kept.
         missing: indices to sample.
-        generate_batch: from indices to images uint8 [N, 3, H, W].
+        generate_batch: from indices to images [N, 3, H, W] in [0, 255].
         labels: of all samples that are kept.
         extractor: where features are kept, not images.
     """
@@ -197,8 +207,8 @@ def _sample_missing(
             kept = batch[batch < num].tolist()
             images = generate_batch(batch)[: len(kept)]
             if extractor is not None:
-                write_features(out, *extractor(images), kept, [labels[i] for i in kept])
-            copying = _start_copy(images.permute(0, 2, 3, 1).contiguous())
+                write_features(out, extractor(images), kept, [labels[i] for i in kept])
+            copying = _start_copy(images.to(torch.uint8).permute(0, 2, 3, 1).contiguous())
             if last is not None:
                 write(*last)
             last = (kept, *copying)
@@ -219,48 +229,63 @@ def _start_copy(pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
     return copy, arrived
 
 
-def _check_source(args, device: torch.device) -> None:
-    """Raise InputError where no extractor can be made of the flags."""
-    if args.inception is not None:
-        inception(args.inception, device)
-    elif args.reference is None:
+def _check_source(args, protocol: Protocol) -> None:
+    """Raise InputError where no features can be made by the flags."""
+    if args.inception is None and args.reference is None:
         raise InputError("--save features needs --inception FILE.pth, or --reference DIR to fit a classifier to")
-    elif args.reference.suffix == ".npz":
+    if args.inception is None and args.reference.suffix == ".npz" and fitted_of(args.reference) is None:
         raise InputError(f"no classifier can be fitted to the statistics {args.reference}; give --inception FILE.pth")
-    else:
-        reference_images(args.reference)
+    if args.reference is not None:
+        check_reference(args.reference, args.inception, protocol)
+    elif protocol.published and args.inception is None:
+        raise InputError(f"--protocol {protocol.name} compares Inception's features; give --inception FILE.pth")
 
 
 def _source(args, extractor: Extractor | None) -> str:
     """What tells one extractor from another, known before a classifier is fitted."""
-    return extractor.identity if extractor else f"fitted-cnn to {fingerprint(reference_images(args.reference))}"
+    if extractor is not None:
+        return extractor.identity
+    if is_statistics(args.reference):
+        fitted = fitted_of(args.reference)
+        assert fitted is not None
+        return fitted.identity
+    return f"fitted-cnn to {fingerprint(reference_images(args.reference))}"
 
 
-def _fitted_extractor(out: Path, reference: Path, size: int, device: torch.device, anew: bool) -> Extractor:
+def _fitted_extractor(out: Path, reference: Path, size: int, anew: bool) -> FittedCNN:
     """The classifier that rank 0 fits and keeps, so that all ranks and the reference meet the very same one.
 
     Args:
         anew: nothing was made with the kept one.
     """
     kept = out / "features" / "extractor.pt"
+
+    def make() -> None:
+        save_fitted(fitted_of(reference) or fit(reference_images(reference), size), kept)
+
     if anew:
-        from_rank_0(lambda: save_fitted(fit(reference_images(reference), size, device), kept))
-    return load_fitted(kept, device)
+        from_rank_0(make)
+    return load_fitted(kept)
 
 
 def main() -> None:
     parser = Parser(__doc__, EXAMPLES)
     add_sampling_arguments(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="SAMPLES", help="folder of samples")
-    parser.add_argument("--save", choices=("images", "features"), default="images", help="default images")
-    parser.add_argument(
-        "--reference", type=Path, metavar="DIR", help="with --save features and no --inception: labelled real images"
-    )
+    add_feature_arguments(parser)
     args = parser.parse_args()
-    if args.save == "images" and (args.inception or args.reference):
-        raise InputError("--inception and --reference are for --save features; eval.score takes them for images")
+    if args.save == "images" and (args.inception or args.reference or args.dinov2):
+        raise InputError(
+            "--inception, --reference and --dinov2 are for --save features; eval.score takes them for images"
+        )
+    if args.export_npz is not None and args.save == "features":
+        raise InputError("--export-npz writes images; give --save images")
     ranks.start(timedelta(hours=12))
+    if args.export_npz is not None:
+        from_rank_0(lambda: check_new_file(args.export_npz, is_images))
     sample(args, args.out, args.save)
+    if args.export_npz is not None:
+        from_rank_0(lambda: export_npz(args.out, args.num, args.export_npz))
     say(f"{args.num} samples in {args.out}")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,23 +15,17 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 from eval.arrays import read_arrays
-from eval.features import (
-    WORKERS,
-    Features,
-    ImageFile,
-    ends_as_png,
-    image_file_size,
-    read_image,
-    sample_images,
-)
+from eval.features import Features
+from eval.images import BATCH, WORKERS, any_images, ends_as_png, read_image, sample_images
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file, remove_unfinished, write_json
-from moe_dit.runtime.progress import say
+from moe_dit.runtime.progress import say, task
 
 GRID = 100  # images shown in samples.png
 SETTINGS = "settings.json"
 WRITTEN = ("images", "features", "preview", "samples.png")  # what a folder gets beside its settings
-BATCH_ARRAYS = {"features": ("f", 2), "logits": ("f", 2), "labels": ("i", 1), "indices": ("i", 1)}  # kind, dimensions
+NUMBERS = ("labels", "indices")  # of a batch's file, beside its features
+ARRAYS = {"features", "logits"} | set(NUMBERS)  # that are in every one
 
 
 # --- the settings -----------------------------------------------------------------------------------------------------
@@ -143,28 +138,6 @@ def _and_more(count: int) -> str:
     return f", and {count - 1} more" if count > 1 else ""
 
 
-def check_sizes(folder: Path, images: Sequence[ImageFile]) -> int:
-    """The side of the images of a samples folder, as :func:`eval.features.sample_images` lists them.
-
-    Raises:
-        InputError: they are not all of one size, not square, or one is no whole image, so far as the ends of a file
-            tell.
-    """
-    with ThreadPoolExecutor(WORKERS) as pool:
-        sizes = list(pool.map(image_file_size, [image.file for image in images]))
-    for image, size in zip(images, sizes, strict=True):
-        if size != sizes[0]:
-            first, other = (f"{width}x{height}" for width, height in (sizes[0], size))
-            raise InputError(
-                f"{folder} mixes images of {first} ({images[0].file.name}) and of {other} ({image.file.name}); "
-                "the samples of a folder should be of one size"
-            )
-    width, height = sizes[0]
-    if width != height:
-        raise InputError(f"{folder} holds images of {width}x{height}; samples should be square")
-    return width
-
-
 def write_grid(out: Path, save: str, labels: str) -> None:
     """Write samples.png from the first images; a column is a class where that is possible."""
     images = sample_images(out / ("images" if save == "images" else "preview"))[:GRID]
@@ -176,22 +149,54 @@ def write_grid(out: Path, save: str, labels: str) -> None:
     write_image(out / "samples.png", grid.permute(1, 2, 0).numpy())
 
 
+def export_npz(folder: Path, num: int, file: Path) -> None:
+    """Write images 0 to num - 1 as uint8 arr_0 [N, H, W, 3] and their labels as arr_1: what ADM's evaluator reads."""
+    images = sample_images(folder / "images")[:num]
+    height, width = read_image(images[0]).shape[1:]
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), height, width, 3)}
+    with (
+        task("writing the images as an array", len(images), unit="images") as progress,
+        explained(str(file)),
+        new_file(file) as opened,
+        zipfile.ZipFile(opened, "w", zipfile.ZIP_STORED, allowZip64=True) as members,
+    ):
+        with members.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            with ThreadPoolExecutor(WORKERS) as pool:
+                for start in range(0, len(images), BATCH):
+                    for image in pool.map(read_image, images[start : start + BATCH]):
+                        array.write(image.permute(1, 2, 0).numpy().tobytes())
+                        progress.advance()
+        with members.open("arr_1.npy", "w") as array:
+            np.lib.format.write_array(array, np.array([image.label for image in images], np.int64))
+
+
+def is_images(file: Path) -> bool:
+    """Whether a file is one of :func:`export_npz`, or of ADM's sampler."""
+    try:
+        return bool(any_images(file)) if file.suffix == ".npz" else False
+    except InputError:
+        return False
+
+
 # --- features ---------------------------------------------------------------------------------------------------------
 
 
-def write_features(folder: Path, features: torch.Tensor, logits: torch.Tensor, indices: list[int], labels: list[int]):
-    """Write the features and logits (float32 [n, D] and [n, K]) of a batch's samples, atomically."""
-    arrays: dict[str, Any] = {"features": features.numpy(), "logits": logits.numpy()}
-    arrays |= {"indices": np.array(indices), "labels": np.array(labels)}
+def write_features(folder: Path, arrays: dict[str, torch.Tensor], indices: list[int], labels: list[int]) -> None:
+    """Write the arrays of a batch's samples (float32 [n, width] by name), atomically."""
+    kept: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
+    kept |= {"indices": np.array(indices), "labels": np.array(labels)}
     with new_file(folder / "features" / f"batch_{indices[0]:06d}.npz") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **kept)
 
 
 def read_features(file: Path) -> dict[str, np.ndarray]:
     """What :func:`write_features` wrote; ValueError where it is not whole or of another kind."""
-    arrays = read_arrays(file, BATCH_ARRAYS)
-    for name, (kind, dimensions) in BATCH_ARRAYS.items():
-        array = arrays[name]
+    arrays = read_arrays(file)
+    if not arrays.keys() >= ARRAYS:
+        raise ValueError(f"it lacks {', '.join(sorted(ARRAYS - arrays.keys()))}")
+    for name, array in arrays.items():
+        kind, dimensions = ("i", 1) if name in NUMBERS else ("f", 2)
         if array.dtype.kind != kind or array.ndim != dimensions or len(array) != len(arrays["indices"]):
             raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
     return arrays
@@ -226,14 +231,14 @@ def load_features(folder: Path, num: int) -> Features:
             raise InputError(f"{file} is damaged ({error}); {again} and makes it anew") from None
     if not batches:
         raise InputError(f"{folder}/features holds no features; eval.sample --save features makes them")
-    if len({(batch["features"].shape[1], batch["logits"].shape[1]) for batch in batches}) > 1:
+    kinds = {tuple(sorted((name, array.shape[1:]) for name, array in batch.items())) for batch in batches}
+    if len(kinds) > 1:
         raise InputError(f"{folder}/features mixes features of several networks; sample into another --out")
-    features, logits, labels, indices = (
-        torch.from_numpy(np.concatenate([batch[name] for batch in batches])) for name in BATCH_ARRAYS
-    )
+    whole = {name: torch.from_numpy(np.concatenate([batch[name] for batch in batches])) for name in batches[0]}
     # Runs with different --batch may have computed an index twice.
-    _, first = np.unique(indices.numpy(), return_index=True)
+    _, first = np.unique(whole["indices"].numpy(), return_index=True)
     first = first[:num]
-    if len(first) < num or int(indices[first[-1]]) != num - 1:
+    if len(first) < num or int(whole["indices"][first[-1]]) != num - 1:
         raise InputError(f"{folder} holds {len(first)} of {num} samples; {again}")
-    return Features(features[first], logits[first], labels[first])
+    arrays = {name: array[first] for name, array in whole.items() if name not in NUMBERS}
+    return Features(arrays, whole["labels"][first])

@@ -1,28 +1,26 @@
-"""Score samples against real images: FID, Inception Score, KID, precision and recall.
+"""Score samples against real images: FID with its uncertainty, Inception Score, KID, precision, recall and others.
 
-The formulas are torch-fidelity's. Features are put in index order and the statistics computed in float64, so the
-numbers do not depend on the batch size or the number of ranks.
+How images are resized and what is compared is the protocol's (:mod:`eval.protocols`), which every result names.
+Features are put in order and the statistics computed in float64, so the numbers do not depend on the number of ranks.
 """
 
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
-from eval import features
-from eval.arrays import read_arrays
-from eval.sample_folder import check_sizes, load_features, read_settings
+from eval import features, metrics
+from eval.features import Extractor, Features, Survey
+from eval.images import BATCH, ImageFile, any_images, check_sizes, reference_images, sample_images
+from eval.protocols import PROTOCOLS, Protocol
+from eval.reference import check_reference, fitted_of, is_statistics, load_statistics, make_extractor
+from eval.sample_folder import load_features, read_settings
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
@@ -31,195 +29,275 @@ from moe_dit.runtime.progress import say
 
 EXAMPLES = """\
   python -m eval.score SAMPLES --reference imagenet/val --inception weights-inception-2015-12-05-6726825d.pth
-  python -m eval.score SAMPLES --reference VIRTUAL_imagenet256_labeled.npz --inception download
+  torchrun --nproc_per_node 8 -m eval.score SAMPLES --reference VIRTUAL_imagenet256_labeled.npz --protocol adm \\
+      --inception download
   python -m eval.score SAMPLES --reference data/digits_images --out scores.json
+  python -m eval.score SAMPLES --reference digits.npz --against other/metrics.json
 """
-FEWEST = 10  # images; below, precision, recall and the Inception Score's ten splits have no meaning
-PR_REFERENCE = 10_000  # real images for precision and recall, as in ADM's evaluation (arXiv:2105.05233)
-PUBLISHED_DIM = 2048
-
-
-# --- the scores -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Mean [D] and covariance [D, D], float64."""
-
-    mu: np.ndarray
-    sigma: np.ndarray
-
-
-def statistics(features: torch.Tensor) -> Statistics:
-    """Mean and covariance of features [N, D], in float64."""
-    return Statistics(**fid_features_to_statistics(features.double()))
-
-
-def frechet_distance(samples: Statistics, reference: Statistics) -> float:
-    """FID: |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (arXiv:1706.08500)."""
-    return fid_statistics_to_metric(vars(samples), vars(reference), verbose=False)[KEY_METRIC_FID]
-
-
-def inception_score(logits: torch.Tensor) -> tuple[float, float]:
-    """Inception Score, mean and standard deviation over ten splits, of logits [N, K] (arXiv:1606.03498)."""
-    result = isc_features_to_metric(logits)
-    return result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD]
-
-
-def kernel_distance(samples: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
-    """KID, mean and standard deviation over 100 subsets, of features [N, D] and [M, D] (arXiv:1801.01401)."""
-    size = min(1000, len(samples), len(reference))
-    result = kid_features_to_metric(samples.double(), reference.double(), kid_subset_size=size, verbose=False)
-    return result[KEY_METRIC_KID_MEAN], result[KEY_METRIC_KID_STD]
-
-
-def precision_recall(samples: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
-    """Improved precision and recall, 3 neighbours, of features [N, D] and [M, D] (arXiv:1904.06991)."""
-    device = ranks.device()
-    result = prc_features_to_metric(samples.to(device), reference.to(device), verbose=False, save_cpu_ram=True)
-    return result["precision"], result["recall"]
+FEWEST = 10  # images; below, precision, recall and the Inception Score's ten parts have no meaning
+FID = {"features": "fid", "spatial": "sfid", "dinov2": "fd_dinov2"}  # the distances' names, by array
+SEED = 0  # of the halves by which FID is extrapolated
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def load_statistics(file: Path) -> Statistics:
-    """Read published statistics: a .npz with mu [2048] and sigma [2048, 2048] of Inception features.
+@dataclass
+class _Given:
+    """What is to be scored, found out on rank 0.
 
-    Raises:
-        InputError: another kind of file.
+    Attributes:
+        settings: of eval.sample; {} for other images.
+        images: the samples; none where their features are there.
+        real: the reference's images; none where it is statistics.
+        size: of the samples.
+        rows: images of a file of statistics, by which precision and recall are computed.
+        fitted: the state of a classifier whose features were kept.
+        known: what networks a file of statistics was made with.
     """
-    try:
-        arrays = read_arrays(file, ("mu", "sigma"))
-    except FileNotFoundError:
-        raise InputError(f"no reference {file}; it should be a .npz file, a folder of shards or of images") from None
-    except ValueError as error:
-        raise InputError(
-            f"{file} does not hold mu and sigma, as ADM's and JiT's statistics files do, or is damaged: {error}"
-        ) from None
-    for name, array in arrays.items():
-        if array.dtype.kind not in "fiu":
-            raise InputError(f"{file}: {name} holds {array.dtype}; it should hold real numbers")
-    mu = arrays["mu"].astype(np.float64)
-    sigma = arrays["sigma"].astype(np.float64)
-    if mu.shape != (PUBLISHED_DIM,) or sigma.shape != (PUBLISHED_DIM, PUBLISHED_DIM):
-        raise InputError(
-            f"{file}: mu has shape {list(mu.shape)} and sigma {list(sigma.shape)}; "
-            f"Inception's are [{PUBLISHED_DIM}] and [{PUBLISHED_DIM}, {PUBLISHED_DIM}]"
-        )
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise InputError(f"{file}: mu or sigma holds numbers that are not finite; compute the statistics again")
-    # 1e-3 of the largest is far above any rounding.
-    if np.abs(sigma - sigma.T).max() > 1e-3 * np.abs(sigma).max() or sigma.diagonal().min() < 0:
-        raise InputError(f"{file}: sigma is not symmetric or has negative variances, so it is no covariance")
-    return Statistics(mu, sigma)
+
+    settings: dict[str, Any]
+    images: list[ImageFile] = field(default_factory=list)
+    real: list[ImageFile] = field(default_factory=list)
+    size: int = 0
+    rows: list[ImageFile] = field(default_factory=list)
+    fitted: dict[str, Any] | None = None
+    known: list[str] | None = None
 
 
-def check_reference(reference: Path, inception: str | None) -> None:
-    """Raise InputError where the reference is statistics of Inception features and Inception is not given."""
-    if reference.suffix == ".npz" and inception is None:
-        raise InputError(f"{reference} holds statistics of Inception features; give --inception FILE.pth or download")
+def _look_at(path: Path, reference: Path, inception: str | None, protocol: Protocol) -> tuple[_Given, Any]:
+    """What is given, and the reference's statistics where it is a file of them."""
+    given = _Given((read_settings(path) if os.path.isdir(path) else None) or {})
+    check_reference(reference, inception, protocol)
+    known = None
+    if is_statistics(reference):
+        known, described = load_statistics(reference)
+        given.known = described.get("networks")
+        if protocol.neighbours and "features" not in known.rows:
+            given.rows = any_images(reference)
+    else:
+        given.real = reference_images(reference)
+        if len(given.real) < FEWEST:
+            raise InputError(f"the reference {reference} holds {len(given.real)} images; at least {FEWEST} are needed")
+    fitted = None if inception else fitted_of(reference)
+    if given.settings.get("save") == "features":
+        kept = PROTOCOLS[given.settings.get("protocol", "fidelity")]
+        if (kept.half_pixel, kept.rounded) != (
+            protocol.half_pixel,
+            protocol.rounded,
+        ) or kept.spatial < protocol.spatial:
+            raise InputError(
+                f"the features in {path} were made for --protocol {kept.name} and cannot be scored by {protocol.name}; "
+                "sample into another --out"
+            )
+        given.size = given.settings["image_size"]
+        _need_enough(path, given.settings["num"])
+        if inception is None:
+            fitted = features.load_fitted(path / "features" / "extractor.pt")
+    else:
+        folder = path / "images" if (path / "images").is_dir() else path
+        given.images = sample_images(folder) or _unlabelled(any_images(folder))
+        if not given.images:
+            raise InputError(f"{path} holds no samples; it should hold images of any names, or what eval.sample makes")
+        if len(given.images) < given.settings.get("num", 0):
+            raise InputError(
+                f"{path} holds {len(given.images)} of {given.settings['num']} samples; run eval.sample again, it "
+                "continues"
+            )
+        _need_enough(path, len(given.images))
+        given.size = check_sizes(path, given.images)
+    if fitted is not None:
+        given.fitted = features.fitted_state(fitted)
+    return given, known
+
+
+def _unlabelled(images: list[ImageFile]) -> list[ImageFile]:
+    """Images of any names: their folders need not be the reference's classes."""
+    return [replace(image, label=None) if image.raw is None else image for image in images]
+
+
+def _need_enough(path: Path, count: int) -> None:
+    if count < FEWEST:
+        raise InputError(f"{path} holds {count} samples; at least {FEWEST} are needed")
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
 
 
-def score(folder: Path, reference: Path, inception: str | None) -> dict[str, Any]:
-    """Score a samples folder.
+def score(
+    path: Path,
+    reference: Path,
+    inception: str | None,
+    protocol: Protocol = PROTOCOLS["fidelity"],
+    dinov2: str | None = None,
+) -> dict[str, Any] | None:
+    """Score samples; every rank calls it, and shares the work.
 
     Args:
-        folder: images, or features, that eval.sample left.
-        reference: real images (folder or pixel shards), or a .npz of Inception statistics.
+        path: images of any names, or a folder of images or features that eval.sample left.
+        reference: real images, or a .npz of statistics (:mod:`eval.reference`, or ADM's or JiT's).
         inception: Inception weights or "download"; None to fit a classifier to the real images.
+        dinov2: the same of DINOv2, whose features are compared too; None: they are not.
 
     Returns:
-        What eval.score writes; a score that the reference does not allow is None.
+        What eval.score writes, on rank 0; a score that the reference does not allow is None. None elsewhere.
 
     Raises:
         InputError: samples missing or too few, or a reference that cannot be used.
     """
-    device = ranks.device()
-    settings = read_settings(folder) or {}
-    check_reference(reference, inception)
-    published = load_statistics(reference) if reference.suffix == ".npz" else None
-    real = [] if published is not None else features.reference_images(reference)
-    if published is None and len(real) < FEWEST:
-        raise InputError(f"the reference {reference} holds {len(real)} images; at least {FEWEST} are needed")
+    statistics: list[Any] = []
 
-    if settings.get("save") == "features":
-        made = load_features(folder, settings["num"])
-        if inception is not None:
-            extractor = features.inception(inception, device)
-        else:
-            extractor = features.load_fitted(folder / "features" / "extractor.pt", device)
-        if inception is not None and extractor.identity != settings["features"]:
-            raise InputError(f"the features in {folder} were made with {settings['features']}, not with {inception}")
-        size = settings["image_size"]
+    def look() -> _Given:
+        given, known = _look_at(path, reference, inception, protocol)
+        statistics.append(known)
+        return given
+
+    given = ranks.from_rank_0(look)
+    fitted = None if given.fitted is None else features.fitted_from_state(given.fitted)
+    extractor = make_extractor(protocol, inception, dinov2, given.real, given.size, ranks.device(), fitted)
+    if given.known is not None:
+        for network in extractor.networks:
+            if network.identity not in given.known:
+                raise InputError(
+                    f"{reference} was made with {' and '.join(given.known)}, not with {network.identity}; compute it "
+                    "again with eval.reference"
+                )
+    made: Features | None
+    if given.images:
+        made = features.extract(extractor, given.images, given.size, "features of the samples")
     else:
-        images = features.sample_images(folder / "images") or features.sample_images(folder)
-        if not images:
-            raise InputError(f"{folder} holds no samples (images/000123_7.png: index, label); eval.sample makes them")
-        if len(images) < settings.get("num", 0):
-            raise InputError(
-                f"{folder} holds {len(images)} of {settings['num']} samples; run eval.sample again, it continues"
-            )
-        _need_enough(folder, len(images))
-        size = check_sizes(folder, images)
-        extractor = features.inception(inception, device) if inception else features.fit(real, size, device)
-        made = features.extract(extractor, images, size, "features of the samples")
-    _need_enough(folder, len(made.features))
-    truth = features.extract(extractor, real, size, "features of the reference") if real else None
+        made = ranks.on_rank_0(lambda: _kept_features(path, given.settings, extractor))
+    truth = None
+    if given.real:
+        truth = features.survey(extractor, given.real, given.size, "features of the reference")
+    rows = None
+    if given.rows:
+        rows = features.extract(extractor, given.rows, given.size, "features of the reference's images")
+    if made is None:
+        return None
+    truth = truth or statistics[0]
+    if rows is not None:
+        truth = replace(truth, rows={"features": rows.arrays["features"]})
     say("computing the scores")
-    return compute(made, published or truth, extractor) | {"reference": str(reference), "sampling": settings}
+    result = compute(made, truth, extractor, protocol)
+    if not protocol.rounded and given.images:
+        result["note"] = "these images are rounded to 8 bits, which the protocol is not; eval.run scores them as floats"
+    return result | {"reference": str(reference), "sampling": given.settings}
 
 
-def _need_enough(folder: Path, count: int) -> None:
-    if count < FEWEST:
-        raise InputError(f"{folder} holds {count} samples; at least {FEWEST} are needed")
+def _kept_features(path: Path, settings: dict[str, Any], extractor: Extractor) -> Features:
+    made = load_features(path, settings["num"])
+    # Of a classifier that eval.sample fitted itself, the settings tell what it was fitted to.
+    if extractor.fitted is None and extractor.identity != settings["features"]:
+        raise InputError(f"the features in {path} were made with {settings['features']}, not {extractor.identity}")
+    return made
 
 
-def compute(made, truth, extractor) -> dict[str, Any]:
-    """The scores of the samples' Features against the reference's Features or Statistics."""
-    known = isinstance(truth, Statistics)
-    for whose, found in (("samples", made), ("reference", truth)):
-        values = () if isinstance(found, Statistics) else (found.features, found.logits)
-        if not all(value.isfinite().all() for value in values):
-            raise InputError(f"the features of the {whose} are not finite; are the weights of {extractor.name} whole?")
-    result: dict[str, Any] = {"features": extractor.name}
-    result |= {"num_samples": len(made.features), "num_reference": None if known else len(truth.features)}
-    result["fid"] = frechet_distance(statistics(made.features), truth if known else statistics(truth.features))
-    result["inception_score"], result["inception_score_std"] = inception_score(made.logits)
-    result |= dict.fromkeys(("kid", "kid_std", "precision", "recall"))
-    if known:
-        result["note"] = "the reference is statistics alone: no KID, precision or recall"
+def compute(
+    made: Features, truth: Survey, extractor: Extractor, protocol: Protocol = PROTOCOLS["fidelity"]
+) -> dict[str, Any]:
+    """The scores of the samples' features against what is known of the reference's."""
+    device = extractor.device
+    for whose, arrays in (("samples", made.arrays), ("reference", truth.rows)):
+        if not all(value.isfinite().all() for value in arrays.values()):
+            raise InputError(f"the features of the {whose} are not finite; are the weights of {extractor.title} whole?")
+    samples = len(made.arrays["features"])
+    result: dict[str, Any] = {"protocol": protocol.name, "features": extractor.title}
+    result |= {"num_samples": samples, "num_reference": truth.count}
+    for name, key in FID.items():
+        if name in made.arrays and name in truth.moments:
+            result |= _distance(key, made.arrays[name].to(device), truth, name)
+    result["inception_score"], result["inception_score_std"] = metrics.inception_score(
+        made.arrays["logits"], protocol.shuffle
+    )
+    result |= dict.fromkeys(("kid", "kid_std", "precision", "recall", "density", "coverage"))
+    real = truth.rows.get("features")
+    if real is None:
+        if protocol.neighbours:
+            result["note"] = "the reference is statistics alone: no KID, precision or recall"
     else:
-        real = truth.features
-        result["kid"], result["kid_std"] = kernel_distance(made.features, real)
-        # Evenly spaced, so that every class has its share.
-        chosen = torch.linspace(0, len(real) - 1, min(PR_REFERENCE, len(real))).round().long()
-        result["precision"], result["recall"] = precision_recall(made.features, real[chosen])
-    if extractor.held_out_accuracy is not None:
-        result["held_out_accuracy"] = extractor.held_out_accuracy
+        if protocol.kernel:
+            result["kid"], result["kid_std"] = metrics.kernel_distance(made.arrays["features"], real)
+        if protocol.neighbours:
+            chosen = torch.arange(samples) if protocol.all_samples else features.evenly(samples)
+            some = made.arrays["features"][chosen].to(device)
+            result |= metrics.neighbour_scores(some, real.to(device))
+    if extractor.fitted is not None:
+        result["held_out_accuracy"] = extractor.fitted.held_out_accuracy
         if made.labels is not None:
-            result["label_agreement"] = (made.logits.argmax(1) == made.labels).double().mean().item()
+            result["label_agreement"] = (made.arrays["logits"].argmax(1) == made.labels).double().mean().item()
     bad = [key for key, value in result.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
         raise InputError(f"{', '.join(bad)} of these samples is not finite; are they images?")
+    width = made.arrays["features"].shape[1]
+    if samples < 5 * width:
+        result["warning"] = f"{samples} samples are few for {width} features: FID is biased; compare fid_infinity"
     return result
 
 
+def _distance(key: str, made: torch.Tensor, truth: Survey, name: str) -> dict[str, Any]:
+    """A Frechet distance, its standard error over draws of samples, its 95% interval and its limit of many samples."""
+    frechet = metrics.Frechet(truth.moments[name].to(made.device))
+    halves = [metrics.Sums(made.shape[1], made.device) for _ in range(2)]
+    # At random: in order, halves might differ in their classes.
+    order = torch.randperm(len(made), generator=torch.Generator().manual_seed(SEED)).to(made.device)
+    for half, chosen in zip(halves, order.tensor_split(2), strict=True):
+        for part in chosen.split(64 * BATCH):
+            half.add(made[part])
+    samples = (halves[0] + halves[1]).moments()
+    if name == "spatial":
+        return {key: frechet.distance(samples)}
+    rows = truth.rows.get(name)
+    fid, error, reference_error = frechet.with_errors(samples, made, None if rows is None else rows.to(made.device))
+    if rows is not None and len(rows) == truth.count and not truth.of_file and min(len(made), len(rows)) <= len(rows.T):
+        # Of fewer images than features torch-fidelity's number is rounding from the fifth digit on; it is theirs.
+        fid = metrics.torch_fidelity_distance(made.cpu(), rows)
+    wide = metrics.CONFIDENT * math.hypot(error, reference_error)
+    found: dict[str, Any] = {key: fid, f"{key}_std_error": error, f"{key}_interval": [fid - wide, fid + wide]}
+    return found | {f"{key}_infinity": metrics.fid_infinity(frechet, fid, halves)}
+
+
+def difference(result: dict[str, Any], other: dict[str, Any], name: str) -> dict[str, Any]:
+    """Whether FID differs from that of another result, and by how much.
+
+    The two are taken as independent; of samples of the same noise, a smaller difference would be one.
+
+    Raises:
+        InputError: the two cannot be compared.
+    """
+    for key in ("protocol", "features", "reference"):
+        if result[key] != other.get(key):
+            raise InputError(f"--against {name}: its {key} is {other.get(key)!r}, here it is {result[key]!r}")
+    if not isinstance(other.get("fid_std_error"), float):
+        raise InputError(f"--against {name} tells no fid_std_error; score it again")
+    apart = result["fid"] - other["fid"]
+    error = math.hypot(result["fid_std_error"], other["fid_std_error"])
+    differs = abs(apart) > metrics.CONFIDENT * error
+    return {"scores": name, "fid_difference": apart, "fid_difference_std_error": error, "differs": differs}
+
+
 NAMES = {
+    "protocol": "protocol",
     "features": "features",
     "num_samples": "samples",
     "num_reference": "real images",
     "fid": "FID",
+    "fid_interval": "FID, 95% interval",
+    "fid_infinity": "FID of infinitely many samples",
+    "sfid": "sFID",
+    "fd_dinov2": "FDD (DINOv2)",
+    "fd_dinov2_interval": "FDD, 95% interval",
     "inception_score": "Inception Score",
     "kid": "KID",
     "precision": "precision",
     "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
     "label_agreement": "samples whose label the classifier agrees with",
     "held_out_accuracy": "unseen real images it labels right",
+    "against": "against",
     "note": "note",
+    "warning": "warning",
 }
 
 
@@ -232,6 +310,12 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             text = f"{value:.1%}" if key in ("label_agreement", "held_out_accuracy") else f"{value:.4g}"
             spread = result.get(f"{key}_std")
             value = text if spread is None else f"{text} ± {spread:.2g}"
+        elif key.endswith("_interval") and value is not None:
+            value = " to ".join(f"{end:.4g}" for end in value)
+        elif key == "against" and value is not None:
+            how = "differs" if value["differs"] else "does not differ"
+            apart, error = value["fid_difference"], metrics.CONFIDENT * value["fid_difference_std_error"]
+            value = f"FID {how} from that of {value['scores']}: {apart:+.4g} ± {error:.2g}"
         if value is not None:
             shown.append((name, str(value)))
     return shown
@@ -283,19 +367,44 @@ def check_out(out: Path) -> None:
     check_new_file(out, ours)
 
 
-def main() -> None:
-    parser = Parser(__doc__, EXAMPLES)
+def add_scoring_arguments(parser: Parser) -> None:
+    """The flags that eval.score, eval.run and eval.sweep share."""
     add = parser.add_argument
-    add("samples", type=Path, metavar="SAMPLES", help="a folder that eval.sample made")
     add("--reference", type=Path, required=True, metavar="FILE.npz/SHARDS/DIR", help="real images, or statistics")
+    about = "; ".join(f"{protocol.name}: {protocol.about}" for protocol in PROTOCOLS.values())
+    add("--protocol", choices=PROTOCOLS, default="fidelity", help=f"{about} (fidelity)")
+    add("--dinov2", metavar="FILE", help="compare DINOv2's features too: its ViT-L/14 weights, or the word download")
+    add("--against", type=Path, metavar="FILE.json", help="other scores: say whether FID differs from theirs")
+
+
+def main() -> None:
+    parser = Parser(__doc__ or "", EXAMPLES)
+    add = parser.add_argument
+    add("samples", type=Path, metavar="SAMPLES", help="a folder that eval.sample made, or any images")
     add("--inception", metavar="FILE.pth", help="Inception V3 weights, or the word download; else a fitted classifier")
     add("--out", type=Path, metavar="FILE.json", help="default SAMPLES/metrics.json")
+    add("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not used")
+    add_scoring_arguments(parser)
     args = parser.parse_args()
-    out = args.out or args.samples / "metrics.json"
-    if not os.path.isdir(args.samples):
-        raise InputError(f"no samples {args.samples}; eval.sample makes them")
-    check_out(out)
-    present(score(args.samples, args.reference, args.inception), out)
+    out = args.out or (args.samples / "metrics.json" if args.samples.is_dir() else args.samples.with_suffix(".json"))
+    ranks.start()
+
+    def prepare() -> Any:
+        if not os.path.exists(args.samples):
+            raise InputError(f"no samples {args.samples}; eval.sample makes them")
+        check_out(out)
+        return None if args.against is None else read_scores(args.against)
+
+    other = ranks.from_rank_0(prepare)
+    result = score(args.samples, args.reference, args.inception, PROTOCOLS[args.protocol], args.dinov2)
+
+    def finish() -> None:
+        assert result is not None
+        if other is not None:
+            result["against"] = difference(result, other, str(args.against))
+        present(result, out)
+
+    ranks.from_rank_0(finish)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from torchvision.utils import make_grid
 from eval import features as image_features
 from eval import score as scoring
 from eval.generate import Sampling, generate, image_size, labels_for, load_decoder
+from eval.images import reference_images
+from eval.protocols import PROTOCOLS
+from eval.reference import check_reference, fitted_of, is_statistics, load_statistics, make_extractor
 from moe_dit.data import Latents, ShardReader, TrainingSamples, check_manifest, training_inputs
 from moe_dit.engine import Engine
 from moe_dit.manifest import read_manifest
@@ -134,16 +137,18 @@ class Looks:
 
     # --- samples ------------------------------------------------------------------------------------------------------
 
-    def _samples(self, network: Any, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _samples(
+        self, network: Any, count: int, keep_step: bool = False
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's samples, on the device: their indices below ``count`` (int64 [n]) and images uint8 [n, 3, H, W].
 
-        Every rank gets equally many batches; repetitions that keep step are left out of what is given.
+        Every rank gets equally many batches; repetitions that keep step come last, and only if asked for.
         """
         indices, own = share(count)
         for start in range(0, len(indices), self.batch):
             part = torch.tensor(indices[start : start + self.batch], device=self.device)
             images = generate(network, self.recipe, self.sampling, self.vae, part)
-            kept = max(0, own - start)
+            kept = len(part) if keep_step else max(0, own - start)
             yield part[:kept], images[:kept]
 
     def _gathered(self, value: torch.Tensor, indices: torch.Tensor, count: int) -> torch.Tensor | None:
@@ -173,43 +178,44 @@ class Looks:
 
     # --- scores -------------------------------------------------------------------------------------------------------
 
-    def _make_extractor(self, size: int) -> Any:
-        """What features the scores compare; a classifier is fitted on rank 0, and the real images read there."""
+    def _make_extractor(self, size: int) -> image_features.Extractor:
+        """What features the scores compare; every rank helps with those of the real images."""
         settings = self.recipe.looks
         assert settings.reference is not None
         reference = Path(settings.reference)
+        protocol = PROTOCOLS["fidelity"]
 
-        def prepare() -> Any:
-            scoring.check_reference(reference, settings.inception)
-            if reference.suffix == ".npz":
-                self._truth = scoring.load_statistics(reference)
-                return None
-            images = image_features.reference_images(reference)
-            extractor = self._inception() or image_features.fit(images, size, self.device)
-            self._truth = image_features.extract(extractor, images, size, "features of the reference")
-            return None if settings.inception else image_features.fitted_state(extractor)
+        def prepare() -> tuple[Any, Any]:
+            check_reference(reference, settings.inception, protocol)
+            if not is_statistics(reference):
+                return reference_images(reference), None
+            self._truth, _ = load_statistics(reference)
+            fitted = None if settings.inception else fitted_of(reference)
+            return None, fitted and image_features.fitted_state(fitted)
 
-        state = ranks.from_rank_0(prepare)
-        return self._inception() or image_features.fitted_from_state(state, self.device)
-
-    def _inception(self) -> Any:
-        weights = self.recipe.looks.inception
-        return image_features.inception(weights, self.device) if weights else None
+        images, state = ranks.from_rank_0(prepare)
+        fitted = state and image_features.fitted_from_state(state)
+        extractor = make_extractor(protocol, settings.inception, None, images or [], size, self.device, fitted)
+        if images is not None:
+            self._truth = image_features.survey(extractor, images, size, "features of the reference")
+        return extractor
 
     def _scores(self, network: Any) -> dict[str, Any]:
         count = self.recipe.looks.score_samples
-        parts = [
-            (indices, *self._extractor(images)) for indices, images in self._samples(network, count) if len(images)
+        # A rank without samples of its own speaks of arrays too, by one that keeps step.
+        found = [
+            (indices, self._extractor(images)) for indices, images in self._samples(network, count, keep_step=True)
         ]
-        empty = torch.empty(0, dtype=torch.int64)
-        indices, features, logits = (
-            (torch.cat([part[i].cpu() for part in parts]) if parts else empty) for i in range(3)
-        )
-        all_features, all_logits = (self._gathered(value, indices, count) for value in (features, logits))
-        if all_features is None or all_logits is None:
+        own = torch.cat([indices for indices, _ in found])
+        kept = len(range(count)[ranks.world().rank :: ranks.world().size])
+        arrays: dict[str, Any] = {
+            name: self._gathered(torch.cat([arrays[name] for _, arrays in found])[:kept], own[:kept], count)
+            for name in found[0][1]
+        }
+        if ranks.world().rank:
             return {}
         labels = labels_for(torch.arange(count), self.sampling, self.recipe.model.num_classes)
-        made = image_features.Features(all_features, all_logits, labels)
+        made = image_features.Features(arrays, labels)
         result = scoring.compute(made, self._truth, self._extractor)
         say(f"look: FID {result['fid']:.4g} of {count} samples")
         wanted = ("fid", "inception_score", "kid", "precision", "recall", "label_agreement")

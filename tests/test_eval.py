@@ -20,7 +20,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from eval import features, plots, score
+from eval import features, metrics, plots
+from eval.images import read_image, reference_images, sample_images
 from moe_dit import build_model, load_model
 from moe_dit.export import save_export
 from moe_dit.randomness import Stream, normal
@@ -74,7 +75,7 @@ def start(*arguments, **options):
 
 
 def pictures(folder):
-    return {image.file.name: features.read_image(image).int() for image in features.sample_images(folder / "images")}
+    return {image.file.name: read_image(image).int() for image in sample_images(folder / "images")}
 
 
 def assert_same(got, want):
@@ -97,22 +98,23 @@ def gaussian(mean, deviations, n=500):
 def test_fid_of_gaussians_is_the_closed_form():
     """|mu1 - mu2|^2 + sum (s1 - s2)^2 for diagonal covariances."""
     a, b = gaussian([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]), gaussian([1.0, 1.0, 0.0], [2.0, 2.0, 0.5])
-    fid = score.frechet_distance(score.statistics(a), score.statistics(b))
+    fid = metrics.Frechet(metrics.moments(b)).distance(metrics.moments(a))
     assert fid == pytest.approx(1 + 4 + 1 + 0 + 2.5**2, abs=1e-6)
 
 
 def test_inception_score_of_certain_labels_is_their_number():
     logits = 100.0 * torch.eye(4).repeat(1000, 1)
-    assert score.inception_score(logits)[0] == pytest.approx(4, rel=1e-2)
-    assert score.inception_score(torch.zeros(100, 4))[0] == pytest.approx(1)
+    assert metrics.inception_score(logits)[0] == pytest.approx(4, rel=1e-2)
+    assert metrics.inception_score(torch.zeros(100, 4))[0] == pytest.approx(1)
 
 
 def test_precision_recall_and_kid_of_equal_and_of_distant_features():
     a = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-    assert score.precision_recall(a, a) == (1.0, 1.0)
-    assert score.precision_recall(a, a + 100) == (0.0, 0.0)
+    same, distant = metrics.neighbour_scores(a, a), metrics.neighbour_scores(a, a + 100)
+    assert (same["precision"], same["recall"], same["coverage"]) == (1.0, 1.0, 1.0)
+    assert set(distant.values()) == {0.0}
     b = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
-    assert abs(score.kernel_distance(a, b)[0]) < 0.05 < 1 < score.kernel_distance(a, b + 3)[0]
+    assert abs(metrics.kernel_distance(a, b)[0]) < 0.05 < 1 < metrics.kernel_distance(a, b + 3)[0]
 
 
 def test_real_images_score_well_and_noise_badly(digits, tmp_path):
@@ -135,10 +137,10 @@ def test_real_images_score_well_and_noise_badly(digits, tmp_path):
 def test_pixel_shards_and_their_folder_are_the_same_reference(digits, tmp_path):
     shards = tmp_path / "shards"
     assert call("data_prep.pack_pixels", "--images", digits / "real", "--out", shards, "--size", SIZE) == 0
-    packed, loose = features.reference_images(shards), features.reference_images(digits / "real")
+    packed, loose = reference_images(shards), reference_images(digits / "real")
 
     def contents(images):
-        return sorted((image.label, features.read_image(image).numpy().tobytes()) for image in images)
+        return sorted((image.label, read_image(image).numpy().tobytes()) for image in images)
 
     assert contents(packed) == contents(loose)
 
@@ -153,14 +155,14 @@ def test_inception_weights(tmp_path):
     torch.save({}, tmp_path / "empty.pth")
     blank = Blank("blank", ["2048"], feature_extractor_weights_path=tmp_path / "empty.pth")
     torch.save(blank.state_dict(), tmp_path / "weights.pth")
-    extractor = features.inception(str(tmp_path / "weights.pth"), torch.device("cpu"))
+    extractor = features.Inception(str(tmp_path / "weights.pth"))
     images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = blank(images)[0]
-    found, logits = extractor(images)
-    torch.testing.assert_close(found, want)
-    assert logits.shape == (2, 1008)
-    assert "not comparable" in extractor.name  # these are not the published weights
+        found = extractor(images)
+    torch.testing.assert_close(found["features"], want)
+    assert found["logits"].shape == (2, 1008)
+    assert "not comparable" in extractor.title  # these are not the published weights
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from draws import FLIP, LABEL_DROP, LATENT, NOISE, SAMPLE_LABEL, SAMPLE_NOISE, T
 from helpers import call
 from PIL import Image
 
-from eval import features, score
+from eval import features, metrics, score
 from eval.generate import to_uint8
+from eval.images import reference_images
 from moe_dit import build_model, load_model, load_recipe
 from moe_dit.data import Latents, ShardReader, TrainingSamples, training_inputs
 from moe_dit.export import save_export
@@ -240,9 +241,9 @@ def clusters(*centres, count=40):
 
 def scores_of(made, real):
     """What eval.score says of these features."""
-    samples = features.Features(made, torch.zeros(len(made), 2), None)
-    truth = features.Features(real, torch.zeros(len(real), 2), None)
-    return score.compute(samples, truth, features.Extractor(None, "none", "none"))
+    samples = features.Features({"features": made, "logits": torch.zeros(len(made), 2)}, None)
+    truth = features.Survey({"features": metrics.moments(real)}, {"features": real}, len(real))
+    return score.compute(samples, truth, features.Extractor([], torch.device("cpu")))
 
 
 def test_precision_is_of_the_samples_and_recall_of_the_real_images():
@@ -255,8 +256,9 @@ def test_precision_is_of_the_samples_and_recall_of_the_real_images():
 
 def test_recall_asks_for_every_class_of_a_large_reference(monkeypatch):
     """Real images come class by class: of two classes, samples show the first, and half of the images are looked at."""
-    monkeypatch.setattr(score, "PR_REFERENCE", 40)
-    assert scores_of(clusters(0.0), clusters(0.0, 100.0))["recall"] == 0.5
+    monkeypatch.setattr(features, "KEPT", 40)
+    real = clusters(0.0, 100.0)[features.evenly(80)]
+    assert len(real) == 40 and scores_of(clusters(0.0), real)["recall"] == 0.5
 
 
 def test_kid_is_the_unbiased_distance_of_all_features():
@@ -268,7 +270,7 @@ def test_kid_is_the_unbiased_distance_of_all_features():
         return (a @ b.T / 4 + 1) ** 3
 
     inside = sum((kernel(a, a).sum() - np.trace(kernel(a, a))) / (150 * 149) for a in (x, y))
-    mean, deviation = score.kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
+    mean, deviation = metrics.kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
     assert mean == pytest.approx(inside - 2 * kernel(x, y).mean(), rel=1e-6)
     assert deviation == pytest.approx(0, abs=1e-9)
 
@@ -280,5 +282,5 @@ def test_held_out_accuracy_is_of_images_that_were_not_fitted(tmp_path):
         path = tmp_path / f"{i % 5}/{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-    extractor = features.fit(features.reference_images(tmp_path), 32, torch.device("cpu"))
+    extractor = features.fit(reference_images(tmp_path), 32)
     assert extractor.held_out_accuracy < 0.5

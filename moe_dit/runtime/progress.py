@@ -35,9 +35,13 @@ def say(text: str) -> None:
 
 
 class Task:
-    """One piece of long work. ``advance(n, note)`` after n more units; the note stands behind the bar."""
+    """One piece of long work. ``advance(n, note)`` after n more units; the note stands behind the bar.
 
-    def __init__(self, description: str, total: int, done: int, progress: Progress | None, log: bool):
+    Without a note, where the units have a name, their number a second stands there.
+    """
+
+    def __init__(self, description: str, total: int, done: int, unit: str, progress: Progress | None, log: bool):
+        self.unit = unit
         self.description = description
         self.total = total
         self.done = done
@@ -50,13 +54,15 @@ class Task:
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
+        now = time.monotonic()
+        speed = (self.done - self._start_done) / max(now - self._start, 1e-9)
+        if not note and self.unit:
+            note = f"{speed:.3g} {self.unit}/s"
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, advance=n, note=note)
         elif self._log:
-            now = time.monotonic()
             if now - self._last_line >= LOG_EVERY_SECONDS or self.done == self.total:
                 self._last_line = now
-                speed = (self.done - self._start_done) / max(now - self._start, 1e-9)
                 left = (self.total - self.done) / speed if speed else float("inf")
                 console.print(
                     f"{self.description} {self.done}/{self.total} {note} {left:.0f} s left".replace("  ", " "),
@@ -66,14 +72,18 @@ class Task:
 
 
 @contextmanager
-def task(description: str, total: int, done: int = 0):
-    """Show progress over ``total`` units of work, of which ``done`` were done before; gives a :class:`Task`."""
+def task(description: str, total: int, done: int = 0, unit: str = ""):
+    """Show progress over ``total`` units of work, of which ``done`` were done before; gives a :class:`Task`.
+
+    Args:
+        unit: what the units are called, where their number a second is to be shown.
+    """
     if world().rank != 0:
-        yield Task(description, total, done, None, log=False)
+        yield Task(description, total, done, unit, None, log=False)
     elif console.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
         with Progress(*columns, *times, console=console) as progress:
-            yield Task(description, total, done, progress, log=False)
+            yield Task(description, total, done, unit, progress, log=False)
     else:
-        yield Task(description, total, done, None, log=True)
+        yield Task(description, total, done, unit, None, log=True)

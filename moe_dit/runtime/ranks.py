@@ -195,6 +195,15 @@ def _names(ranks: list[int], hosts: list[str]) -> str:
     return f"{named} ({', '.join(dict.fromkeys(hosts[rank] for rank in ranks))})"
 
 
+def gathered(mine: Any) -> list[Any] | None:
+    """Every rank's object, in order of ranks, on rank 0; None elsewhere."""
+    if not torch.distributed.is_initialized():
+        return [mine]
+    parts: list[Any] | None = [None] * world().size if world().rank == 0 else None
+    torch.distributed.gather_object(mine, parts, dst=0, group=cpu_group())
+    return parts
+
+
 @cache
 def cpu_group() -> Any:
     """A group of all ranks over gloo, for objects and CPU tensors; made once, by all ranks together."""
