@@ -137,6 +137,7 @@ def main() -> None:
         batch=args.batch,
         settings={"vae": vae_hash, "precision": precision, "keep": args.keep},
         vae=args.vae,
+        vae_sha256=vae_hash,
         scale=space.scale,
         shift=space.shift,
         posterior=space.posterior and not means,

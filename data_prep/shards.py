@@ -138,6 +138,7 @@ def write_shards(
     batch: int,
     settings: dict[str, Any] | None = None,
     vae: str | None = None,
+    vae_sha256: str | None = None,
     scale: float | None = None,
     shift: float | None = None,
     posterior: bool | None = None,
@@ -149,7 +150,7 @@ def write_shards(
         read: from a file's path or bytes to a tensor or bytes; runs in the reading processes.
         encode: from a batch of what ``read`` gives (tensors stacked, bytes listed) to what is kept of each.
         members: from that, of one, to a sample's members but ``cls``, as extension -> content; runs beside ``encode``.
-        kind, sample_shape, vae, scale, shift, posterior: for the manifest.
+        kind, sample_shape, vae, vae_sha256, scale, shift, posterior: for the manifest.
         batch: images handed to ``encode`` at once.
         settings: what else decides the samples; other ones may not continue the folder.
 
@@ -190,7 +191,8 @@ def write_shards(
             "scale": scale,
             "shards": [shard.record for shard in shards],
         }
-        more = {"size": args.size, "source": args.images, "vae": vae, "shift": shift, "posterior": posterior}
+        more = {"size": args.size, "source": args.images, "vae": vae, "vae_sha256": vae_sha256}
+        more |= {"shift": shift, "posterior": posterior}
 
         def finish() -> None:
             with explained(str(args.out)):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_prep.autoencoder import decode, latent_space, load_vae
+from data_prep.autoencoder import decode, hash_weights, latent_space, load_vae
 from moe_dit.flow import build_flow
 from moe_dit.randomness import Stream, normal, uniform
 from moe_dit.recipe import Recipe
@@ -90,6 +90,12 @@ def load_decoder(sampling: Sampling, recipe: Recipe) -> nn.Module | None:
         raise InputError(
             f"the VAE {sampling.vae} has {channels} latent channels and the model makes "
             f"{recipe.model.in_channels}; give the VAE that encoded the training data with --vae"
+        )
+    known = recipe.data.vae_sha256
+    if known is not None and hash_weights(vae) != known:
+        raise InputError(
+            f"the VAE {sampling.vae} is another one than that which encoded the training data (SHA-256 of its weights "
+            f"{hash_weights(vae)[:12]}..., not {known[:12]}...); give that one with --vae"
         )
     return vae
 

@@ -206,7 +206,7 @@ def compute(
     result |= {"num_samples": samples, "num_reference": truth.count}
     for name, key in FID.items():
         if name in made.arrays and name in truth.moments:
-            result |= _distance(key, made.arrays[name].to(device), truth, name)
+            result |= _distance(key, made.arrays[name].to(device), truth, name, protocol)
     result["inception_score"], result["inception_score_std"] = metrics.inception_score(
         made.arrays["logits"], protocol.shuffle
     )
@@ -235,7 +235,7 @@ def compute(
     return result
 
 
-def _distance(key: str, made: torch.Tensor, truth: Survey, name: str) -> dict[str, Any]:
+def _distance(key: str, made: torch.Tensor, truth: Survey, name: str, protocol: Protocol) -> dict[str, Any]:
     """A Frechet distance, its standard error over draws of samples, its 95% interval and its limit of many samples."""
     frechet = metrics.Frechet(truth.moments[name].to(made.device))
     halves = [metrics.Sums(made.shape[1], made.device) for _ in range(2)]
@@ -249,7 +249,9 @@ def _distance(key: str, made: torch.Tensor, truth: Survey, name: str) -> dict[st
         return {key: frechet.distance(samples)}
     rows = truth.rows.get(name)
     fid, error, reference_error = frechet.with_errors(samples, made, None if rows is None else rows.to(made.device))
-    if rows is not None and len(rows) == truth.count and not truth.of_file and min(len(made), len(rows)) <= len(rows.T):
+    all_rows = rows is not None and len(rows) == truth.count and not truth.of_file
+    theirs = protocol.name == "fidelity" and name == "features"
+    if theirs and rows is not None and all_rows and min(len(made), len(rows)) <= made.shape[1]:
         # Of fewer images than features torch-fidelity's number is rounding from the fifth digit on; it is theirs.
         fid = metrics.torch_fidelity_distance(made.cpu(), rows)
     wide = metrics.CONFIDENT * math.hypot(error, reference_error)
@@ -367,14 +369,15 @@ def check_out(out: Path) -> None:
     check_new_file(out, ours)
 
 
-def add_scoring_arguments(parser: Parser) -> None:
-    """The flags that eval.score, eval.run and eval.sweep share."""
+def add_scoring_arguments(parser: Parser, against: bool = True) -> None:
+    """The flags that eval.score, eval.run and eval.sweep share; the last has no ``against``."""
     add = parser.add_argument
     add("--reference", type=Path, required=True, metavar="FILE.npz/SHARDS/DIR", help="real images, or statistics")
     about = "; ".join(f"{protocol.name}: {protocol.about}" for protocol in PROTOCOLS.values())
     add("--protocol", choices=PROTOCOLS, default="fidelity", help=f"{about} (fidelity)")
     add("--dinov2", metavar="FILE", help="compare DINOv2's features too: its ViT-L/14 weights, or the word download")
-    add("--against", type=Path, metavar="FILE.json", help="other scores: say whether FID differs from theirs")
+    if against:
+        add("--against", type=Path, metavar="FILE.json", help="other scores: say whether FID differs from theirs")
 
 
 def main() -> None:

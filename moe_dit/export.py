@@ -84,7 +84,18 @@ def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> No
     Raises:
         InputError: there is no such checkpoint, it cannot be read, or the folder cannot be written.
     """
-    from moe_dit.checkpoint_files import read_description, read_state
+    found = checkpoint_recipe(run_or_checkpoint, weights)
+    with new_model_folder(folder, found[1]) as new:
+        checkpoint_model(*found, weights).save_pretrained(new)
+
+
+def checkpoint_recipe(run_or_checkpoint: Path, weights: str) -> tuple[Path, Recipe]:
+    """A checkpoint, or a run's newest, and its recipe.
+
+    Raises:
+        InputError: there is none, it cannot be read, or keeps no such weights.
+    """
+    from moe_dit.checkpoint_files import read_description
     from moe_dit.lineage import find_checkpoint
 
     checkpoint = find_checkpoint(run_or_checkpoint) if os.path.isdir(run_or_checkpoint) else None
@@ -93,12 +104,18 @@ def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> No
     recipe = parse_recipe(read_description(checkpoint)["recipe"], str(checkpoint))
     if weights == "ema2" and recipe.ema.second_decay is None:
         raise InputError(f"{checkpoint} keeps one average only: its recipe has no ema.second_decay; give --weights ema")
-    with new_model_folder(folder, recipe) as new:
-        model: Any = build_model(recipe, device="meta").to_empty(device="cpu")
-        kind = "weight" if weights == "model" else weights
-        targets = {f"{kind}/{name}": weight.detach().view(-1) for name, weight in model.named_parameters()}
-        names = dict(model.named_parameters()).keys()
-        targets |= {f"buffer/{name}": value for name, value in model.state_dict().items() if name not in names}
-        with torch.no_grad():
-            read_state(targets, checkpoint)
-        model.save_pretrained(new)
+    return checkpoint, recipe
+
+
+def checkpoint_model(checkpoint: Path, recipe: Recipe, weights: str) -> Any:
+    """A checkpoint's network on the CPU, with weights as :func:`export_checkpoint` names them."""
+    from moe_dit.checkpoint_files import read_state
+
+    model: Any = build_model(recipe, device="cpu")
+    kind = "weight" if weights == "model" else weights
+    targets = {f"{kind}/{name}": weight.detach().view(-1) for name, weight in model.named_parameters()}
+    names = dict(model.named_parameters()).keys()
+    targets |= {f"buffer/{name}": value for name, value in model.state_dict().items() if name not in names}
+    with torch.no_grad():
+        read_state(targets, checkpoint)
+    return model.eval()

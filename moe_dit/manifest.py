@@ -37,6 +37,7 @@ class _File(TypedDict):
     shift: NotRequired[Annotated[float, Field(strict=True, allow_inf_nan=False)] | None]
     posterior: NotRequired[bool | None]
     vae: NotRequired[str | None]
+    vae_sha256: NotRequired[str | None]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Manifest:
     shift: float = 0.0
     posterior: bool = True  # latents: moments to draw from, else the latents themselves
     vae: str | None = None  # what encoded latents: a hub name or a folder
+    vae_sha256: str | None = None  # of its weights (data_prep.autoencoder.hash_weights)
     remote: RemoteFolder | None = None  # where the shards come from, if ``folder`` is but their cache
 
     @property
@@ -109,6 +111,7 @@ def read_manifest(folder: str | Path, check_sizes: bool = True, cache_gb: float 
             shift=float(values.get("shift") or 0.0),
             posterior=values.get("posterior") is not False,
             vae=values.get("vae"),
+            vae_sha256=values.get("vae_sha256"),
             remote=remote,
         )
         total = sum(shard["samples"] for shard in manifest.shards)

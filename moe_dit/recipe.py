@@ -54,6 +54,7 @@ class DataConfig:
     latent_scale: Positive | None = None  # factor on latents; null: the VAE's own, from the shards' manifest
     latent_shift: Number | None = None  # taken from latents before the factor; null: the VAE's own, likewise
     vae: str | None = None  # hub name or folder of the VAE that decodes samples; null: the one that encoded the shards
+    vae_sha256: str | None = None  # of that VAE's weights, from the shards' manifest; another one is refused
     workers: Natural | Literal["auto"] = "auto"  # loader processes a rank; auto: as many as feed it, by measurement
     # Shards are shuffled in windows of so many GB, read one after another (moe_dit.data.order); null: all samples at
     # once; auto: null up to 8 GB of shards, else 4. A run keeps what it began with (before the key: null)

@@ -308,6 +308,7 @@ def _resolve(recipe: Recipe, manifest: Manifest) -> Recipe:
     if data.kind == "latents":
         latents = Latents.of(recipe, manifest)
         data = replace(data, latent_scale=latents.scale, latent_shift=latents.shift, vae=data.vae or manifest.vae)
+        data = replace(data, vae_sha256=manifest.vae_sha256 or data.vae_sha256)
     weights = None if recipe.initial_weights is None else str(Path(recipe.initial_weights).resolve())
     return replace(recipe, data=data, initial_weights=weights)
 
@@ -357,6 +358,12 @@ def _check_same(recipe: Recipe, description: dict, checkpoint: Path) -> None:
                 f"{checkpoint} was trained with {path} {old}, not {new}; continue it with {old}, "
                 f"or give another --out for another experiment"
             )
+    ours, theirs = ours["data"]["vae_sha256"], theirs["data"]["vae_sha256"]
+    if None not in (ours, theirs) and ours != theirs:
+        raise InputError(
+            f"{checkpoint} was trained on latents of another VAE ({theirs[:12]}..., not {ours[:12]}...); give the same "
+            "shards, or another --out for another experiment"
+        )
     if description["step"] > recipe.steps:
         raise InputError(f"{checkpoint} has done {description['step']} steps, more than the {recipe.steps} asked for")
 

@@ -19,7 +19,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from eval import features, metrics, score
 from eval.images import any_images, read_image
 from eval.protocols import PROTOCOLS
-from eval.reference import load_statistics
+from eval.sample_folder import export_npz
 from moe_dit.runtime.errors import InputError
 
 SIZE = 32
@@ -206,47 +206,67 @@ def launched(count, *command):
     assert done.returncode == 0
 
 
-def test_scores_and_references_do_not_depend_on_ranks_or_form(folders, inception, tmp_path, monkeypatch):
-    """Of 75 real images in batches of 64, the folder's, its shards', its file's: scored by 1, 2 and 3 ranks."""
+class Tiny(features.Network):
+    """Another feature space, as a person would add one."""
+
+    title, identity = "tiny", "tiny 0"
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 5, 4), torch.nn.SiLU(), torch.nn.AdaptiveAvgPool2d(2))
+
+    def forward(self, images):
+        return {"features": self.layers(images.float() / 255).flatten(1)}
+
+
+def test_a_reference_of_shards_is_that_of_the_folder(folders, tmp_path):
+    """75 images in another order, in batches of 64."""
     shards = tmp_path / "shards"
     assert call("data_prep.pack_pixels", "--images", folders / "real", "--out", shards, "--size", SIZE) == 0
-    for name, images, count in (("folder", folders / "real", 1), ("shards", shards, 2)):
-        command = ["eval.reference", images, "--out", tmp_path / f"{name}.npz", "--inception", inception]
-        launched(count, *command)
-    one, two = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("folder", "shards"))
-    assert one["mu"].shape == (2048,) and one["features"].shape == (75, 2048)
-    np.testing.assert_allclose(one["mu"], two["mu"], rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(one["sigma"], two["sigma"], rtol=1e-9, atol=1e-12)
-    about = json.loads(str(one["about"]))
-    assert about["count"] == 75 and about["size"] == SIZE and len(about["sha256"]) == 64
-    found = {}
-    for count in (1, 2, 3):
-        out = tmp_path / f"{count}.json"
-        flags = ["--reference", folders / "real", "--inception", inception, "--out", out]
-        launched(count, "eval.score", folders / "samples", *flags)
-        found[count] = json.loads(out.read_text())
-    for count, reference in ((4, "folder.npz"), (5, "shards.npz")):
-        flags = ["--reference", tmp_path / reference, "--inception", inception]
-        found[count] = scored(folders / "samples", *flags, out=tmp_path / "x.json")
-    for count, other in found.items():
-        for key in ("fid", "inception_score", "kid", "precision", "recall", "density", "coverage", "fid_infinity"):
-            if (key, count) == ("kid", 5):  # of random subsets, and shards have another order
-                continue
-            # torch-fidelity's formula, by which 1 to 3 go, is less exact with so few images.
-            exact = 1e-5 if key in ("fid", "fid_infinity") and count > 3 else 1e-9
-            assert other[key] == pytest.approx(found[1][key], rel=exact, abs=1e-9), key
-        assert other["fid_std_error"] == pytest.approx(found[1]["fid_std_error"], rel=1e-6)
-    assert found[4]["fid"] == pytest.approx(found[5]["fid"], rel=1e-9)
+    extractor = features.Extractor([Tiny()], torch.device("cpu"))
+    one, two = (features.survey(extractor, any_images(path), SIZE, "test") for path in (folders / "real", shards))
+    for of in ("mu", "sigma"):
+        ours, theirs = (getattr(found.moments["features"], of).numpy() for found in (one, two))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+    images = any_images(folders / "real")
+    x = torch.stack([read_image(image) for image in images])
+    with torch.no_grad():
+        x = Tiny()(x)["features"].double().numpy()
+    np.testing.assert_allclose(one.moments["features"].sigma, np.cov(x, rowvar=False), rtol=1e-5)
 
 
-def test_a_reference_keeps_the_classifier_that_it_was_made_with(folders, tmp_path):
-    assert call("eval.reference", folders / "real", "--out", tmp_path / "r.npz") == 0
-    by_file = scored(folders / "samples", "--reference", tmp_path / "r.npz", out=tmp_path / "a.json")
-    by_folder = scored(folders / "samples", "--reference", folders / "real", out=tmp_path / "b.json")
-    for key in ("fid", "kid", "precision", "held_out_accuracy", "num_reference"):
-        assert by_file[key] == pytest.approx(by_folder[key], rel=1e-9), key
-    survey, described = load_statistics(tmp_path / "r.npz")
-    assert survey.count == 75 and described["classes"] == 3
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    """More images than a classifier has features: 120 real ones, 80 samples."""
+    folder = tmp_path_factory.mktemp("more")
+    generator = np.random.default_rng(1)
+    for kind in KINDS:
+        for name, count in (("real", 40), ("samples", 27)):
+            (folder / name / kind).mkdir(parents=True)
+            for i in range(count):
+                picture(kind, generator).save(folder / name / kind / f"{i}.png")
+    return folder
+
+
+def test_scores_do_not_depend_on_ranks_or_on_the_reference_s_form(more, tmp_path):
+    """By 1, 2 and 3 ranks, against the images and against their file, which two ranks made."""
+    launched(2, "eval.reference", more / "real", "--out", tmp_path / "r.npz")
+    stored = dict(np.load(tmp_path / "r.npz"))
+    assert stored["mu"].shape == (64,) and stored["features"].shape == (120, 64)
+    about = json.loads(str(stored["about"]))
+    assert about["count"] == 120 and about["size"] == SIZE and len(about["sha256"]) == 64
+    found = []
+    for count, reference in ((1, more / "real"), (2, more / "real"), (3, more / "real"), (2, tmp_path / "r.npz")):
+        out = tmp_path / "scores.json"
+        launched(count, "eval.score", more / "samples", "--reference", reference, "--out", out)
+        found.append(json.loads(out.read_text()))
+    names = ("fid", "inception_score", "kid", "precision", "recall", "density", "coverage", "fid_infinity")
+    for other in found[1:]:
+        for key in (*names, "fid_std_error", "held_out_accuracy"):
+            exact = 1e-7 if key == "fid_infinity" else 1e-9  # an extrapolation, which enlarges what rounding leaves
+            assert other[key] == pytest.approx(found[0][key], rel=exact, abs=1e-9), key
+        assert other["num_samples"] == 81 and other["num_reference"] == 120
 
 
 def test_a_reference_of_any_size_keeps_a_few_rows(folders, inception, tmp_path, monkeypatch):
@@ -387,6 +407,18 @@ def test_arrays_of_images_are_images(folders, tmp_path):
     for name, line in (("b", "compressed"), ("c", "uint8")):
         with pytest.raises(InputError, match=line):
             any_images(tmp_path / f"{name}.npz")
+
+
+def test_exported_arrays_are_the_images(folders, tmp_path):
+    """What eval.sample --export-npz writes, by numpy."""
+    (tmp_path / "images").mkdir()
+    images = arrays(folders / "samples")
+    for i in (2, 0, 1):
+        Image.fromarray(images[i]).save(tmp_path / "images" / f"{i:06d}_{i + 4}.png")
+    export_npz(tmp_path, 3, tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as found:
+        assert (found["arr_0"] == images[:3]).all() and found["arr_1"].tolist() == [4, 5, 6]
+    assert [image.label for image in any_images(tmp_path / "a.npz")] == [4, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,11 @@ def check_manifest(manifest: Manifest, recipe: Recipe) -> None:
             f"{manifest.folder} was encoded by a VAE of shift {manifest.shift}, but data.latent_shift of recipe "
             f"{recipe.name} is {data.latent_shift}"
         )
+    if data.vae_sha256 is not None and manifest.vae_sha256 not in (None, data.vae_sha256):
+        raise InputError(
+            f"{manifest.folder} was encoded by another VAE than data.vae_sha256 of recipe {recipe.name} names: "
+            f"{manifest.vae_sha256[:12]}..., not {data.vae_sha256[:12]}..."
+        )
     if not data.latent_scale and not manifest.scale:
         raise InputError(
             f"{manifest.folder} was encoded by a VAE that names no scale of its latents; set data.latent_scale to 1 / "
