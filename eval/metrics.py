@@ -101,7 +101,11 @@ class Frechet:
         return (mean + samples.sigma.trace() + self.reference.sigma.trace() - 2 * trace).item()
 
     def with_errors(
-        self, samples: Moments, features_ND: torch.Tensor, reference_MD: torch.Tensor | None = None
+        self,
+        samples: Moments,
+        features_ND: torch.Tensor,
+        reference_MD: torch.Tensor | None = None,
+        labels_N: torch.Tensor | None = None,
     ) -> tuple[float, float, float]:
         """The distance, and how far it would move with other samples and with other reference images.
 
@@ -109,6 +113,8 @@ class Frechet:
             samples: the moments of ``features_ND``.
             features_ND: the samples' features.
             reference_MD: features of reference images, or of some of them; None: the reference is what it is.
+            labels_N: of the samples, int64; where every class has equally many, other samples would too, and what
+                classes differ by moves nothing.
 
         Returns:
             the distance, and two standard errors.
@@ -119,12 +125,27 @@ class Frechet:
         # The derivative follows from the optimal transport from samples to reference, B (B^T S1 B)^(-1/2) B^T.
         half = self._factor @ (vectors * values.pow(-0.25))
         ours = _influence(features_ND, samples.mu, self.reference.mu, half)
-        errors = [ours.std().item() / len(features_ND) ** 0.5, 0.0]
+        if labels_N is not None and _balanced(labels_N):
+            counts = labels_N.bincount().clamp_min(1)
+            means = (
+                torch.zeros(len(counts), dtype=ours.dtype, device=ours.device).index_add_(0, labels_N, ours) / counts
+            )
+            ours = (ours - means[labels_N]) * (counts / (counts - 1)).sqrt()[labels_N]
+            errors = [(ours.square().mean() / len(ours)).sqrt().item(), 0.0]
+        else:
+            errors = [ours.std().item() / len(ours) ** 0.5, 0.0]
         if reference_MD is not None and self.reference.n is not None:
             back = torch.linalg.lstsq(self._factor.T, vectors * values.pow(0.25)).solution
             theirs = _influence(reference_MD, self.reference.mu, samples.mu, back)
             errors[1] = theirs.std().item() / self.reference.n**0.5
         return self._value(samples, values), errors[0], errors[1]
+
+
+def _balanced(labels_N: torch.Tensor) -> bool:
+    """Whether classes have equally many, at least two each."""
+    counts = labels_N.bincount()
+    counts = counts[counts > 0]
+    return bool(counts.max() - counts.min() <= 1 and counts.min() >= 2)
 
 
 def _influence(features_ND: torch.Tensor, mu: torch.Tensor, other: torch.Tensor, half: torch.Tensor) -> torch.Tensor:

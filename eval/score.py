@@ -206,7 +206,7 @@ def compute(
     result |= {"num_samples": samples, "num_reference": truth.count}
     for name, key in FID.items():
         if name in made.arrays and name in truth.moments:
-            result |= _distance(key, made.arrays[name].to(device), truth, name, protocol)
+            result |= _distance(key, made.arrays[name].to(device), made.labels, truth, name, protocol)
     result["inception_score"], result["inception_score_std"] = metrics.inception_score(
         made.arrays["logits"], protocol.shuffle
     )
@@ -235,7 +235,9 @@ def compute(
     return result
 
 
-def _distance(key: str, made: torch.Tensor, truth: Survey, name: str, protocol: Protocol) -> dict[str, Any]:
+def _distance(
+    key: str, made: torch.Tensor, labels: torch.Tensor | None, truth: Survey, name: str, protocol: Protocol
+) -> dict[str, Any]:
     """A Frechet distance, its standard error over draws of samples, its 95% interval and its limit of many samples."""
     frechet = metrics.Frechet(truth.moments[name].to(made.device))
     halves = [metrics.Sums(made.shape[1], made.device) for _ in range(2)]
@@ -248,14 +250,15 @@ def _distance(key: str, made: torch.Tensor, truth: Survey, name: str, protocol: 
     if name == "spatial":
         return {key: frechet.distance(samples)}
     rows = truth.rows.get(name)
-    fid, error, reference_error = frechet.with_errors(samples, made, None if rows is None else rows.to(made.device))
+    labels, real = (None if x is None else x.to(made.device) for x in (labels, rows))
+    fid, error, reference_error = frechet.with_errors(samples, made, real, labels)
     all_rows = rows is not None and len(rows) == truth.count and not truth.of_file
     theirs = protocol.name == "fidelity" and name == "features"
     if theirs and rows is not None and all_rows and min(len(made), len(rows)) <= made.shape[1]:
         # Of fewer images than features torch-fidelity's number is rounding from the fifth digit on; it is theirs.
         fid = metrics.torch_fidelity_distance(made.cpu(), rows)
     wide = metrics.CONFIDENT * math.hypot(error, reference_error)
-    found: dict[str, Any] = {key: fid, f"{key}_std_error": error, f"{key}_interval": [fid - wide, fid + wide]}
+    found: dict[str, Any] = {key: fid, f"{key}_std_error": error, f"{key}_interval": [max(0.0, fid - wide), fid + wide]}
     return found | {f"{key}_infinity": metrics.fid_infinity(frechet, fid, halves)}
 
 

@@ -325,6 +325,22 @@ def test_the_error_is_the_bootstrap_s():
     assert of_samples == pytest.approx(samples, rel=0.15) and of_reference == pytest.approx(references, rel=0.15)
 
 
+def test_of_balanced_classes_the_error_is_what_samples_differ_by_within_them():
+    """Against the spread of 200 sets that have 50 samples of each of 4 classes far apart."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 4
+    centres = 3 * torch.randn(4, 6, generator=generator)
+    exact = metrics.Frechet(metrics.moments(torch.randn(5000, 6, generator=generator) * 3 + 1))
+
+    def drawn():
+        return centres[labels] + torch.randn(200, 6, generator=generator)
+
+    fids = [exact.distance(metrics.moments(drawn())) for _ in range(200)]
+    told = [exact.with_errors(metrics.moments(x), x, None, labels)[1] for x in (drawn() for _ in range(10))]
+    unbalanced = [exact.with_errors(metrics.moments(x), x)[1] for x in (drawn() for _ in range(10))]
+    assert np.mean(told) == pytest.approx(np.std(fids), rel=0.15) and np.mean(unbalanced) > 2 * np.std(fids)
+
+
 def test_half_against_the_other_half():
     """Of a set that is split in two 20 times, the interval of each split holds the mean of all."""
     generator = torch.Generator().manual_seed(0)
