@@ -2,6 +2,6 @@
 
 ``eval.sample`` makes samples, ``eval.score`` scores them, ``eval.run`` does both without writing the images,
 ``eval.reference`` keeps what is known of real images in a file, ``eval.sweep`` scores many ways to sample, and
-``eval.report`` shows a run in one HTML file. ``eval.images`` finds and reads images, ``eval.features`` has the networks,
-``eval.metrics`` the formulas, ``eval.protocols`` the ways to score.
+``eval.report`` shows a run in one HTML file. ``eval.images`` finds and reads images, ``eval.features`` has the
+networks, ``eval.metrics`` the formulas, ``eval.protocols`` the ways to score.
 """

@@ -60,15 +60,14 @@ class Task:
             note = f"{speed:.3g} {self.unit}/s"
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, advance=n, note=note)
-        elif self._log:
-            if now - self._last_line >= LOG_EVERY_SECONDS or self.done == self.total:
-                self._last_line = now
-                left = (self.total - self.done) / speed if speed else float("inf")
-                console.print(
-                    f"{self.description} {self.done}/{self.total} {note} {left:.0f} s left".replace("  ", " "),
-                    markup=False,
-                    soft_wrap=True,
-                )
+        elif self._log and (now - self._last_line >= LOG_EVERY_SECONDS or self.done == self.total):
+            self._last_line = now
+            left = (self.total - self.done) / speed if speed else float("inf")
+            console.print(
+                f"{self.description} {self.done}/{self.total} {note} {left:.0f} s left".replace("  ", " "),
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 @contextmanager
