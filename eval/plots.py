@@ -24,6 +24,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 WIDTH = 860  # of a drawing, in units that are a screen's pixels on a page of full width
+HALF = 430  # of one that has another beside it, and fills a phone's page
 POINTS = 1500  # of a curve: more than a screen can show
 FEW = 40  # points; a curve of so few shows each, and is not smoothed
 
@@ -76,34 +77,37 @@ def printable(text: str) -> str:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Exponential moving average over about ``window`` values, unbiased at the start."""
-    keep = 1 - 1 / max(window, 1)
-    average = 0.0
-    weight = 0.0
-    result = []
-    for value in values:
-        average = keep * average + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        result.append(average / weight)
-    return result
+    """Mean of each value's neighbours on both sides, so that a curve's bends stay where they are.
+
+    As many on one side as on the other: up to half a ``window``, a tenth of the place from the start, or what is left
+    to the end.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, float))])
+    place = np.arange(len(values))
+    half = np.minimum.reduce([place // 10, len(values) - 1 - place, np.full(len(values), max(window, 1) // 2)])
+    return ((sums[place + half + 1] - sums[place - half]) / (2 * half + 1)).tolist()
 
 
-def line_chart(steps: Sequence[int], values: Sequence[float], label: str) -> str:
+def line_chart(
+    steps: Sequence[int], values: Sequence[float], label: str, width: int = WIDTH, log_steps: bool = False
+) -> str:
     """Values over steps: raw thin, smoothed thick (few values: one line and its points).
 
     Args:
         steps: rising, at least one.
         values: finite; the axis is logarithmic where they are positive and span more than a decade.
         label: what they are; it stands at the axis.
+        width: of the drawing.
+        log_steps: both axes are logarithmic.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure((WIDTH / 72, 300 / 72), layout="constrained")
+        figure = Figure((width / 72, (300 if width == WIDTH else 240) / 72), layout="constrained")
         axes = figure.subplots()
         # Rare spikes would flatten everything else.
         ordered = sorted(values)
         low = ordered[0]
         high = ordered[min(len(ordered) - 1, math.ceil(0.999 * len(ordered)))]
-        if low > 0 and high / low > 10:
+        if low > 0 and (high / low > 10 or log_steps):
             low = low / 1.1
             high = high * 1.1
             axes.set_yscale("log")
@@ -113,12 +117,17 @@ def line_chart(steps: Sequence[int], values: Sequence[float], label: str) -> str
             axes.set_ylabel(f"{label} (log scale)")
         else:
             margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-            low = low - margin
+            low = float(low - margin)
             high = high + margin
             axes.set_ylabel(label)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
         axes.set_ylim(low, high)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if log_steps and steps[0] > 0 and steps[-1] > 10 * steps[0]:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator())
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(6 if width == WIDTH else 4, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
         axes.set_xlabel("step")
         axes.grid(axis="y")
@@ -126,12 +135,12 @@ def line_chart(steps: Sequence[int], values: Sequence[float], label: str) -> str
             axes.plot(steps, values, "o-", color=ACCENT, linewidth=2, markersize=5, gid="points")
         else:
             stride = max(1, len(values) // POINTS)
-            kept = sorted({*range(0, len(values), stride), len(values) - 1})
+            kept = sorted({*range(min(POINTS // 5, len(values))), *range(0, len(values), stride), len(values) - 1})
             smoothed = smooth(values, len(values) // 50)
-            for series, width, opacity, name in ((values, 0.8, 0.4, "raw"), (smoothed, 2, 1, "smooth")):
+            for series, thick, opacity, name in ((values, 0.8, 0.4, "raw"), (smoothed, 2, 1, "smooth")):
                 shown = [min(max(series[i], low), high) for i in kept]
                 at = [steps[i] for i in kept]
-                axes.plot(at, shown, color=ACCENT, linewidth=width, alpha=opacity, gid=name)
+                axes.plot(at, shown, color=ACCENT, linewidth=thick, alpha=opacity, gid=name)
         return _svg(figure, f"{label} over steps")
 
 
@@ -186,6 +195,8 @@ def lines(
 def heat_map(load: Sequence[Sequence[float]]) -> str:
     """Share of tokens of each layer's experts, beside an even share; each cell says its numbers under the pointer.
 
+    An expert without tokens has a cross.
+
     Args:
         load: a layer's shares, which sum to 1; layers may have other numbers of experts.
     """
@@ -209,6 +220,9 @@ def heat_map(load: Sequence[Sequence[float]]) -> str:
                 cell = f"cell-{row}-{column}"
                 axes[0].add_patch(_cell(column, row, share * len(layer), gid=cell))
                 tips[cell] = f"MoE layer {row}, expert {column}: {share:.2%} of the tokens"
+                if share == 0:
+                    how: Any = {"horizontalalignment": "center", "verticalalignment": "center", "color": UNDER}
+                    axes[0].text(column + 0.5, row + 0.5, "x", gid=f"dead-{row}-{column}", **how)
         return _svg(figure, "expert load by layer and expert", tips)
 
 

@@ -1,4 +1,4 @@
-"""Show a run in one HTML file: losses, expert load, routing, samples, scores and recipe.
+"""Show a run in one HTML file: scores, losses, speed, expert load, routing, samples beside real images, and recipe.
 
 It needs no network and no other file.
 """
@@ -12,11 +12,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
 
 from eval.atlas_file import load_atlas
 from eval.atlas_page import atlas_parts
-from eval.plots import bars, heat_map, line_chart, printable
+from eval.plots import HALF, WIDTH, bars, heat_map, line_chart, printable
+from eval.published import SAMPLES, published
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import check_new_file, explained, write_bytes
@@ -25,12 +27,13 @@ from moe_dit.runtime.progress import say
 EXAMPLES = """\
   python -m eval.report --run RUN --out report.html
   python -m eval.report --run RUN --samples SAMPLES --scores SAMPLES/metrics.json --atlas ATLAS \\
-      --out report.html
+      --real imagenet256_pixels --inception FILE.pth --out report.html
 """
 LOOK = re.compile(r"step_(\d+)\.png")
 BEGINNING = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>'
 SUMMARY = '<dl class="summary">'
 LARGEST_IMAGE = 1280  # pixels; a bigger grid of samples is scaled down
+SMALLEST_SHOWN = 96  # pixels across of an image that is to be judged
 
 STYLE = """
 :root { color-scheme: light dark; --back: #ffffff; --text: #1c1e21; --faint: #6a7078; --line: #dfe3e8; --card: #f6f7f9;
@@ -47,12 +50,23 @@ dl.summary div { background: var(--card); border: 1px solid var(--line); border-
 dt { color: var(--faint); font-size: 12px; } dd { margin: 0; font-size: 17px; font-variant-numeric: tabular-nums; }
 h3 { font-size: 15px; margin: 28px 0 4px; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
+.wide { overflow-x: auto; } .wide > svg { min-width: 680px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 8px 24px; }
+.phone { display: none; }
+@media (max-width: 720px) { body { padding: 20px 12px 48px; } .phone { display: block; } .desk { display: none; } }
+p.score { color: var(--text); font-size: 17px; } p.score b { font-size: 26px; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; } th { text-align: left; font-weight: 500; color: var(--faint); padding: 5px 28px 5px 0; }
+.beside { display: flex; flex-wrap: wrap; gap: 8px 20px; align-items: flex-end; margin: 0 0 20px; }
+.beside figure { margin: 0; } figcaption { color: var(--faint); font-size: 12px; }
+.beside img { image-rendering: pixelated; margin-right: 4px; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 table { border-collapse: collapse; } td { border-bottom: 1px solid var(--line); padding: 5px 28px 5px 0;
   font-variant-numeric: tabular-nums; } td:first-child { color: var(--faint); }
 img { max-width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
-details { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px; }
-summary { cursor: pointer; } pre { overflow-x: auto; font-size: 13px; }
+details { margin-top: 12px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 10px 14px; }
+summary { cursor: pointer; }
+pre { overflow-x: auto; font-size: 13px; }
 """
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -107,6 +121,10 @@ def data_uri(file: Path) -> str:
         image = Image.open(file).convert("RGB")
     except Exception:  # decoders raise whatever they meet
         raise InputError(f"{file} is not an image; eval.sample writes it") from None
+    return _image_uri(image)
+
+
+def _image_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     if max(image.size) > LARGEST_IMAGE:
         image.thumbnail((LARGEST_IMAGE, LARGEST_IMAGE))
@@ -135,7 +153,14 @@ def section(title: str, note: str, body: str, heading: str = "h2") -> str:
     return f"<{heading}>{html.escape(title)}</{heading}>" + (f"<p>{html.escape(note)}</p>" if note else "") + body
 
 
-def report(run_folder: Path, samples: Path | None, scores: Path | None, atlas: Path | None = None) -> str:
+def report(
+    run_folder: Path,
+    samples: Path | None,
+    scores: Path | None,
+    atlas: Path | None = None,
+    real: Path | None = None,
+    inception: str | None = None,
+) -> str:
     """The page.
 
     Args:
@@ -143,6 +168,8 @@ def report(run_folder: Path, samples: Path | None, scores: Path | None, atlas: P
         samples: a folder with samples.png, or None.
         scores: a file that eval.score wrote, or None.
         atlas: a file that eval.atlas wrote, or None.
+        real: labelled images to show beside the samples, or None.
+        inception: weights of the network by whose features the nearest are found; None: a fitted classifier.
 
     Raises:
         InputError: one of them is not what it should be.
@@ -151,43 +178,148 @@ def report(run_folder: Path, samples: Path | None, scores: Path | None, atlas: P
     steps, losses = curve(records, "loss")
     if not steps:
         raise InputError(f"{run_folder}/metrics.jsonl holds no finite loss; the run has diverged from its first step")
-    recent = losses[-max(1, len(losses) // 50) :]
-    summary = {"steps": f"{records[-1]['step']:,}", "loss, last 2%": f"{sum(recent) / len(recent):.4g}"}
-    _, speeds = curve(records, "images_per_second")
-    if speeds:
-        summary["images per second (median)"] = f"{sorted(speeds)[len(speeds) // 2]:,.4g}"
-    _, held_out = curve(records, "held_out_loss")
-    if held_out:
-        summary["held-out loss, last"] = f"{held_out[-1]:.4g}"
-    _, imbalance = curve(records, "moe_imbalance")
-    if imbalance:
-        summary["imbalance, last"] = f"{imbalance[-1]:.3g}"
-
-    parts = [section("Loss", "Thin: every step. Thick: smoothed.", line_chart(steps, losses, "loss"))]
+    settings, text = _config(run_folder)
+    parts = []
+    if scores is not None:
+        parts.append(section("Scores", "", _scores(scores, str(settings.get("name", "")))))
+    note = "Thin: every step. Thick: the mean of its neighbours on both sides. Both axes are logarithmic."
+    drawn = [line_chart(steps, losses, "loss", width, log_steps=True) for width in (WIDTH, HALF)]
+    both = f'<div class="desk">{drawn[0]}</div><div class="phone">{drawn[1]}</div>'
+    parts.append(section("Loss", note, both))
     parts += _more_losses(records)
+    parts.append(_course(records))
     parts += _experts(records)
-    if atlas is not None:
-        parts.append(section("Routing atlas", "Which experts the model sends real samples' tokens to.", ""))
-        parts += [section(*part, heading="h3") for part in atlas_parts(load_atlas(atlas))]
-    parts += _looks(run_folder, records)
     if samples is not None:
         grid = samples / "samples.png"
         if not os.path.exists(grid):
             raise InputError(f"no {grid}; --samples should be a folder that eval.sample finished")
         parts.append(section("Samples", "", f'<img alt="samples" src="{data_uri(grid)}">'))
-    if scores is not None:
-        parts.append(section("Scores", "", _scores_table(scores)))
-    config = run_folder / "config.yaml"
-    if config.is_file():
-        text = html.escape(config.read_text(errors="replace"))
-        parts.append(section("Recipe", "", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>"))
+        if real is not None:
+            parts.append(_beside(samples, real, inception))
+    parts += _looks(run_folder, records)
+    if atlas is not None:
+        parts.append(section("Routing atlas", "Which experts the model sends real samples' tokens to.", ""))
+        parts += [section(name, note, _wide(body), heading="h3") for name, note, body in atlas_parts(load_atlas(atlas))]
+    if text is not None:
+        shown = f"<details><summary>config.yaml</summary><pre>{html.escape(text)}</pre></details>"
+        parts.append(section("Recipe", "", shown))
     title = html.escape(run_folder.absolute().name)
-    listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in summary.items())
+    summary = _summary(run_folder, records, settings)
+    listed = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in summary)
     return (
         f"{BEGINNING}{title}</title>"
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
         f"<body><h1>{title}</h1>{SUMMARY}{listed}</dl>{''.join(parts)}</body></html>\n"
     )
+
+
+def _wide(drawing: str) -> str:
+    """A drawing that is moved sideways where the page is narrow."""
+    return f'<div class="wide">{drawing}</div>'
+
+
+def _config(run_folder: Path) -> tuple[dict[str, Any], str | None]:
+    """A run's recipe, as far as it can be read, and config.yaml as it stands."""
+    try:
+        text = (run_folder / "config.yaml").read_text(errors="replace")
+    except OSError:
+        return {}, None
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}, text
+
+
+def _starts(run_folder: Path) -> list[dict[str, Any]]:
+    """What the run's starts were computed with; none for older runs."""
+    try:
+        found = json.loads((run_folder / "starts.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
+
+
+def _summary(run_folder: Path, records: list[dict[str, Any]], settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values at the page's head."""
+    summary = [("steps", f"{records[-1]['step']:,}")]
+    _, losses = curve(records, "loss")
+    recent = losses[-max(1, len(losses) // 50) :]
+    summary.append(("loss, last 2%", f"{sum(recent) / len(recent):.4g}"))
+    _, speeds = curve(records, "images_per_second")
+    if speeds:
+        summary.append(("images per second (median)", f"{sorted(speeds)[len(speeds) // 2]:,.4g}"))
+        batch: Any = settings.get("global_batch_size")
+        if _is_number(batch):
+            summary.append(("training time", _duration(sum(batch / speed for speed in speeds if speed > 0))))
+    for key, name in (("held_out_loss", "held-out loss, last"), ("moe_imbalance", "imbalance, last")):
+        _, values = curve(records, key)
+        if values:
+            summary.append((name, f"{values[-1]:.4g}" if key == "held_out_loss" else f"{values[-1]:.3g}"))
+    starts = _starts(run_folder)
+    if starts:
+        last = starts[-1]
+        if _is_number(last.get("parameters")) and _is_number(last.get("activated")):
+            summary.append(
+                ("parameters, activated", f"{last['parameters'] / 1e6:,.4g} M, {last['activated'] / 1e6:,.4g} M")
+            )
+        summary.append(
+            (
+                "computed by",
+                f"{last.get('ranks', '?')} x {last.get('machine', '?')}, {last.get('precision', '?')}, ZeRO "
+                f"{last.get('zero_stage', '?')}, EP {last.get('expert_parallel', '?')}",
+            )
+        )
+        summary.append(("starts", f"{len(starts)}, the first {starts[0].get('date', '?')}"))
+        summary.append(("code", f"{str(last.get('commit') or 'unknown')[:12]}, torch {last.get('torch', '?')}"))
+    return summary
+
+
+def _duration(seconds: float) -> str:
+    """For people: "3 d 4 h", "2 h 5 min", "40 s"."""
+    for size, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {name} {seconds % size // small:.0f} {small_name}"
+    return f"{seconds:.0f} s"
+
+
+def _course(records: list[dict[str, Any]]) -> str:
+    """How the rest went over steps, two drawings side by side."""
+    drawings = []
+    for key, name in (
+        ("lr", "learning rate"),
+        ("grad_norm", "gradient norm"),
+        ("images_per_second", "images per second"),
+        ("moe_imbalance", "imbalance"),
+        ("data_wait", "wait for data"),
+    ):
+        steps, values = curve(records, key)
+        if values:
+            drawings.append(line_chart(steps, values, name, HALF))
+    note = "Imbalance: largest over mean tokens of an expert, in the worst layer; 1 is even."
+    return section(
+        "Course", note, f'<div class="pair">{"".join(f"<div>{drawing}</div>" for drawing in drawings)}</div>'
+    )
+
+
+def _beside(samples: Path, real: Path, inception: str | None) -> str:
+    """Samples beside real images of their class."""
+    from eval.neighbours import comparisons  # brings in networks, which a page without it need not wait for
+
+    rows = ""
+    for found in comparisons(samples, real, inception):
+        side = max(SMALLEST_SHOWN, min(256, found.sample.shape[0]))
+        kinds = ((f"sample of class {found.label}", [found.sample]), ("real, of its class", found.real))
+        figures = ""
+        for name, images in (*kinds, ("nearest real ones", found.nearest)):
+            shown = "".join(
+                f'<img alt="{name}" width="{side}" height="{side}" src="{_image_uri(Image.fromarray(image))}">'
+                for image in images
+            )
+            figures += f"<figure>{shown}<figcaption>{name}</figcaption></figure>"
+        rows += f'<div class="beside">{figures}</div>'
+    note = "A sample that equals its nearest real image was learned by heart; features are those of the scores."
+    return section("Samples beside real images", note, rows)
 
 
 def _more_losses(records: list[dict[str, Any]]) -> list[str]:
@@ -196,17 +328,17 @@ def _more_losses(records: list[dict[str, Any]]) -> list[str]:
     steps, held_out = curve(records, "held_out_loss")
     if held_out:
         note = "Of samples that are never trained on: where it rises while the loss falls, the model learns by heart."
-        parts.append(section("Held-out loss", note, line_chart(steps, held_out, "held-out loss")))
+        parts.append(section("Held-out loss", note, _wide(line_chart(steps, held_out, "held-out loss"))))
     by_time = [record for record in records if _is_list_of_numbers(record.get("held_out_loss_by_time"))]
     if by_time:
         note = f"At step {by_time[-1]['step']:,}, for equal parts of t: which noise levels the loss is made of."
         drawing = bars(by_time[-1]["held_out_loss_by_time"], "held-out loss", "t (0 noise, 1 data)")
-        parts.append(section("Held-out loss by time", note, drawing))
+        parts.append(section("Held-out loss by time", note, _wide(drawing)))
     keys = sorted({key for record in records for key in record if key == "mse" or key.endswith("_loss")})
     for key in keys:
         steps, values = curve(records, key)
         if values and key != "held_out_loss":
-            parts.append(section(f"Loss term {key}", "", line_chart(steps, values, key)))
+            parts.append(section(f"Loss term {key}", "", _wide(line_chart(steps, values, key))))
     return parts
 
 
@@ -215,17 +347,15 @@ def _is_list_of_numbers(value: Any) -> bool:
 
 
 def _experts(records: list[dict[str, Any]]) -> list[str]:
-    """Load and imbalance of the experts in training."""
-    parts = []
+    """Load of the experts in training, the dead ones named."""
     load = last_load(records)
-    if load:
-        note = f"Share of tokens of each expert at step {load[0]:,}, against an even share."
-        parts.append(section("Expert load", note, heat_map(load[1])))
-    steps, imbalance = curve(records, "moe_imbalance")
-    if imbalance:
-        note = "Largest over mean tokens of an expert, in the worst layer; 1 is even."
-        parts.append(section("Expert imbalance", note, line_chart(steps, imbalance, "imbalance")))
-    return parts
+    if load is None:
+        return []
+    dead = [f"{i}.{j}" for i, layer in enumerate(load[1]) for j, share in enumerate(layer) if share == 0]
+    note = f"Share of tokens of each expert at step {load[0]:,}, against an even share. "
+    some = ", ".join(dead[:20]) + (", ..." if len(dead) > 20 else "")
+    note += f"Without a token (layer.expert): {some}." if dead else "Every expert gets tokens."
+    return [section("Expert load", note, _wide(heat_map(load[1])))]
 
 
 def _looks(run_folder: Path, records: list[dict[str, Any]]) -> list[str]:
@@ -235,25 +365,62 @@ def _looks(run_folder: Path, records: list[dict[str, Any]]) -> list[str]:
     if numbered:
         newest = max(numbered)
         body += f'<p>Step {newest:,}.</p><img alt="samples at step {newest}" src="{data_uri(numbered[newest])}">'
+    drawings = ""
     for key in sorted({key for record in records for key in record if key.startswith("look_")}):
         steps, values = curve(records, key)
         if values:
-            body += line_chart(steps, values, key.removeprefix("look_"))
+            drawings += f"<div>{line_chart(steps, values, key.removeprefix('look_'), HALF)}</div>"
+    body += f'<div class="pair">{drawings}</div>' if drawings else ""
     return [section("Looks", "Small samples taken during training.", body)] if body else []
 
 
-def _scores_table(file: Path) -> str:
+def _scores(file: Path, recipe: str) -> str:
+    """What a scores file says: in words, beside what is published of the recipe, and whole."""
     from eval.score import read_scores, rows  # with torch's metrics it takes seconds to import
 
     result = read_scores(file)
-    shown = rows(result) + [(key, str(value)) for key, value in result.get("sampling", {}).items()]
+    sampling = result.get("sampling", {})
+    interval = result.get("fid_interval")
+    between = f" (95%: {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
+    count = f"{result['num_samples']:,} samples"
+    count += f" against {result['num_reference']:,} real images" if result.get("num_reference") else ""
+    words = f"FID <b>{result['fid']:.4g}</b>{between} of {count}, by {html.escape(str(result['features']))}"
+    words += f", protocol {html.escape(str(result.get('protocol', 'fidelity')))}."
+    body = f'<p class="score">{words}</p>' + _published(result, sampling, recipe)
     hidden = ("model_sha256", "vae_sha256", "num", "features", "save")
-    cells = (
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
-        for name, value in shown
-        if name not in hidden or (name, value) in rows(result)
-    )
+    how = [(key, str(value)) for key, value in sampling.items() if key not in hidden]
+    body += f'<div class="scroll">{_table(rows(result))}</div>'
+    if how:
+        body += f'<details><summary>how they were sampled</summary><div class="scroll">{_table(how)}</div></details>'
+    return body
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = (f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
     return f"<table>{''.join(cells)}</table>"
+
+
+def _published(result: dict[str, Any], sampling: dict[str, Any], recipe: str) -> str:
+    """The paper's numbers of a recipe, and whether these can be compared with them."""
+    table = published(recipe)
+    if not table:
+        return ""
+    lines = "".join(
+        f"<tr><td>{row.guidance:g}</td><td>{row.fid:g}</td><td>{row.inception_score:g}</td><td>{row.protocol}</td></tr>"
+        for row in table
+    )
+    wrong = []
+    if result.get("protocol", "fidelity") != table[0].protocol:
+        wrong.append(f"protocol {table[0].protocol}")
+    if result["num_samples"] != SAMPLES:
+        wrong.append(f"{SAMPLES:,} samples")
+    if not str(result["features"]).startswith("Inception V3") or "not comparable" in str(result["features"]):
+        wrong.append("Inception V3 with published weights")
+    if sampling.get("cfg_scale") not in [row.guidance for row in table]:
+        wrong.append(f"guidance {' or '.join(f'{row.guidance:g}' for row in table)}")
+    note = f"Not to be compared: these have {', '.join(wrong)}." if wrong else "Scored in the same way as here."
+    head = "<tr><th>guidance</th><th>published FID</th><th>Inception Score</th><th>protocol</th></tr>"
+    return f'<div class="scroll"><table>{head}{lines}</table></div><p>{note} (arXiv:2512.01252)</p>'
 
 
 def _is_report(file: Path) -> bool:
@@ -269,10 +436,14 @@ def main() -> None:
     add("--samples", type=Path, metavar="SAMPLES", help="a folder of eval.sample")
     add("--scores", type=Path, metavar="FILE.json", help="what eval.score wrote")
     add("--atlas", type=Path, metavar="ATLAS", help="what eval.atlas wrote")
+    add("--real", type=Path, metavar="IMAGES", help="labelled real images to show beside --samples: folders or shards")
+    add("--inception", metavar="FILE.pth", help="by whose features the nearest are found; else a fitted classifier")
     add("--out", type=Path, required=True, metavar="report.html", help="file to write")
     args = parser.parse_args()
+    if args.real is not None and args.samples is None:
+        raise InputError("--real shows images beside --samples; give that too")
     check_new_file(args.out, _is_report)
-    page = report(args.run, args.samples, args.scores, args.atlas)
+    page = report(args.run, args.samples, args.scores, args.atlas, args.real, args.inception)
     with explained(str(args.out)):
         write_bytes(args.out, page.encode(errors="replace"))  # a folder's name may be no Unicode
     say(f"report in {args.out}")

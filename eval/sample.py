@@ -43,6 +43,7 @@ from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import check_new_file, explained
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.ranks import from_rank_0
+from moe_dit.sampler import METHODS
 
 EXAMPLES = """\
   python -m eval.sample --model MODEL --num 50000 --out SAMPLES
@@ -67,7 +68,7 @@ def add_sampling_arguments(parser: Parser, default_num: int | None = None) -> No
     add("--cfg-scale", type=float, metavar="S", help="classifier-free guidance; 1 is none")
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guidance acts on times t inside it")
     add("--steps", type=int, metavar="N", help="integration steps")
-    add("--method", choices=("euler", "heun"), help="integrator")
+    add("--method", choices=METHODS, help="integrator")
     add("--labels", choices=("balanced", "random"), help="sample i has class i mod classes, or a random one")
     add("--vae", metavar="NAME_or_DIR", help="VAE that decodes latents: a hub name or a folder")
     add("--seed", type=int, default=0, metavar="N", help="default 0")

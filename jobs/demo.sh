@@ -38,7 +38,7 @@ python -m eval.score "$demo/samples" --reference "$demo/images" --out "$demo/met
 say "which experts see what, and the report"
 python -m eval.atlas --model "$demo/model" --data "$demo/latents" --out "$demo/atlas.npz"
 python -m eval.report --run "$demo/train" --samples "$demo/samples" --scores "$demo/metrics.json" \
-    --atlas "$demo/atlas.npz" --out "$demo/report.html"
+    --atlas "$demo/atlas.npz" --real "$demo/images" --out "$demo/report.html"
 
 say "look at $demo/samples.png and $demo/report.html"
 cat "$demo/scores.txt"

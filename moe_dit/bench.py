@@ -6,8 +6,6 @@ with torch's draws, torch's AdamW and a loop of averages. Between them stands th
 says what the machine gives at that moment. Before anything is timed both take the same first step, and must agree.
 """
 
-import os
-import platform
 import re
 import statistics
 import time
@@ -34,6 +32,7 @@ from moe_dit.reference.loop import published_form
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import Stop
 from moe_dit.runtime.files import write_json
+from moe_dit.runtime.machine import machine
 from moe_dit.runtime.progress import task
 
 PARTS = ("data and draws", "forward", "backward", "optimizer", "averages", "other")
@@ -385,25 +384,6 @@ def bench(
     if parallelism.world_size > 1:
         result["all_to_all_bytes_per_second"] = _all_to_all(recipe, ours, clock)
     return result
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What computes: its kind, never its name in a network."""
-    if device.type == "cuda":
-        kind = torch.cuda.get_device_name(device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-        kind = found[1] if found else platform.processor()
-    return {
-        "device": device.type,
-        "machine": kind,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "ranks": ranks.world().size,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def _warm_up(ours: Ours, theirs: Published | None) -> dict[str, list[float]]:

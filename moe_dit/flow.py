@@ -124,7 +124,7 @@ class Flow:
 
         Args:
             steps: number of steps.
-            method: "euler" or "heun".
+            method: one of :data:`moe_dit.sampler.METHODS`.
             cfg_scale: classifier-free guidance; None for none.
             cfg_interval: guidance acts on t inside it.
         """

@@ -193,6 +193,19 @@ def training_flops(recipe: Recipe, model: torch.nn.Module) -> float:
     return flops
 
 
+def parameters(recipe: Recipe) -> tuple[int, int]:
+    """Of the network: in all, and those that a token meets."""
+    moe = getattr(recipe.model, "moe", None)
+    total, activated = 0, 0.0
+    for name, weight in build_model(recipe, device="meta").named_parameters():
+        share = 1.0
+        if ".experts." in name and moe is not None:
+            share = (getattr(moe, "top_k", None) or moe.capacity) / moe.num_experts
+        total += weight.numel()
+        activated += weight.numel() * share
+    return total, round(activated)
+
+
 def most_images_per_second(recipe: Recipe, device_type: str) -> float:
     """More than a rank trains on: half of an H100's bf16 peak ("cuda"), or a teraflop a second ("cpu")."""
     rate = GPUS["h100-80g"].flops / 2 if device_type == "cuda" else 1e12

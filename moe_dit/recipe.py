@@ -37,7 +37,7 @@ class FlowConfig:
 class SamplingConfig:
     """Defaults of eval.sample, and how looks sample."""
 
-    method: Literal["euler", "heun"]
+    method: Literal["euler", "heun", "unipc"]
     steps: Count
     cfg_scale: NonNegative = 1.0
     cfg_interval: Interval = field(default_factory=lambda: [0.0, 1.0])  # guidance acts on t inside it

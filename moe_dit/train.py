@@ -1,5 +1,6 @@
 """The training loop: from a recipe and a DeepSpeed JSON to a run folder, continuing where it stopped."""
 
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -17,13 +18,14 @@ from moe_dit.data.order import window_for
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import Parallelism, load_parallelism
-from moe_dit.plan import most_images_per_second
+from moe_dit.plan import most_images_per_second, parameters
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import parse_recipe
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError, Interrupted, Stop
 from moe_dit.runtime.files import remove_unfinished, write_json, write_yaml
 from moe_dit.runtime.lock import lock_folder
+from moe_dit.runtime.machine import commit, machine, now
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.stopping import GRACE_SECONDS, StopRequest
 from moe_dit.schema import differences
@@ -86,6 +88,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         if recipe.initial_weights is not None and start.checkpoint is None:
             load_initial_weights(engine, Path(recipe.initial_weights))
         bytes_held = engine.bytes_held_by_rank()
+        ranks.on_rank_0(lambda: _write_start(run, recipe, engine, first_step))
         metrics = ranks.on_rank_0(lambda: _open_record(engine, run, start, first_step, bytes_held))
         for note in start.notes:
             say(note)
@@ -372,6 +375,21 @@ def _write_config(run: Path, recipe: Recipe, ds_config: dict) -> None:
     comment = "# Everything resolved: `--recipe` takes this file, `--ds` the ds_config.json beside it.\n"
     write_yaml(run / "config.yaml", recipe.to_dict(), comment)
     write_json(run / "ds_config.json", ds_config, indent=2)
+
+
+def _write_start(run: Path, recipe: Recipe, engine: "Engine", first_step: int) -> None:
+    """Add what this start computes with to RUN/starts.json, which the report shows."""
+    total, activated = parameters(recipe)
+    parallelism = engine.parallelism
+    start = machine(engine.device) | {"date": now(), "commit": commit(), "first_step": first_step}
+    start |= {"precision": "bf16" if engine.bf16 else "fp32", "zero_stage": parallelism.zero_stage}
+    start |= {"expert_parallel": parallelism.ep_size, "parameters": total, "activated": activated}
+    file = run / "starts.json"
+    try:
+        before = list(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):  # none yet, or damaged: a note is no reason not to train
+        before = []
+    write_json(file, [*before, start], indent=1)
 
 
 def _headline(recipe: Recipe, parallelism, manifest: Manifest, checkpoint: Path | None, engine) -> str:

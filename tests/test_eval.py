@@ -368,12 +368,15 @@ def test_report_is_whole_and_self_contained(sampled, tmp_path):
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert_self_contained(page, text)
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 6  # the loss for desks and phones, rate, speed, imbalance and load
     names = [name.partition("-")[2] for name in page.ids]
-    assert names.count("raw") == names.count("smooth") == 2
+    assert names.count("raw") == names.count("smooth") == 5
+    dead = [name for name in names if name.startswith("dead-")]
+    assert dead == ["dead-2-0", "dead-2-1"] and "Without a token (layer.expert): 2.0, 2.1." in page.text
     assert [name for name in names if name.startswith("cell-")] == [f"cell-{i}-{j}" for i in range(3) for j in range(4)]
     assert len([name for name in names if name.startswith("legend-")]) == 5
     assert "MoE layer 0, expert 0: 70.00% of the tokens" in page.text and "loss (log scale)" in page.text
+    assert page.text.index("Scores") < page.text.index("Loss")
     for piece in ("digits <run>", "Loss", "Expert load", "Samples", "Scores", "1.25", "9 ± 0.1", "<script>", "200"):
         assert piece in page.text, piece
 
@@ -395,9 +398,9 @@ def test_report_shows_held_out_losses_terms_and_looks(tmp_path):
     page = Page(text)
     assert_self_contained(page, text)
     titles = ["Loss", "Held-out loss", "Held-out loss by time", "Loss term capacity_loss", "Loss term mse"]
-    titles += ["Expert imbalance", "Looks"]
+    titles += ["Course", "Looks"]
     assert re.findall("<h2>([^<]*)</h2>", text) == titles
-    assert page.tags.count("svg") == 7
+    assert page.tags.count("svg") == 8
     assert "Step 100" in page.text and "At step 100" in page.text
     (shown,) = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]*)"', text)
     assert Image.open(io.BytesIO(base64.b64decode(shown))).getpixel((0, 0)) == (0, 255, 0)
@@ -421,6 +424,64 @@ def test_curves_are_where_their_values_are():
     (x0, y0), (x1, y1) = points[0], points[-1]
     assert x1 - x0 > 0.8 * plots.WIDTH and y1 > y0  # downwards in a picture
     np.testing.assert_allclose(points[:, 1], y0 + (points[:, 0] - x0) / (x1 - x0) * (y1 - y0), atol=0.1)
+
+
+def test_smoothing_has_no_lag():
+    """A mean of as many neighbours on both sides leaves a line where it is, and a step's middle at the step."""
+    line = [3 + 2 * i for i in range(500)]
+    assert plots.smooth(line, 50) == pytest.approx(line)
+    step = plots.smooth([0.0] * 300 + [1.0] * 300, 50)
+    assert step[299] == pytest.approx(25 / 51) and step[300] == pytest.approx(26 / 51) and step[270] == 0
+    assert plots.smooth([5.0, 1.0, 4.0], 50)[0] == 5
+
+
+def facts(tmp_path, scores, **recipe):
+    """A run of one step with its facts, and its page."""
+    record = {"step": 1, "loss": 1.0, "images_per_second": 0.002}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record | {"step": i}) + "\n" for i in (1, 2)))
+    (tmp_path / "config.yaml").write_text(json.dumps(recipe))
+    start = {"date": "2026-01-02T03:04:05Z", "commit": "0123456789abcdef", "ranks": 8, "machine": "GPU X"}
+    start |= {"precision": "bf16", "zero_stage": 2, "expert_parallel": 4, "torch": "2.14.1"}
+    start |= {"parameters": 96_870_000, "activated": 34_940_000}
+    (tmp_path / "starts.json").write_text(json.dumps([start, start | {"date": "2026-01-05T00:00:00Z"}]))
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    flags = ["--scores", tmp_path / "scores.json", "--out", tmp_path / "a.html"]
+    assert call("eval.report", "--run", tmp_path, *flags) == 0
+    return Page((tmp_path / "a.html").read_text()).text
+
+
+def test_the_report_says_what_a_run_was_and_what_is_published(tmp_path):
+    scores = {"features": "Inception V3", "num_samples": 50_000, "num_reference": 1_281_167, "protocol": "diffmoe"}
+    scores |= {"fid": 15.25, "fid_interval": [15.0, 15.5], "inception_score": 90.0, "sampling": {"cfg_scale": 1.5}}
+    text = facts(tmp_path, scores, name="dsmoe_s_e16", global_batch_size=512)
+    for piece in (
+        "96.87 M, 34.94 M",
+        "8 x GPU X, bf16, ZeRO 2, EP 4",
+        "2, the first 2026-01-02T03:04:05Z",
+        "0123456789ab",
+    ):
+        assert piece in text, piece
+    assert "5 d 22 h" in text  # 2 x 512 / 0.002 s
+    assert "15 to 15.5" in text and "14.53" in text and "39.84" in text and "Scored in the same way" in text
+    other = scores | {"protocol": "fidelity", "num_samples": 100}
+    text = facts(tmp_path, other, name="dsmoe_s_e16", global_batch_size=512)
+    assert "Not to be compared: these have protocol diffmoe, 50,000 samples." in text
+    assert "published FID" not in facts(tmp_path, scores, name="mine", global_batch_size=512)
+
+
+def test_samples_stand_beside_their_nearest_real_images(digits, tmp_path):
+    """A sample that is a real image finds it."""
+    from eval.neighbours import comparisons
+
+    (tmp_path / "images").mkdir()
+    for label in (0, 3, 7):
+        source = sorted((digits / "real" / str(label)).iterdir())[5]
+        Image.open(source).save(tmp_path / "images" / f"{label:06d}_{label}.png")
+    found = comparisons(tmp_path, digits / "real", None)
+    assert [one.label for one in found] == [0, 3, 7]
+    for one in found:
+        assert len(one.real) == len(one.nearest) == 3
+        assert (one.nearest[0] == one.sample).all() and not (one.nearest[1] == one.sample).all()
 
 
 def test_map_colours_are_ratios():
