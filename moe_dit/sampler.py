@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -41,7 +42,8 @@ def integrate(
 
 def _unipc(velocity: Callable[[torch.Tensor, float], torch.Tensor], z: torch.Tensor, steps: int) -> torch.Tensor:
     """Diffusers' sigma is 1 - t, and its velocity goes from data to noise; it never asks for the one at t = 1."""
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    flow: Any = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+    scheduler: Any = UniPCMultistepScheduler(**flow)
     scheduler.set_timesteps(steps)
     for sigma, timestep in zip(scheduler.sigmas.tolist(), scheduler.timesteps, strict=False):  # the last sigma is 0
         z = scheduler.step(-velocity(z, 1 - sigma), timestep, z).prev_sample
