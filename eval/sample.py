@@ -1,7 +1,8 @@
 """Sample an exported model, on any number of ranks; continues after a stop.
 
 Sample i is a function of (seed, i) alone. Indices are cut into fixed batches, which the ranks share; a batch is always
-computed whole, so neither the number of ranks nor a stop changes the arithmetic. Where the samples of a batch depend on
+computed whole, so neither the number of ranks nor a stop changes the arithmetic, unless there are so many ranks that a
+smaller batch lets none idle (then kernels may round otherwise, by a grey level at most). Where the samples of a batch depend on
 each other (DiffMoE), that holds for the last batch too, which goes beyond --num, and a folder keeps to one --batch.
 """
 
@@ -78,6 +79,12 @@ def add_sampling_arguments(parser: Parser, default_num: int | None = None) -> No
     add("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not used")
 
 
+def usual_batch(num: int, device: torch.device, couples_samples: bool) -> int:
+    """Samples computed at once on a rank; fewer than usual where there would be ranks without any."""
+    usual = 256 if device.type == "cuda" else 64
+    return usual if couples_samples else min(usual, -(-num // ranks.world().size))
+
+
 def add_feature_arguments(parser: Parser) -> None:
     """The flags of eval.sample that say which features are kept; eval.run has its own."""
     add = parser.add_argument
@@ -116,7 +123,7 @@ def sample(args, out: Path, save: str) -> None:
         from_rank_0(lambda: _check_source(args, protocol))
         if args.inception is not None:
             extractor = make_extractor(protocol, args.inception, args.dinov2, [], size, device)
-    batch_size = args.batch or (256 if device.type == "cuda" else 64)
+    batch_size = args.batch or usual_batch(args.num, device, model.couples_samples)
 
     def open_once() -> None:
         settings = {"model": str(args.model), "model_sha256": model_fingerprint(args.model), "num": args.num}
@@ -179,13 +186,11 @@ def _sample_missing(
         say(f"{num - len(missing)} of {num} samples are there; {len(missing)} to go")
     share = [batches[k] for k in world.share(len(batches))]
     to_do = [batch for batch in share if not missing.isdisjoint(batch.tolist())]
-    total, left = (sum(int((batch < num).sum()) for batch in some) for some in (share, to_do))
-    description = "sampling" if world.size == 1 else f"sampling (rank 0 of {world.size})"
     folder, end = (out / "images", num) if extractor is None else (out / "preview", GRID)
     writes: list[Any] = []
 
     with (
-        task(description, total, total - left) as progress,
+        task("sampling", num, num - len(missing), unit="images") as progress,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     ):
 
@@ -200,7 +205,8 @@ def _sample_missing(
                 for i, picture in zip(kept, pixels.numpy(), strict=True)
                 if i in missing and i < end
             ]
-            progress.advance(len(kept))
+            # The other ranks make as many meanwhile.
+            progress.advance(min(world.size * len(kept), num - progress.done))
 
         # A batch's pixels are taken up one batch later: the GPU waits once a batch, for the check in generate, no more.
         last = None

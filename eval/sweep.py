@@ -26,6 +26,7 @@ from eval.generate import Sampling, generate, image_size, labels_for, load_decod
 from eval.images import reference_images
 from eval.protocols import PROTOCOLS, Protocol
 from eval.reference import check_reference, fitted_of, is_statistics, load_statistics, make_extractor
+from eval.sample import usual_batch
 from eval.sample_folder import model_fingerprint
 from moe_dit.build import to_compute
 from moe_dit.export import checkpoint_model, checkpoint_recipe, load_export
@@ -134,15 +135,16 @@ def sample_features(
     """The features of a cell's samples, by all ranks; on rank 0, None elsewhere."""
     world, device = ranks.world(), extractor.device
     coupled = model.couples_samples
-    end = -(-args.num // args.batch) * args.batch if coupled else args.num
-    batches = list(torch.arange(end).split(args.batch))
+    batch = args.batch or usual_batch(args.num, device, coupled)
+    end = -(-args.num // batch) * batch if coupled else args.num
+    batches = list(torch.arange(end).split(batch))
     found = {}
     with task("sampling", args.num, unit="images") as progress:
         for k in world.share(len(batches)):
             kept = int((batches[k] < args.num).sum())
             images = generate(model, recipe, sampling, vae, batches[k].to(device), protocol.rounded)
             found[k] = extractor(images[:kept])
-            progress.advance(min(args.num - progress.done, args.batch * world.size))
+            progress.advance(min(args.num - progress.done, batch * world.size))
     everyone = ranks.gathered(found)
     if everyone is None:
         return None
@@ -155,7 +157,6 @@ def sweep(args: Namespace) -> None:
     """Compute the cells that are missing; every rank calls it."""
     protocol = PROTOCOLS[args.protocol]
     device = ranks.device()
-    args.batch = args.batch or (256 if device.type == "cuda" else 64)
 
     def look() -> Any:
         check_reference(args.reference, args.inception, protocol)

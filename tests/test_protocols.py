@@ -16,7 +16,7 @@ from PIL import Image
 from pytorch_fid import inception as pytorch_fid
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from eval import features, metrics, score
+from eval import features, metrics, sample, score
 from eval.images import any_images, read_image
 from eval.protocols import PROTOCOLS
 from eval.sample_folder import export_npz
@@ -488,3 +488,19 @@ def test_bad_input_is_one_line(line, says, folders, inception, tmp_path, capfd):
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 1 and told[0].startswith("error: ") and says in told[0], told
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("num", "size", "device", "coupled", "batch"),
+    [
+        (50_000, 8, "cuda", False, 256),
+        (50_000, 512, "cuda", False, 98),  # 511 batches; of 256 there would be 196
+        (50_000, 512, "cuda", True, 256),  # a batch is part of what DiffMoE computes
+        (40, 1, "cpu", False, 40),
+        (1000, 2, "cpu", False, 64),
+    ],
+)
+def test_no_rank_idles(num, size, device, coupled, batch, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    assert sample.usual_batch(num, torch.device(device), coupled) == batch
