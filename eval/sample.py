@@ -2,8 +2,9 @@
 
 Sample i is a function of (seed, i) alone. Indices are cut into fixed batches, which the ranks share; a batch is always
 computed whole, so neither the number of ranks nor a stop changes the arithmetic, unless there are so many ranks that a
-smaller batch lets none idle (then kernels may round otherwise, by a grey level at most). Where the samples of a batch depend on
-each other (DiffMoE), that holds for the last batch too, which goes beyond --num, and a folder keeps to one --batch.
+smaller batch lets none idle (then kernels may round otherwise, by a grey level at most). Where the samples of a batch
+depend on each other (DiffMoE), that holds for the last batch too, which goes beyond --num, and a folder keeps to one
+--batch.
 """
 
 import os
