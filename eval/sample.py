@@ -203,7 +203,7 @@ def _sample_missing(
                 done.result()
             writes[:] = [
                 pool.submit(write_image, folder / image_name(i, labels[i]), picture)
-                for i, picture in zip(kept, pixels.numpy(), strict=True)
+                for i, picture in zip(kept, pixels.numpy(), strict=False)  # none, where none is kept
                 if i in missing and i < end
             ]
             # The other ranks make as many meanwhile.
@@ -216,7 +216,9 @@ def _sample_missing(
             images = generate_batch(batch)[: len(kept)]
             if extractor is not None:
                 write_features(out, extractor(images), kept, [labels[i] for i in kept])
-            copying = _start_copy(images.to(torch.uint8).permute(0, 2, 3, 1).contiguous())
+            # Images leave the GPU only where they are kept.
+            some = images if kept and kept[0] < end else images[:0]
+            copying = _start_copy(some.to(torch.uint8).permute(0, 2, 3, 1).contiguous())
             if last is not None:
                 write(*last)
             last = (kept, *copying)
