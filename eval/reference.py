@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ def main() -> None:
     add("--dinov2", metavar="FILE", help="DINOv2 ViT-L/14 weights, or the word download")
     add("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not used")
     args = parser.parse_args()
-    ranks.start()
+    ranks.start(timedelta(hours=12))  # nobody gives up on the slowest
     device = ranks.device()
     protocol = PROTOCOLS[args.protocol]
     if args.size is not None and not 8 <= args.size <= 8192:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -393,7 +394,7 @@ def main() -> None:
     add_scoring_arguments(parser)
     args = parser.parse_args()
     out = args.out or (args.samples / "metrics.json" if args.samples.is_dir() else args.samples.with_suffix(".json"))
-    ranks.start()
+    ranks.start(timedelta(hours=12))  # nobody gives up on the slowest
 
     def prepare() -> Any:
         if not os.path.exists(args.samples):

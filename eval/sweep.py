@@ -13,6 +13,7 @@ import statistics
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -414,7 +415,7 @@ def main() -> None:
     args = parser.parse_args()
     if not score.FEWEST <= args.num <= 10_000_000:
         raise InputError(f"--num is {args.num}; it should be {score.FEWEST} to 10,000,000")
-    ranks.start()
+    ranks.start(timedelta(hours=12))  # nobody gives up on the slowest
     sweep(args)
 
 
