@@ -243,7 +243,7 @@ def _check_source(args, protocol: Protocol) -> None:
     """Raise InputError where no features can be made by the flags."""
     if args.inception is None and args.reference is None:
         raise InputError("--save features needs --inception FILE.pth, or --reference DIR to fit a classifier to")
-    if args.inception is None and args.reference.suffix == ".npz" and fitted_of(args.reference) is None:
+    if args.inception is None and is_statistics(args.reference) and fitted_of(args.reference) is None:
         raise InputError(f"no classifier can be fitted to the statistics {args.reference}; give --inception FILE.pth")
     if args.reference is not None:
         check_reference(args.reference, args.inception, protocol)
