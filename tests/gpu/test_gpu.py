@@ -120,3 +120,33 @@ def test_memory_is_on_the_ranks_own_device(monkeypatch):
     for rank in range(count):
         monkeypatch.setattr(ranks, "world", lambda rank=rank: ranks.World(rank, rank, count))
         assert ranks.device() == torch.device("cuda", rank) and torch.cuda.current_device() == rank
+
+
+def test_features_and_scores_are_the_cpu_s():
+    """Without TF32, in which convolutions would be off by 1e-3; and the distance, its error and neighbours in float64."""
+    from torch import nn
+
+    from eval import metrics
+    from eval.features import Extractor, Network
+
+    class Layers(Network):
+        title = identity = "layers"
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 64, 5, 2), nn.SiLU(), nn.Conv2d(64, 64, 5, 2), nn.Flatten())
+
+        def forward(self, images):
+            return {"features": self.layers(images.float() / 255)[:, :200]}
+
+    torch.manual_seed(0)
+    network = Layers()
+    images = torch.randint(256, (600, 3, 32, 32), dtype=torch.uint8)
+    found = [Extractor([network], torch.device(device))(images)["features"] for device in ("cpu", "cuda")]
+    assert relative(found[1], found[0]) < 1e-5
+    told = []
+    for device in ("cpu", "cuda"):
+        x, y = (part.to(device) for part in found[0].split(300))
+        frechet = metrics.Frechet(metrics.moments(y))
+        told.append([*frechet.with_errors(metrics.moments(x), x, y), *metrics.neighbour_scores(x, y).values()])
+    assert told[1] == pytest.approx(told[0], rel=1e-4)
