@@ -123,7 +123,7 @@ def test_memory_is_on_the_ranks_own_device(monkeypatch):
 
 
 def test_features_and_scores_are_the_cpu_s():
-    """Without TF32, in which convolutions would be off by 1e-3; and the distance, its error and neighbours in float64."""
+    """Without TF32, in which convolutions would be off by 1e-3; and the distance, its error and the neighbours."""
     from torch import nn
 
     from eval import metrics
