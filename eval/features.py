@@ -317,7 +317,8 @@ def _over(extractor: Extractor, images: Sequence[ImageFile], size: int, descript
     with task(description, len(images), unit="images") as progress:
         for k, batch in zip(mine, read_batches([batches[k] for k in mine], size), strict=True):
             # Batches of one size: kernels chosen by it decide the last bits of a feature.
-            filled = torch.cat([batch, batch[-1:].expand(BATCH - len(batch), -1, -1, -1)])
+            missing = len(batches[0]) - len(batch)
+            filled = torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)]) if missing else batch
             found[k] = keep({name: array[: len(batch)] for name, array in extractor(filled).items()}, k * BATCH)
             progress.advance(sum(map(len, batches[k : k + world.size])))  # the other ranks do as much meanwhile
     everyone = ranks.gathered(found)

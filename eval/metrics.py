@@ -151,11 +151,11 @@ def _balanced(labels_N: torch.Tensor) -> bool:
 def _influence(features_ND: torch.Tensor, mu: torch.Tensor, other: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
     """What each feature adds to the distance's change, [N], but for a constant; the transport is ``half half^T``."""
     slope = 2 * (mu - other)
-    bend = (torch.eye(len(mu), dtype=mu.dtype, device=mu.device) - half @ half.T).float()
+    bend = torch.eye(len(mu), dtype=mu.dtype, device=mu.device) - half @ half.T
     parts = []
     for part in features_ND.split(8 * BLOCK):
         x = part.to(mu) - mu
-        parts.append(x @ slope + (x.float() @ bend * x).sum(dim=1))
+        parts.append(x @ slope + (x @ bend * x).sum(dim=1))
     return torch.cat(parts)
 
 
