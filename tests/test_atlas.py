@@ -279,7 +279,7 @@ def test_command_and_report(model, shards, random_model, tmp_path):
     text = (tmp_path / "report.html").read_text()
     for title in ("Routing atlas", "Entropy over time", "Experts over the image", "Experts by class", "together"):
         assert title in text, title
-    assert text.count("<svg") == 6 and "class 3" in text and "block 1" in text and "even: 2 bits" in text
+    assert text.count("<svg") == 7 and "class 3" in text and "block 1" in text and "even: 2 bits" in text
     ids = re.findall(r' id="([^"]*)"', text)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(ids)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -88,12 +89,22 @@ def test_told_to_stop_in_any_way_it_saves(two_ranks, latents, tmp_path, launcher
     assert losses(run)[:both] == pytest.approx(losses(two_ranks)[:both], rel=1e-6)
 
 
+def launchers(runner):
+    """The second launchers of a deepspeed command; another child may end while it is looked at."""
+    found = []
+    for child in psutil.Process(runner).children():
+        with suppress(psutil.NoSuchProcess):
+            if LAUNCH in child.cmdline():
+                found.append(child)
+    return found
+
+
 @pytest.mark.slow
 def test_ranks_of_a_launcher_that_died_before_they_began_end_too(latents, tmp_path):
     run = tmp_path / "run"
     (runner,) = start("deepspeed", latents, run, 0)
     try:
-        while not (family := [p for p in psutil.Process(runner.pid).children() if LAUNCH in p.cmdline()]):
+        while not (family := launchers(runner.pid)):
             time.sleep(0.01)
         runner.kill()
         _, left = psutil.wait_procs(family, timeout=120)  # the second launcher ends when its ranks have
