@@ -189,6 +189,16 @@ _CLASSES: dict[tuple[str, str], Any] = {
 } | {("torch", "float32"): torch.float32}
 
 
+def _member(owner: Any, name: str) -> Any:
+    """What Python 3.11.0 to 3.11.3 pickle of an enum's member: getattr(enum, name); of anything else, nothing."""
+    if owner is not _CLASSES[(f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING")] or not isinstance(name, str):
+        raise ValueError("it asks for an attribute that is no part of an index and could run code")
+    return owner(name)
+
+
+_CLASSES["builtins", "getattr"] = _member
+
+
 # pickle's own implementation in Python: the one in C (Python 3.11) makes room for as many objects as a damaged file
 # says there are, gigabytes at once.
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
