@@ -2,7 +2,7 @@
 
 Inception V3 is what published numbers use. It says nothing about images unlike photographs (handwritten digits), so for
 those a classifier is fitted to the real labelled images, and its penultimate layer is compared instead. A further
-network is one class: a subclass of :class:`Network`, which :func:`make_extractor` hands images to in the same pass.
+network is a subclass of :class:`Network`, which sees the same images in the same pass, and a line in SPACES.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from data_prep.autoencoder import hash_weights
 from eval.images import BATCH, ImageFile, labels_of, read_batches
 from eval.metrics import Moments, Sums
 from moe_dit.runtime import ranks
@@ -31,7 +32,28 @@ from moe_dit.runtime.progress import say, task
 PUBLISHED_INCEPTION = "6726825d"  # start of the SHA-256 of the weights, the TensorFlow ones of 2015-12-05
 FIT_IMAGES = 20_000  # a bigger reference is thinned to about this many for the fit
 KEPT = 10_000  # real images whose features are kept, as ADM's reference has for precision and recall (arXiv:2105.05233)
-MEANS = ("features", "spatial", "dinov2")  # arrays whose mean and covariance are compared
+
+
+class Space(NamedTuple):
+    """An array of features whose mean and covariance are compared.
+
+    Attributes:
+        score: the distance's name in results.
+        ending: of the names of its mean and covariance in a file of statistics.
+        rows: whether some features are kept, by which the distance's error is known.
+    """
+
+    score: str
+    ending: str
+    rows: bool
+
+
+# By the array's name.
+SPACES = {
+    "features": Space("fid", "", rows=True),
+    "spatial": Space("sfid", "_s", rows=False),
+    "dinov2": Space("fd_dinov2", "_dinov2", rows=True),
+}
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
@@ -156,10 +178,7 @@ class DINOv2(Network):
             raise InputError(f"--dinov2 {weights} does not give the weights of {self.ARCHITECTURE}: {reason}") from None
         self.network = network.requires_grad_(False)
         self.title = "DINOv2"
-        digest = hashlib.sha256()
-        for value in network.state_dict().values():
-            digest.update(value.numpy().tobytes())
-        self.identity = f"dinov2 {digest.hexdigest()}"
+        self.identity = f"dinov2 {hash_weights(network)}"
         mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
@@ -287,12 +306,12 @@ def survey(extractor: Extractor, images: Sequence[ImageFile], size: int, descrip
 
     def count(arrays: dict[str, torch.Tensor], start: int) -> dict[str, torch.Tensor]:
         rows = chosen[start : start + BATCH]
-        for name in MEANS:
-            if name in arrays:
-                if name not in sums:
-                    sums[name] = Sums(arrays[name].shape[1], extractor.device)
-                sums[name].add(arrays[name])
-        return {name: array[rows] for name, array in arrays.items() if name in ("features", "dinov2")}
+        there = SPACES.keys() & arrays.keys()
+        for name in there:
+            if name not in sums:
+                sums[name] = Sums(arrays[name].shape[1], extractor.device)
+            sums[name].add(arrays[name])
+        return {name: arrays[name][rows] for name in there if SPACES[name].rows}
 
     found = _over(extractor, images, size, description, count)
     mine = {name: (part.n, part.first.cpu(), part.second.cpu()) for name, part in sums.items()}
@@ -404,8 +423,7 @@ def _fit(x: torch.Tensor, y: torch.Tensor, batch: int = 64) -> FittedCNN:
 
 def _finished(network: FittedCNN, accuracy: float) -> FittedCNN:
     network.held_out_accuracy = accuracy
-    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in network.state_dict().values())).hexdigest()
-    network.identity = f"fitted-cnn {digest}"
+    network.identity = f"fitted-cnn {hash_weights(network)}"
     return network.requires_grad_(False).eval()
 
 

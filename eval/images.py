@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data_prep.images import EXTENSIONS, as_seen, center_crop, list_images
 from moe_dit.data import ShardReader
@@ -195,7 +195,8 @@ def image_size(image: ImageFile) -> tuple[int, int]:
             with Image.open(piece) as picture:
                 if picture.format == "PNG" and not ends_as_png(piece):
                     raise _unreadable(image.file)
-                return as_seen(picture).size if picture.getexif().get(0x0112, 1) > 4 else picture.size
+                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                return picture.size[::-1] if turned else picture.size
     except InputError:
         raise
     except Exception:  # decoders raise whatever they meet

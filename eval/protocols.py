@@ -7,6 +7,8 @@ evaluations/evaluator.py), JiT's use of torch-fidelity (arXiv:2511.13720), and t
 
 from dataclasses import dataclass
 
+from moe_dit.runtime.errors import InputError
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -35,6 +37,13 @@ class Protocol:
     kernel: bool = False
     neighbours: bool = False
     all_samples: bool = False
+
+    def check(self, inception: str | None) -> None:
+        """Raise InputError where the protocol needs Inception, and there are no weights of it."""
+        if self.published and inception is None:
+            raise InputError(
+                f"--protocol {self.name} compares Inception's features; give --inception FILE.pth or download"
+            )
 
 
 PROTOCOLS = {

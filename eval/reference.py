@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ import torch
 
 from eval import features
 from eval.arrays import read_arrays
-from eval.features import Extractor, Survey, survey
-from eval.images import KINDS, ImageFile, check_sizes, image_size, reference_images
+from eval.features import SPACES, Extractor, Survey, extract, survey
+from eval.images import KINDS, ImageFile, any_images, check_sizes, image_size, reference_images
 from eval.metrics import Moments
 from eval.protocols import PROTOCOLS, Protocol
 from moe_dit.manifest import read_manifest
@@ -37,7 +38,6 @@ EXAMPLES = """\
 Without --inception and --dinov2 a classifier is fitted to the images and kept in the file.
 """
 FORMAT = "moe-dit-reference-1"
-NAMES = {"features": "", "spatial": "_s", "dinov2": "_dinov2"}  # endings of the arrays' names in a file
 WIDTHS = {"features": 2048, "spatial": 2023}  # of Inception's
 FITTED = "fitted_"  # beginning of the names of a fitted classifier's weights in a file
 
@@ -71,7 +71,7 @@ def write_reference(
 ) -> None:
     """Write what :func:`load_reference` reads."""
     arrays: dict[str, Any] = {}
-    for name, ending in NAMES.items():
+    for name, (_, ending, _) in SPACES.items():
         if name in found.moments:
             arrays |= {
                 f"mu{ending}": found.moments[name].mu.numpy(),
@@ -101,7 +101,7 @@ def load_statistics(file: Path) -> tuple[Survey, dict[str, Any]]:
             there = set(arrays.files)
         wanted = {
             f"{kind}{ending}"
-            for ending in NAMES.values()
+            for _, ending, _ in SPACES.values()
             for kind in ("mu", "sigma", "features")
             if (ending == "" and kind != "features") or f"{kind}{ending}" in there
         }
@@ -119,7 +119,7 @@ def load_statistics(file: Path) -> tuple[Survey, dict[str, Any]]:
         if not np.isfinite(array).all():
             raise InputError(f"{file}: {name} holds numbers that are not finite; compute the statistics again")
     totals, rows = {}, {}
-    for name, ending in NAMES.items():
+    for name, (_, ending, _) in SPACES.items():
         if f"mu{ending}" in found and f"sigma{ending}" in found:
             mu, sigma = (found[f"{kind}{ending}"].astype(np.float64) for kind in ("mu", "sigma"))
             _check_moments(file, mu, sigma, ending, None if described else WIDTHS.get(name))
@@ -160,15 +160,17 @@ def fitted_of(file: Path) -> features.FittedCNN | None:
         raise InputError(f"{file} is damaged: {error}; compute it again with eval.reference") from None
 
 
-def check_reference(reference: Path, inception: str | None, protocol: Protocol) -> None:
-    """Raise InputError where a reference cannot serve, as far as that can be known before the work."""
-    if protocol.published and inception is None:
-        raise InputError(
-            f"--protocol {protocol.name} compares Inception's features; give --inception FILE.pth or download"
-        )
+def check_reference(
+    reference: Path, inception: str | None, protocol: Protocol
+) -> tuple[Survey | None, dict[str, Any], list[ImageFile]]:
+    """Look at a reference, and raise InputError where it cannot serve, as far as that can be known before the work.
+
+    Returns:
+        statistics and what they were computed from, where it is a file of them; else None, nothing, and its images.
+    """
+    protocol.check(inception)
     if not is_statistics(reference):
-        reference_images(reference)
-        return
+        return None, {}, reference_images(reference)
     if inception is None and "classes" not in about(reference):
         raise InputError(f"{reference} holds statistics of Inception features; give --inception FILE.pth or download")
     found, described = load_statistics(reference)
@@ -180,6 +182,77 @@ def check_reference(reference: Path, inception: str | None, protocol: Protocol) 
         )
     if protocol.spatial and "spatial" not in found.moments:
         raise InputError(f"{reference} lacks mu_s and sigma_s; eval.reference --protocol {protocol.name} makes them")
+    return found, described, []
+
+
+class Reference:
+    """What samples are compared to: real images, or a file of statistics. Every rank makes one, and calls its methods.
+
+    Args:
+        path: of either.
+        inception: Inception weights or "download"; None: a classifier is fitted to the images, or is the file's.
+        protocol: of the scores.
+
+    Attributes:
+        images: the real images; none where it is statistics.
+
+    Raises:
+        InputError: it cannot serve.
+    """
+
+    images: list[ImageFile]
+
+    def __init__(self, path: Path, inception: str | None, protocol: Protocol):
+        self.path, self.inception, self.protocol = path, inception, protocol
+        self._statistics: Survey | None = None  # on rank 0 alone
+
+        def look() -> Any:
+            self._statistics, described, images = check_reference(path, inception, protocol)
+            rows = []
+            if self._statistics is not None and protocol.neighbours and "features" not in self._statistics.rows:
+                rows = any_images(path)
+            fitted = None if inception else fitted_of(path)
+            return images, rows, described.get("networks"), fitted and features.fitted_state(fitted)
+
+        # rows: images beside the statistics, by which precision and recall are computed.
+        self.images, self._rows, self._networks, state = ranks.from_rank_0(look)
+        self._fitted = state and features.fitted_from_state(state)
+
+    def extractor(
+        self, dinov2: str | None, size: int, device: torch.device, fitted: features.FittedCNN | None = None
+    ) -> Extractor:
+        """The networks that the scores compare, of images of this size.
+
+        Args:
+            fitted: the classifier by which samples' features were made, where there is one.
+
+        Raises:
+            InputError: the reference's statistics were made with others.
+        """
+        fitted = fitted or self._fitted
+        extractor = make_extractor(self.protocol, self.inception, dinov2, self.images, size, device, fitted)
+
+        def check() -> None:
+            for network in extractor.networks if self._networks is not None else ():
+                if network.identity not in self._networks:
+                    raise InputError(
+                        f"{self.path} was made with {' and '.join(self._networks)}, not with {network.identity}; "
+                        "compute it again with eval.reference"
+                    )
+
+        ranks.agreed(check)
+        return extractor
+
+    def survey(self, extractor: Extractor, size: int) -> Survey | None:
+        """What is known of the real images, on rank 0; None elsewhere."""
+        if self.images:
+            return survey(extractor, self.images, size, "features of the reference")
+        if not self._rows:
+            return self._statistics
+        rows = extract(extractor, self._rows, size, "features of the reference's images")
+        if rows is None or self._statistics is None:
+            return None
+        return replace(self._statistics, rows={"features": rows.arrays["features"]})
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -230,10 +303,7 @@ def main() -> None:
         raise InputError(f"--size is {args.size}; it should be 8 to 8192")
     if args.out.suffix != ".npz":
         raise InputError(f"--out {args.out}: it should end in .npz")
-    if protocol.published and args.inception is None:
-        raise InputError(
-            f"--protocol {protocol.name} compares Inception's features; give --inception FILE.pth or download"
-        )
+    protocol.check(args.inception)
 
     def prepare() -> tuple[list[ImageFile], int]:
         check_new_file(args.out, lambda file: bool(about(file)))
@@ -268,17 +338,12 @@ def make_extractor(
         fitted: the classifier, where there is one already.
     """
     networks: list[features.Network] = []
-    # What may be wrong comes before what takes long. Rank 0 first: what must be fetched is fetched once.
+    # What may be wrong comes before what takes long.
     if dinov2 is not None:
-        ranks.from_rank_0(lambda: features.DINOv2(dinov2) and None)
-        networks.append(ranks.agreed(lambda: features.DINOv2(dinov2)))
+        networks.append(ranks.first_on_rank_0(lambda: features.DINOv2(dinov2)))
     if inception is not None:
-
-        def load() -> features.Network:
-            return features.Inception(inception, protocol.half_pixel, protocol.spatial)
-
-        ranks.from_rank_0(lambda: load() and None)
-        networks.insert(0, ranks.agreed(load))
+        inside = ranks.first_on_rank_0(lambda: features.Inception(inception, protocol.half_pixel, protocol.spatial))
+        networks.insert(0, inside)
     elif fitted is not None:
         networks.insert(0, fitted)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 from eval.protocols import PROTOCOLS
 from eval.reference import check_reference
 from eval.sample import add_sampling_arguments, sample
-from eval.score import add_scoring_arguments, check_out, difference, present, read_scores, score
+from eval.score import add_scoring_arguments, check_out, conclude, read_scores, score
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.files import explained
@@ -38,33 +38,25 @@ def main() -> None:
     out = args.out or (args.samples / "metrics.json" if args.samples else None)
 
     protocol = PROTOCOLS[args.protocol]
-    other: list[Any] = []
 
-    def prepare() -> Path:
+    def prepare() -> tuple[Path, Any]:
         # The samples folder itself may still have to be made.
         if out is not None and (args.out or os.path.isdir(args.samples)):
             check_out(out)
         check_reference(args.reference, args.inception, protocol)
-        other.append(None if args.against is None else read_scores(args.against))
+        other = None if args.against is None else read_scores(args.against)
         if args.samples:
-            return args.samples
+            return args.samples, other
         # Beside the result, where all nodes can reach it: /tmp is each node's own.
         beside = args.out.absolute().parent if args.out else Path.cwd()
         with explained(f"into {beside}"):
-            return Path(tempfile.mkdtemp(prefix=".samples-", dir=beside))
+            return Path(tempfile.mkdtemp(prefix=".samples-", dir=beside)), other
 
-    samples = from_rank_0(prepare)
+    samples, other = from_rank_0(prepare)
     try:
         sample(args, samples, "features")
         result = score(samples, args.reference, args.inception, protocol, args.dinov2)
-
-        def finish() -> None:
-            assert result is not None
-            if other[0] is not None:
-                result["against"] = difference(result, other[0], str(args.against))
-            present(result, out)
-
-        from_rank_0(finish)
+        conclude(result, other, str(args.against), out)
     finally:
         if world.rank == 0 and args.samples is None:
             shutil.rmtree(samples, ignore_errors=True)

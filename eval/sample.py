@@ -86,6 +86,12 @@ def usual_batch(num: int, device: torch.device, couples_samples: bool) -> int:
     return usual if couples_samples else min(usual, -(-num // ranks.world().size))
 
 
+def batches_of(num: int, batch_size: int, couples_samples: bool) -> list[torch.Tensor]:
+    """The indices of each batch; where samples depend on each other the last one is whole, and goes beyond ``num``."""
+    end = -(-num // batch_size) * batch_size if couples_samples else num
+    return list(torch.arange(end).split(batch_size))
+
+
 def add_feature_arguments(parser: Parser) -> None:
     """The flags of eval.sample that say which features are kept; eval.run has its own."""
     add = parser.add_argument
@@ -114,9 +120,7 @@ def sample(args, out: Path, save: str) -> None:
         return model, recipe, resolve(args, recipe)
 
     model, recipe, sampling = ranks.agreed(load)
-    # Rank 0 first: what must be fetched is fetched once.
-    from_rank_0(lambda: load_decoder(sampling, recipe) and None)
-    vae = ranks.agreed(lambda: load_decoder(sampling, recipe))
+    vae = ranks.first_on_rank_0(lambda: load_decoder(sampling, recipe))
     size = image_size(recipe, vae)
     extractor = None
     protocol = PROTOCOLS[args.protocol]
@@ -146,8 +150,7 @@ def sample(args, out: Path, save: str) -> None:
     if args.capture:
         model = captured(model, recipe, device)
     vae = vae.to(device) if vae is not None else None
-    end = -(-args.num // batch_size) * batch_size if couples_samples else args.num
-    batches = list(torch.arange(end).split(batch_size))
+    batches = batches_of(args.num, batch_size, couples_samples)
 
     def generate_batch(indices: torch.Tensor) -> torch.Tensor:
         try:
@@ -247,8 +250,8 @@ def _check_source(args, protocol: Protocol) -> None:
         raise InputError(f"no classifier can be fitted to the statistics {args.reference}; give --inception FILE.pth")
     if args.reference is not None:
         check_reference(args.reference, args.inception, protocol)
-    elif protocol.published and args.inception is None:
-        raise InputError(f"--protocol {protocol.name} compares Inception's features; give --inception FILE.pth")
+    else:
+        protocol.check(args.inception)
 
 
 def _source(args, extractor: Extractor | None) -> str:

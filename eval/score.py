@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from eval import features, metrics
-from eval.features import Extractor, Features, Survey
-from eval.images import BATCH, ImageFile, any_images, check_sizes, reference_images, sample_images
+from eval.features import SPACES, Extractor, Features, Survey
+from eval.images import BATCH, ImageFile, any_images, check_sizes, sample_images
 from eval.protocols import PROTOCOLS, Protocol
-from eval.reference import check_reference, fitted_of, is_statistics, load_statistics, make_extractor
+from eval.reference import Reference
 from eval.sample_folder import load_features, read_settings
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
@@ -36,7 +36,6 @@ EXAMPLES = """\
   python -m eval.score SAMPLES --reference digits.npz --against other/metrics.json
 """
 FEWEST = 10  # images; below, precision, recall and the Inception Score's ten parts have no meaning
-FID = {"features": "fid", "spatial": "sfid", "dinov2": "fd_dinov2"}  # the distances' names, by array
 SEED = 0  # of the halves by which FID is extrapolated
 
 
@@ -45,48 +44,27 @@ SEED = 0  # of the halves by which FID is extrapolated
 
 @dataclass
 class _Given:
-    """What is to be scored, found out on rank 0.
+    """The samples that are to be scored, found out on rank 0.
 
     Attributes:
         settings: of eval.sample; {} for other images.
         images: the samples; none where their features are there.
-        real: the reference's images; none where it is statistics.
         size: of the samples.
-        rows: images of a file of statistics, by which precision and recall are computed.
         fitted: the state of a classifier whose features were kept.
-        known: what networks a file of statistics was made with.
     """
 
     settings: dict[str, Any]
     images: list[ImageFile] = field(default_factory=list)
-    real: list[ImageFile] = field(default_factory=list)
     size: int = 0
-    rows: list[ImageFile] = field(default_factory=list)
     fitted: dict[str, Any] | None = None
-    known: list[str] | None = None
 
 
-def _look_at(path: Path, reference: Path, inception: str | None, protocol: Protocol) -> tuple[_Given, Any]:
-    """What is given, and the reference's statistics where it is a file of them."""
+def _look_at(path: Path, inception: str | None, protocol: Protocol) -> _Given:
     given = _Given((read_settings(path) if os.path.isdir(path) else None) or {})
-    check_reference(reference, inception, protocol)
-    known = None
-    if is_statistics(reference):
-        known, described = load_statistics(reference)
-        given.known = described.get("networks")
-        if protocol.neighbours and "features" not in known.rows:
-            given.rows = any_images(reference)
-    else:
-        given.real = reference_images(reference)
-        if len(given.real) < FEWEST:
-            raise InputError(f"the reference {reference} holds {len(given.real)} images; at least {FEWEST} are needed")
-    fitted = None if inception else fitted_of(reference)
     if given.settings.get("save") == "features":
         kept = PROTOCOLS[given.settings.get("protocol", "fidelity")]
-        if (kept.half_pixel, kept.rounded) != (
-            protocol.half_pixel,
-            protocol.rounded,
-        ) or kept.spatial < protocol.spatial:
+        same_images = (kept.half_pixel, kept.rounded) == (protocol.half_pixel, protocol.rounded)
+        if not same_images or kept.spatial < protocol.spatial:
             raise InputError(
                 f"the features in {path} were made for --protocol {kept.name} and cannot be scored by {protocol.name}; "
                 "sample into another --out"
@@ -94,22 +72,19 @@ def _look_at(path: Path, reference: Path, inception: str | None, protocol: Proto
         given.size = given.settings["image_size"]
         _need_enough(path, given.settings["num"])
         if inception is None:
-            fitted = features.load_fitted(path / "features" / "extractor.pt")
-    else:
-        folder = path / "images" if (path / "images").is_dir() else path
-        given.images = sample_images(folder) or _unlabelled(any_images(folder))
-        if not given.images:
-            raise InputError(f"{path} holds no samples; it should hold images of any names, or what eval.sample makes")
-        if len(given.images) < given.settings.get("num", 0):
-            raise InputError(
-                f"{path} holds {len(given.images)} of {given.settings['num']} samples; run eval.sample again, it "
-                "continues"
-            )
-        _need_enough(path, len(given.images))
-        given.size = check_sizes(path, given.images)
-    if fitted is not None:
-        given.fitted = features.fitted_state(fitted)
-    return given, known
+            given.fitted = features.fitted_state(features.load_fitted(path / "features" / "extractor.pt"))
+        return given
+    folder = path / "images" if (path / "images").is_dir() else path
+    given.images = sample_images(folder) or _unlabelled(any_images(folder))
+    if not given.images:
+        raise InputError(f"{path} holds no samples; it should hold images of any names, or what eval.sample makes")
+    if len(given.images) < given.settings.get("num", 0):
+        raise InputError(
+            f"{path} holds {len(given.images)} of {given.settings['num']} samples; run eval.sample again, it continues"
+        )
+    _need_enough(path, len(given.images))
+    given.size = check_sizes(path, given.images)
+    return given
 
 
 def _unlabelled(images: list[ImageFile]) -> list[ImageFile]:
@@ -146,41 +121,27 @@ def score(
     Raises:
         InputError: samples missing or too few, or a reference that cannot be used.
     """
-    statistics: list[Any] = []
+    truth = Reference(reference, inception, protocol)
 
     def look() -> _Given:
-        given, known = _look_at(path, reference, inception, protocol)
-        statistics.append(known)
-        return given
+        count = len(truth.images)
+        if 0 < count < FEWEST:
+            raise InputError(f"the reference {reference} holds {count} images; at least {FEWEST} are needed")
+        return _look_at(path, inception, protocol)
 
     given = ranks.from_rank_0(look)
     fitted = None if given.fitted is None else features.fitted_from_state(given.fitted)
-    extractor = make_extractor(protocol, inception, dinov2, given.real, given.size, ranks.device(), fitted)
-    if given.known is not None:
-        for network in extractor.networks:
-            if network.identity not in given.known:
-                raise InputError(
-                    f"{reference} was made with {' and '.join(given.known)}, not with {network.identity}; compute it "
-                    "again with eval.reference"
-                )
+    extractor = truth.extractor(dinov2, given.size, ranks.device(), fitted)
     made: Features | None
     if given.images:
         made = features.extract(extractor, given.images, given.size, "features of the samples")
     else:
         made = ranks.on_rank_0(lambda: _kept_features(path, given.settings, extractor))
-    truth = None
-    if given.real:
-        truth = features.survey(extractor, given.real, given.size, "features of the reference")
-    rows = None
-    if given.rows:
-        rows = features.extract(extractor, given.rows, given.size, "features of the reference's images")
-    if made is None:
+    known = truth.survey(extractor, given.size)
+    if made is None or known is None:
         return None
-    truth = truth or statistics[0]
-    if rows is not None:
-        truth = replace(truth, rows={"features": rows.arrays["features"]})
     say("computing the scores")
-    result = compute(made, truth, extractor, protocol)
+    result = compute(made, known, extractor, protocol)
     if not protocol.rounded and given.images:
         result["note"] = "these images are rounded to 8 bits, which the protocol is not; eval.run scores them as floats"
     return result | {"reference": str(reference), "sampling": given.settings}
@@ -205,9 +166,9 @@ def compute(
     samples = len(made.arrays["features"])
     result: dict[str, Any] = {"protocol": protocol.name, "features": extractor.title}
     result |= {"num_samples": samples, "num_reference": truth.count}
-    for name, key in FID.items():
+    for name in SPACES:
         if name in made.arrays and name in truth.moments:
-            result |= _distance(key, made.arrays[name].to(device), made.labels, truth, name, protocol)
+            result |= _distance(made.arrays[name].to(device), made.labels, truth, name, protocol)
     result["inception_score"], result["inception_score_std"] = metrics.inception_score(
         made.arrays["logits"], protocol.shuffle
     )
@@ -237,7 +198,7 @@ def compute(
 
 
 def _distance(
-    key: str, made: torch.Tensor, labels: torch.Tensor | None, truth: Survey, name: str, protocol: Protocol
+    made: torch.Tensor, labels: torch.Tensor | None, truth: Survey, name: str, protocol: Protocol
 ) -> dict[str, Any]:
     """A Frechet distance, its standard error over draws of samples, its 95% interval and its limit of many samples."""
     frechet = metrics.Frechet(truth.moments[name].to(made.device))
@@ -248,7 +209,8 @@ def _distance(
         for part in chosen.split(64 * BATCH):
             half.add(made[part])
     samples = (halves[0] + halves[1]).moments()
-    if name == "spatial":
+    key = SPACES[name].score
+    if not SPACES[name].rows:
         return {key: frechet.distance(samples)}
     rows = truth.rows.get(name)
     labels, real = (None if x is None else x.to(made.device) for x in (labels, rows))
@@ -343,6 +305,16 @@ def present(result: dict[str, Any], out: Path | None) -> None:
         say(f"scores in {out}")
 
 
+def conclude(result: dict[str, Any] | None, other: dict[str, Any] | None, name: str, out: Path | None) -> None:
+    """Show and write a result that rank 0 has, beside other scores of this name; every rank calls it."""
+
+    def finish() -> None:
+        assert result is not None
+        present(result if other is None else result | {"against": difference(result, other, name)}, out)
+
+    ranks.from_rank_0(finish)
+
+
 def read_scores(file: Path) -> dict[str, Any]:
     """What :func:`present` wrote.
 
@@ -405,13 +377,7 @@ def main() -> None:
     other = ranks.from_rank_0(prepare)
     result = score(args.samples, args.reference, args.inception, PROTOCOLS[args.protocol], args.dinov2)
 
-    def finish() -> None:
-        assert result is not None
-        if other is not None:
-            result["against"] = difference(result, other, str(args.against))
-        present(result, out)
-
-    ranks.from_rank_0(finish)
+    conclude(result, other, str(args.against), out)
 
 
 if __name__ == "__main__":

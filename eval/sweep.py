@@ -12,7 +12,7 @@ import math
 import statistics
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from eval import features, score
+from data_prep.autoencoder import hash_weights
+from eval import metrics, score
 from eval.features import Extractor, Features
 from eval.generate import Sampling, generate, image_size, labels_for, load_decoder, resolve
-from eval.images import reference_images
 from eval.protocols import PROTOCOLS, Protocol
-from eval.reference import check_reference, fitted_of, is_statistics, load_statistics, make_extractor
-from eval.sample import usual_batch
+from eval.reference import Reference
+from eval.sample import batches_of, usual_batch
 from eval.sample_folder import model_fingerprint
-from moe_dit.build import to_compute
-from moe_dit.export import checkpoint_model, checkpoint_recipe, load_export
+from moe_dit.build import build_model, to_compute
+from moe_dit.export import checkpoint_model, checkpoint_recipe, export_recipe, load_export
 from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
@@ -60,7 +60,7 @@ class Variant:
     weights: str | None  # None: a model folder
 
     def recipe(self) -> Recipe:
-        return load_export(self.path)[1] if self.weights is None else checkpoint_recipe(self.path, self.weights)[1]
+        return export_recipe(self.path) if self.weights is None else checkpoint_recipe(self.path, self.weights)[1]
 
     def load(self) -> tuple[Any, Recipe]:
         if self.weights is None:
@@ -112,8 +112,6 @@ def variants(model: Path, checkpoints: list[str] | None, weights: list[str]) -> 
     else:
         paths = [checkpoint_recipe(model, weights[0])[0]]
     found = [Variant(f"{path.name}_{kind}", path, kind) for path in paths for kind in weights]
-    for variant in found:
-        variant.recipe()
     return found
 
 
@@ -135,10 +133,8 @@ def sample_features(
 ) -> Features | None:
     """The features of a cell's samples, by all ranks; on rank 0, None elsewhere."""
     world, device = ranks.world(), extractor.device
-    coupled = model.couples_samples
-    batch = args.batch or usual_batch(args.num, device, coupled)
-    end = -(-args.num // batch) * batch if coupled else args.num
-    batches = list(torch.arange(end).split(batch))
+    batch = args.batch or usual_batch(args.num, device, model.couples_samples)
+    batches = batches_of(args.num, batch, model.couples_samples)
     found = {}
     with task("sampling", args.num, unit="images") as progress:
         for k in world.share(len(batches)):
@@ -160,29 +156,23 @@ def sweep(args: Namespace) -> None:
     device = ranks.device()
 
     def look() -> Any:
-        check_reference(args.reference, args.inception, protocol)
         found = variants(args.model, args.checkpoints, args.weights)
         recipes = [variant.recipe() for variant in found]
         plan = [list(cells(args, variant, recipe)) for variant, recipe in zip(found, recipes, strict=True)]
-        truth, images, state = None, [], None
-        if is_statistics(args.reference):
-            truth, _ = load_statistics(args.reference)
-            fitted = None if args.inception else fitted_of(args.reference)
-            state = fitted and features.fitted_state(fitted)
-        else:
-            images = reference_images(args.reference)
-        return found, plan, truth, images, state
+        return found, plan, recipes[0]
 
-    found, plan, truth, images, state = ranks.from_rank_0(look)
+    found, plan, recipe = ranks.from_rank_0(look)
+    reference = Reference(args.reference, args.inception, protocol)
     held = ranks.on_rank_0(lambda: lock_folder(args.out, "another sweep"))
-    recipe = found[0].recipe()
-    vae = ranks.agreed(lambda: load_decoder(plan[0][0].sampling, recipe))
+    sampling = plan[0][0].sampling
+    vae = ranks.first_on_rank_0(lambda: load_decoder(sampling, recipe))
     size = image_size(recipe, vae)
-    fitted = state and features.fitted_from_state(state)
-    extractor = make_extractor(protocol, args.inception, args.dinov2, images, size, device, fitted)
-    ranks.from_rank_0(lambda: _open(args, extractor, protocol, found))
-    if images:
-        truth = features.survey(extractor, images, size, "features of the reference")
+    extractor = reference.extractor(args.dinov2, size, device)
+    others: dict[str, Any] = {"labels": sampling.labels, "vae_sha256": hash_weights(vae) if vae is not None else None}
+    coupled = build_model(recipe, device="meta").couples_samples
+    others |= {"batch": args.batch or usual_batch(args.num, device, coupled)} if coupled else {}
+    ranks.from_rank_0(lambda: _open(args, others, extractor, protocol, found))
+    truth: Any = reference.survey(extractor, size)
     vae = vae.to(device) if vae is not None else None
     folder = args.out / "cells"
     every = [cell for part in plan for cell in part]
@@ -209,14 +199,17 @@ def sweep(args: Namespace) -> None:
         held.close()
 
 
-def _open(args: Namespace, extractor: Extractor, protocol: Protocol, found: list[Variant]) -> None:
-    """Make the sweep's folder, or check that it continues the one that is there."""
+def _open(
+    args: Namespace, others: dict[str, Any], extractor: Extractor, protocol: Protocol, found: list[Variant]
+) -> None:
+    """Make the sweep's folder, or check that it continues the one that is there; ``others``: what else must agree."""
     settings = {
         "format": FORMAT,
         "num": args.num,
         "protocol": protocol.name,
         "reference": str(args.reference),
         "networks": extractor.identity,
+        **others,
         "model": str(args.model),
         "weights_sha256": {variant.name: _fingerprint(variant) for variant in found},
     }
@@ -298,22 +291,22 @@ def rows(folder: Path, every: list[Cell]) -> list[Row]:
         error = math.sqrt(sum(result["fid_std_error"] ** 2 for result in results)) / len(results)
         if len(results) > 1:
             error = max(error, statistics.stdev(fids) / len(results) ** 0.5)
-        names = ("fid_infinity", "fd_dinov2", "sfid", "inception_score", "precision", "recall", "label_agreement")
         scores = {
             name: statistics.mean(result[name] for result in results)
-            for name in names
+            for name in TITLES
             if all(isinstance(result.get(name), float) for result in results)
         }
         found.append(Row(members[0][0], statistics.mean(fids), error, scores, len(results)))
     best = min(found, key=lambda row: row.fid)
-    wide = score.metrics.CONFIDENT
+    wide = metrics.CONFIDENT
     return [
-        Row(
-            row.cell, row.fid, row.error, row.scores, row.seeds, row is best,
-            row is not best and row.fid - best.fid <= wide * math.hypot(row.error, best.error),
+        replace(
+            row,
+            best=row is best,
+            near=row is not best and row.fid - best.fid <= wide * math.hypot(row.error, best.error),
         )
         for row in found
-    ]  # fmt: skip
+    ]
 
 
 TITLES = {
@@ -349,7 +342,7 @@ def present(folder: Path, every: list[Cell]) -> None:
         low, high = sampling.cfg_interval
         cells_ = [row.cell.variant, f"{sampling.cfg_scale:g}", f"{low:g} to {high:g}", sampling.method]
         cells_ += [str(sampling.steps), str(row.seeds)]
-        cells_ += [f"{row.fid:.4g} ± {score.metrics.CONFIDENT * row.error:.2g}{mark}"]
+        cells_ += [f"{row.fid:.4g} ± {metrics.CONFIDENT * row.error:.2g}{mark}"]
         cells_ += [f"{row.scores[name]:.4g}" if name in row.scores else "" for name in names]
         table.add_row(*cells_, style="bold" if row.best else None)
         lines.append("| " + " | ".join(cells_) + " |")
@@ -380,7 +373,7 @@ def draw(found: list[Row], file: Path) -> None:
         members = sorted(members, key=lambda row: row.cell.sampling.cfg_scale)
         words = [key[0], key[1], f"{key[2]} steps", f"t {key[3][0]:g} to {key[3][1]:g}"]
         label = ", ".join(word for word, shown in zip(words, differing, strict=True) if shown) or key[0]
-        wide = [score.metrics.CONFIDENT * row.error for row in members]
+        wide = [metrics.CONFIDENT * row.error for row in members]
         x, y = [row.cell.sampling.cfg_scale for row in members], [row.fid for row in members]
         axes.errorbar(x, y, yerr=wide, label=label, marker="o", capsize=3, linewidth=1.5)
     best = next(row for row in found if row.best)

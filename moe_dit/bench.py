@@ -164,7 +164,7 @@ class Ours:
         self.recipe = recipe
         self.engine = Engine(recipe, parallelism, clock.device)
         self.latents = Latents.of(recipe, manifest)
-        eats = most_images_per_second(recipe, clock.device.type)
+        eats = partial(most_images_per_second, recipe, clock.device.type)
         self.stream = batches(recipe, manifest, parallelism.micro_batch_size, 0, ranks.world(), eats)
         self.done = 0
         for owner, method, part in (
@@ -213,7 +213,7 @@ class Published:
             decay: [weight.detach().clone() for weight in self.weights] for decay in recipe.ema.decays.values()
         }
         self.latents = Latents.of(recipe, manifest)
-        eats = most_images_per_second(recipe, clock.device.type)
+        eats = partial(most_images_per_second, recipe, clock.device.type)
         self.stream = batches(recipe, manifest, parallelism.micro_batch_size, 0, ranks.world(), eats)
 
     def step(self) -> None:

@@ -65,12 +65,18 @@ def save_export(model: Any, recipe: Recipe, folder: Path) -> None:
 
 def load_export(folder: str | Path) -> tuple[nn.Module, Recipe]:
     """A model folder's network (eval mode, CPU) and recipe; InputError where it is not one."""
+    recipe = export_recipe(folder)
+    return load_model(folder), recipe
+
+
+def export_recipe(folder: str | Path) -> Recipe:
+    """A model folder's recipe, without its weights; InputError where it is not one."""
     settings = load_settings(folder)
     if not (Path(folder) / RECIPE_FILE).is_file():
         raise InputError(f"{folder} has no {RECIPE_FILE}; jobs/export.py writes one")
     recipe = load_recipe(str(Path(folder) / RECIPE_FILE))
     check_same_network(settings, recipe, Path(folder))
-    return load_model(folder), recipe
+    return recipe
 
 
 def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> None:

@@ -18,9 +18,8 @@ from torchvision.utils import make_grid
 from eval import features as image_features
 from eval import score as scoring
 from eval.generate import Sampling, generate, image_size, labels_for, load_decoder
-from eval.images import reference_images
 from eval.protocols import PROTOCOLS
-from eval.reference import check_reference, fitted_of, is_statistics, load_statistics, make_extractor
+from eval.reference import Reference
 from moe_dit.data import Latents, ShardReader, TrainingSamples, check_manifest, training_inputs
 from moe_dit.engine import Engine
 from moe_dit.manifest import read_manifest
@@ -66,9 +65,7 @@ class Looks:
         self.sampling = Sampling.of_recipe(recipe, recipe.seed)
         self.vae: Any = None
         if settings.samples or settings.score_samples:
-            # Rank 0 first, so that what must be fetched is fetched once.
-            ranks.from_rank_0(lambda: load_decoder(self.sampling, recipe) and None)
-            self.vae = load_decoder(self.sampling, recipe)
+            self.vae = ranks.first_on_rank_0(lambda: load_decoder(self.sampling, recipe))
         self._held_out = list(self._read_held_out(settings.held_out)) if settings.held_out else []
         self._truth: Any = None
         if settings.score_samples:
@@ -153,12 +150,8 @@ class Looks:
 
     def _gathered(self, value: torch.Tensor, indices: torch.Tensor, count: int) -> torch.Tensor | None:
         """Rows of all ranks in the order of their indices, on rank 0's CPU; None elsewhere."""
-        world = ranks.world()
-        parts: list[Any] = [None] * world.size
-        torch.distributed.gather_object(
-            (indices.cpu(), value.cpu()), parts if world.rank == 0 else None, dst=0, group=ranks.cpu_group()
-        )
-        if world.rank:
+        parts = ranks.gathered((indices.cpu(), value.cpu()))
+        if parts is None:
             return None
         whole = torch.empty(count, *value.shape[1:], dtype=value.dtype)
         for part, rows in parts:
@@ -182,22 +175,9 @@ class Looks:
         """What features the scores compare; every rank helps with those of the real images."""
         settings = self.recipe.looks
         assert settings.reference is not None
-        reference = Path(settings.reference)
-        protocol = PROTOCOLS["fidelity"]
-
-        def prepare() -> tuple[Any, Any]:
-            check_reference(reference, settings.inception, protocol)
-            if not is_statistics(reference):
-                return reference_images(reference), None
-            self._truth, _ = load_statistics(reference)
-            fitted = None if settings.inception else fitted_of(reference)
-            return None, fitted and image_features.fitted_state(fitted)
-
-        images, state = ranks.from_rank_0(prepare)
-        fitted = state and image_features.fitted_from_state(state)
-        extractor = make_extractor(protocol, settings.inception, None, images or [], size, self.device, fitted)
-        if images is not None:
-            self._truth = image_features.survey(extractor, images, size, "features of the reference")
+        reference = Reference(Path(settings.reference), settings.inception, PROTOCOLS["fidelity"])
+        extractor = reference.extractor(None, size, self.device)
+        self._truth = reference.survey(extractor, size)
         return extractor
 
     def _scores(self, network: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ along the depth. Traffic is counted from the algorithms, and the speed estimated
 that it takes to launch a step's kernels.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -181,12 +182,8 @@ def _split(sizes: list[int]) -> list[list[int]]:
 def training_flops(recipe: Recipe, model: torch.nn.Module) -> float:
     """Floating-point operations to train on one image: 6 a weight and token, and attention's 12 T^2 D a block."""
     tokens = recipe.model.tokens
-    moe = getattr(recipe.model, "moe", None)
     flops = 12.0 * tokens**2 * recipe.model.hidden_size * recipe.model.depth
-    for name, weight in model.named_parameters():
-        share = 1.0
-        if ".experts." in name and moe is not None:
-            share = (getattr(moe, "top_k", None) or moe.capacity) / moe.num_experts
+    for name, weight, share in _weights(recipe, model):
         # Conditioning is computed once a sample, the rest once a token.
         per_sample = "adaLN" in name or "c_embedder" in name
         flops += 6.0 * weight.numel() * share * (1 if per_sample else tokens)
@@ -195,15 +192,18 @@ def training_flops(recipe: Recipe, model: torch.nn.Module) -> float:
 
 def parameters(recipe: Recipe) -> tuple[int, int]:
     """Of the network: in all, and those that a token meets."""
+    found = [(weight.numel(), share) for _, weight, share in _weights(recipe, build_model(recipe, device="meta"))]
+    return sum(count for count, _ in found), round(sum(count * share for count, share in found))
+
+
+def _weights(recipe: Recipe, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, float]]:
+    """A network's weights by name, and the share of each that a token meets."""
     moe = getattr(recipe.model, "moe", None)
-    total, activated = 0, 0.0
-    for name, weight in build_model(recipe, device="meta").named_parameters():
+    for name, weight in model.named_parameters():
         share = 1.0
         if ".experts." in name and moe is not None:
             share = (getattr(moe, "top_k", None) or moe.capacity) / moe.num_experts
-        total += weight.numel()
-        activated += weight.numel() * share
-    return total, round(activated)
+        yield name, weight, share
 
 
 def most_images_per_second(recipe: Recipe, device_type: str) -> float:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         for note in start.notes:
             say(note)
         say(_headline(recipe, parallelism, manifest, start.checkpoint, engine))
-        eats = most_images_per_second(recipe, device.type)
+        eats = partial(most_images_per_second, recipe, device.type)
         stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, ranks.world(), eats)
         waits = Waits(stream)
         micro_batches = _micro_batches(engine, waits, Latents.of(recipe, manifest))

@@ -456,6 +456,7 @@ def test_exported_arrays_are_the_images(folders, tmp_path):
         ("eval.score SAMPLES --reference TMP/plain.npz --inception WEIGHTS --protocol adm", "mu_s"),
         ("eval.score SAMPLES --reference TMP/half.npz --inception WEIGHTS", "resized otherwise"),
         ("eval.score SAMPLES --reference TMP/half.npz --inception WEIGHTS --protocol jit", "resized otherwise"),
+        ("eval.score SAMPLES --reference TMP/others.npz --inception WEIGHTS", "was made with"),
         ("eval.score TMP/mixed --reference REAL", "mixes images"),
         ("eval.score TMP/corrupt --reference REAL", "cannot be read"),
         ("eval.score TMP/few --reference REAL", "at least 10"),
@@ -480,6 +481,7 @@ def test_bad_input_is_one_line(line, says, folders, inception, tmp_path, capfd):
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}], dtype=object), sigma=np.eye(2048))
     about = {"format": "moe-dit-reference-1", "protocol": "diffmoe", "count": 9, "networks": ["x"]}
     np.savez(tmp_path / "half.npz", **moments, about=np.array(json.dumps(about)))
+    np.savez(tmp_path / "others.npz", **moments, about=np.array(json.dumps(about | {"protocol": "fidelity"})))
     np.savez(tmp_path / "cut.npz", arrays(folders / "samples"))
     with open(tmp_path / "cut.npz", "r+b") as file:
         file.truncate(50_000)

@@ -76,6 +76,7 @@ def test_what_cannot_be_swept_is_one_line(command, tmp_path, capfd):
     (tmp_path / "taken" / "a").touch()
     for changed, says in (
         (["-n", "21"], "num was 20"),
+        (["--labels", "random"], "labels was balanced"),
         (["--checkpoints", "5"], "has those of steps"),
         (["--weights", "ema2"], "second_decay"),
         (["-n", "3"], "--num is 3"),

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any, TypeAlias
@@ -134,7 +134,7 @@ def batches(
     micro_batch_size: int,
     first_step: int,
     world: World,
-    eats: float = 1.0,
+    eats: Callable[[], float] = lambda: 1.0,
 ) -> Generator[dict[str, torch.Tensor], None, None]:
     """This rank's micro-batches from ``first_step`` to the recipe's last, read ahead by worker processes.
 
@@ -142,7 +142,7 @@ def batches(
     for what :func:`workers_for` says.
 
     Args:
-        eats: images a second that this rank trains on at most.
+        eats: gives the images a second that this rank trains on at most; asked where workers are "auto".
     """
     reader = ShardReader(manifest)
     order = make_order(manifest, recipe.seed, window_for(manifest, recipe.data.window_gb))
@@ -151,7 +151,7 @@ def batches(
     workers = recipe.data.workers
     if workers == "auto":
         first = next(iter(positions), None)
-        workers = 0 if first is None else workers_for(samples, first, eats)
+        workers = 0 if first is None else workers_for(samples, first, eats())
     loader = DataLoader(
         samples,
         batch_sampler=positions,

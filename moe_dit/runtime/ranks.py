@@ -159,6 +159,12 @@ def agreed(function: Callable[[], Any]) -> Any:
     return outcome
 
 
+def first_on_rank_0(function: Callable[[], Any]) -> Any:
+    """As :func:`agreed`, with rank 0's call before the others': what must be fetched is fetched once."""
+    first = on_rank_0(function)
+    return agreed(lambda: first if world().rank == 0 else function())
+
+
 def _outcome(function: Callable[[], Any]) -> Any:
     """What a call gave, or the exception that it raised."""
     try:
