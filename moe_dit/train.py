@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -16,6 +16,7 @@ import torch
 from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.data.index import ensure_index
 from moe_dit.data.order import window_for
+from moe_dit.events import record
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import Parallelism, load_parallelism
@@ -81,7 +82,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     with ExitStack() as held:
         # Rank 0 alone decides what is continued: ranks that each looked might see different moments.
         start = ranks.from_rank_0(lambda: _open_run(recipe, run, resume, held))
-        held.enter_context(_told(run))
+        told = held.enter_context(_Told(run))
         recipe = ranks.agreed(lambda: _with_window(recipe, manifest, start))
         engine = Engine(recipe, parallelism, device)
         checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
@@ -93,13 +94,15 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         metrics = ranks.on_rank_0(lambda: _open_record(engine, run, start, first_step, bytes_held))
         for note in start.notes:
             say(note)
-        say(_headline(recipe, parallelism, manifest, start.checkpoint, engine))
+        headline = _headline(recipe, parallelism, manifest, start.checkpoint, engine)
+        say(headline)
+        told.started(first_step, headline)
         eats = partial(most_images_per_second, recipe, device.type)
         stream = batches(recipe, manifest, parallelism.micro_batch_size, first_step, ranks.world(), eats)
         waits = Waits(stream)
         micro_batches = _micro_batches(engine, waits, Latents.of(recipe, manifest))
         try:
-            last_step = _loop(engine, micro_batches, waits, checkpointer, metrics, looks, request, run, first_step)
+            last_step = _loop(engine, micro_batches, waits, checkpointer, metrics, looks, request, told, first_step)
         finally:
             stream.close()
             checkpointer.close()
@@ -181,23 +184,38 @@ def _open_record(engine: "Engine", run: Path, start: "Start", first_step: int, b
     return metrics
 
 
-@contextmanager
-def _told(run: Path) -> Iterator[None]:
-    """Keep the run's status.json true to what happens in the block."""
-    if ranks.world().rank != 0:
-        yield
-        return
-    write_status(run, "training")
-    try:
-        yield
-    except Interrupted as error:
-        write_status(run, "stopped", exit_status=error.status, message=str(error))
-        raise
-    except BaseException as error:
-        status = error.status if isinstance(error, Stop) else 1
-        write_status(run, "failed", exit_status=status, message=f"{type(error).__name__}: {error}")
-        raise
-    write_status(run, "done", exit_status=0)
+class _Told:
+    """Keeps a run's status.json and events.jsonl true to what happens in its block; ``step``: what has been done."""
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.step = 0
+        self.speaks = ranks.world().rank == 0
+
+    def __enter__(self) -> "_Told":
+        if self.speaks:
+            write_status(self.run, "training")
+        return self
+
+    def started(self, step: int, headline: str) -> None:
+        """Training begins behind ``step`` steps."""
+        self.step = step
+        if self.speaks:
+            record(self.run, "started", headline, step)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if not self.speaks:
+            return
+        if error is None:
+            write_status(self.run, "done", exit_status=0)
+            record(self.run, "done", step=self.step)
+        elif isinstance(error, Interrupted):
+            write_status(self.run, "stopped", exit_status=error.status, message=str(error))
+            record(self.run, "stopped", str(error), self.step)
+        else:
+            message = f"{type(error).__name__}: {error}"
+            write_status(self.run, "failed", exit_status=getattr(error, "status", 1), message=message)
+            record(self.run, "failed", message, self.step)
 
 
 class Waits:
@@ -243,7 +261,7 @@ def _loop(
     metrics: "Metrics | None",
     looks: "Looks | None",
     request: StopRequest,
-    run: Path,
+    told: _Told,
     first_step: int,
 ) -> int:
     """Train from ``first_step`` until the recipe's last step or a request to stop; returns the last step, saved."""
@@ -259,6 +277,7 @@ def _loop(
             norm = engine.gradient_norm()
             reports.push(step + 1, engine.learning_rate(step), engine.loss_names, result, norm, waits.take())
             step += 1
+            told.step = step
             save = step % recipe.checkpoint.every == 0 or step == recipe.steps
             stop = False
             note = ""
@@ -272,7 +291,7 @@ def _loop(
             # Before a save every report is looked at, so that nothing that is not finite can be saved.
             while due := list(reports.take(everything=save or stop or bool(found))):
                 for report in due:
-                    _check_finite(report, recipe, run)
+                    _check_finite(report, recipe, told.run)
                     stop = stop or report.stop
                     note = metrics.add(report, found.get(report.step)) if metrics is not None else ""
             progress.advance(1, note)
@@ -280,7 +299,7 @@ def _loop(
                 if metrics is not None:
                     metrics.flush()
                     if stop:
-                        write_status(run, "stopping", step=step)
+                        write_status(told.run, "stopping", step=step)
                 checkpointer.save(engine, step)
                 reports.restart_clock()
             if stop:

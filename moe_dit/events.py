@@ -1,0 +1,47 @@
+"""What happened to a run, a line an event: RUN/events.jsonl, which watchers read and restarts are decided by."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+# started, done, stopped (told to, and saved) and failed are of training; restarted and requeued of the job around it;
+# straggler, hang and slow are found by ranks about each other.
+What = Literal["started", "stopped", "failed", "done", "restarted", "requeued", "straggler", "hang", "slow"]
+
+
+def record(run: Path, what: What, message: str = "", step: int | None = None) -> None:
+    """Add an event to a run's record; whoever calls it speaks for all ranks.
+
+    Args:
+        run: the run's folder, which is there.
+        what: kind of event.
+        message: one line for people.
+        step: steps that were done then, where that is known.
+    """
+    event = {"time": round(time.time(), 3), "what": what, "step": step, "message": message}
+    # One write of one line at the file's end: the job's supervisor writes here as well.
+    descriptor = os.open(run / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(descriptor, json.dumps(event).encode() + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def events(run: Path) -> Iterator[dict[str, Any]]:
+    """A run's events, oldest first; lines that are none (cut short by a kill) are passed over."""
+    try:
+        lines = (run / "events.jsonl").read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        try:
+            event = json.loads(line)
+            yield {"time": float(event["time"]), "what": str(event["what"])} | {
+                "step": event.get("step"),
+                "message": str(event.get("message", "")),
+            }
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
