@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-# started, done, stopped (told to, and saved) and failed are of training; restarted and requeued of the job around it;
-# straggler, hang and slow are found by ranks about each other.
-What = Literal["started", "stopped", "failed", "done", "restarted", "requeued", "straggler", "hang", "slow"]
+# started, done, stopped (told to, and saved) and failed are of training; queued, restarted, requeued and gave up of the
+# job around it; straggler, hang and slow are what ranks find about each other.
+What = Literal[
+    "started", "stopped", "failed", "done", "queued", "restarted", "requeued", "gave up", "straggler", "hang", "slow"
+]
 
 
 def record(run: Path, what: What, message: str = "", step: int | None = None) -> None:

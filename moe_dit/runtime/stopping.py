@@ -36,7 +36,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and is meant
+            # nohup ignores SIGHUP, and is meant. The others a job script ignores, for launchers that they would kill.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:

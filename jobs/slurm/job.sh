@@ -1,0 +1,138 @@
+# How a job runs, for the scripts beside this file: starts what it is for under srun, and decides what its end means.
+#
+# A job that is told to make room (by --signal when its time is nearly up, by a preemption, by `scancel --signal=USR1`)
+# passes that on, lets everything be saved, and queues itself again. One whose ranks or nodes die starts again with the
+# nodes that are left. One that fails twice in the same way at the same step gives up.
+
+set -euo pipefail
+# Where sbatch was called: the project's root.
+cd "${SLURM_SUBMIT_DIR:?this is a job script; submit it with sbatch, or with python jobs/submit.py}"
+source "${SITE:-jobs/slurm/site.sh}"
+enter
+
+leaving=
+# SLURM signals this shell alone (--signal=B:...); the steps' processes are told from here.
+trap 'leaving=--leaving; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1
+trap 'leaving=--leaving' TERM # SLURM has told the steps too
+
+say() { echo "job $SLURM_JOB_ID: $*" >&2; }
+
+# Waits for a process, through signals; gives its status.
+finish() {
+    local status
+    while :; do
+        status=0
+        wait "$1" || status=$?
+        kill -0 "$1" 2>/dev/null || return "$status"
+    done
+}
+
+ranks_per_node() { echo "${SLURM_GPUS_ON_NODE:-${RANKS_PER_NODE}}"; }
+
+nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
+
+# The nodes that answer, a line each; a dead one does not within the time.
+nodes_alive() {
+    local node
+    for node in $(nodes); do
+        { timeout 30 srun --overlap --no-kill --nodes=1 --ntasks=1 --nodelist="$node" --gres=none true \
+            >/dev/null 2>&1 && echo "$node"; } &
+    done
+    wait
+}
+
+# Queues this job again, which ends it.
+requeue() {
+    if [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" != RUNNING ]; then
+        say "ends, as SLURM was asked to"
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        say "queued again"
+        sleep 60 # until SLURM ends it
+    else
+        say "cannot be queued again here; submit it again to continue"
+        exit 75
+    fi
+    exit 0
+}
+
+# on_nodes LEAST MOST COMMAND...: a rank a GPU on LEAST to MOST nodes, under torchrun's elastic agents. An agent starts
+# its ranks again where some die, and goes on with fewer nodes, or with ones to spare, where a node does.
+on_nodes() {
+    local least=$1 most=$2 head
+    shift 2
+    head=$(head -n 1 <<<"$alive")
+    # srun has not inherited --cpus-per-task from sbatch since SLURM 22.05.
+    srun "${SRUN[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --ntasks-per-node=1 \
+        --nodes="$(wc -l <<<"$alive")" --nodelist="$(paste -sd, <<<"$alive")" \
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
+        "${IN[@]}" torchrun --nnodes="$least:$most" --nproc-per-node="$(ranks_per_node)" --max-restarts=3 \
+        --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$ATTEMPT" \
+        --rdzv-endpoint="$(address "$head"):$((20000 + SLURM_JOB_ID % 10000))" \
+        --rdzv-conf=last_call_timeout=10,join_timeout=180 \
+        --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=300 "$@"
+}
+
+# on_one_node COMMAND...: a rank a GPU under DeepSpeed's own launcher. It ignores the signals that would kill it (its
+# ranks do not), for SLURM ends a step whose first process has ended.
+on_one_node() {
+    local ranks=() # without flags it takes the GPUs that SLURM gave this job
+    [ -n "${SLURM_GPUS_ON_NODE:-}" ] || ranks=(--num_gpus "$RANKS_PER_NODE")
+    srun "${SRUN[@]}" --nodes=1 --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
+        bash -c 'trap "" USR1 TERM; exec "$@"' deepspeed \
+        "${IN[@]}" deepspeed "${ranks[@]}" --master_port $((20000 + SLURM_JOB_ID % 10000)) "$@"
+}
+
+# How other nodes reach a node.
+address() { scontrol show node "$1" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'; }
+
+# train ARGUMENTS...: jobs/train.py with these, until its steps are done.
+train() {
+    local spare=${SPARE_NODES:-0} began status next range
+    alive=$(nodes)
+    for ((ATTEMPT = 1; ; ATTEMPT++)); do
+        export ATTEMPT
+        range=$("${IN[@]}" python -m moe_dit.cluster.job begin --nodes "$(wc -l <<<"$alive")" \
+            --wanted $((SLURM_JOB_NUM_NODES - ${SPARE_NODES:-0})) --ranks-per-node "$(ranks_per_node)" -- "$@") ||
+            { [ "$ATTEMPT" -gt 1 ] && requeue; exit 2; }
+        began=$(date +%s)
+        if [ "$SLURM_JOB_NUM_NODES" -eq 1 ]; then
+            on_one_node jobs/train.py "$@" &
+        else
+            # shellcheck disable=SC2086 # two numbers
+            on_nodes $range jobs/train.py "$@" &
+        fi
+        status=0
+        finish $! || status=$?
+        next=$("${IN[@]}" python -m moe_dit.cluster.job end --began "$began" --status "$status" \
+            --attempt "$ATTEMPT" $leaving -- "$@")
+        case $next in
+        done) exit 0 ;;
+        requeue) requeue ;;
+        again)
+            alive=$(nodes_alive)
+            [ -n "$alive" ] || requeue
+            ;;
+        *) exit 1 ;;
+        esac
+    done
+}
+
+# everywhere COMMAND...: a command that goes on where it was stopped, on all nodes, until it is done.
+everywhere() {
+    local status count
+    alive=$(nodes)
+    for ((ATTEMPT = 1; ; ATTEMPT++)); do
+        count=$(wc -l <<<"$alive")
+        on_nodes "$count" "$count" "$@" &
+        status=0
+        finish $! || status=$?
+        [ "$status" -ne 0 ] || return 0
+        [ -z "$leaving" ] || requeue
+        if [ "$ATTEMPT" -gt 1 ]; then
+            say "failed twice, see above"
+            exit "$status"
+        fi
+        alive=$(nodes_alive)
+        [ -n "$alive" ] || requeue
+    done
+}

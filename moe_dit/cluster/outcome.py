@@ -1,0 +1,105 @@
+"""What a job does when its training command has ended: end, be queued again, start again, or give up."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_dit.events import events, record
+from moe_dit.runtime.errors import InputError
+from moe_dit.status import read_status
+
+Next = Literal["done", "again", "requeue", "give up"]
+
+SILENT = "its ranks ended without a word"  # killed, by a node, the kernel for want of memory, or a person
+EARLY = "it ended before its first step; see its log"  # where what was wrong was printed
+MOST_SILENT = 3  # failures without a word, and without a checkpoint between them, after which a job gives up
+
+
+def last_step(run: Path) -> int | None:
+    """The last step that metrics.jsonl has a record of, which is written within a second of the step."""
+    try:
+        with open(run / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 65536))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            continue
+    return None
+
+
+def note_end(run: Path, began: float, status: int) -> None:
+    """Add to a run's events that its ranks were killed, which they could not say themselves.
+
+    Args:
+        run: its folder; where it is not there, nothing is noted.
+        began: when the training command was started, in seconds since 1970.
+        status: that its launcher ended with.
+    """
+    if not run.is_dir() or status == 0:
+        return
+    told = {event["what"] for event in events(run) if event["time"] >= began}
+    if told.isdisjoint({"done", "stopped", "failed"}):
+        begun = "started" in told
+        record(run, "failed", SILENT if begun else EARLY, last_step(run) if begun else None)
+
+
+def gives_up(told: Sequence[dict[str, Any]]) -> str | None:
+    """Why a job should not try again, judged by a run's events; None where it should.
+
+    It gives up where the last two failures said the same at the same step, or the last :data:`MOST_SILENT` said nothing
+    and nothing was saved between them. Only what came after the last event "queued" counts: whoever submits a job
+    again has looked at what was wrong.
+    """
+    failures: list[tuple[str, int | None]] = []
+    saved: list[int | None] = []
+    start = None
+    for event in told:
+        if event["what"] == "queued":
+            failures, saved = [], []
+        elif event["what"] == "started":
+            start = event["step"]
+        elif event["what"] == "failed":
+            failures.append((event["message"], event["step"]))
+            saved.append(start)  # the checkpoint that this attempt began from
+        elif event["what"] in ("done", "stopped"):
+            failures, saved = [], []
+    if len(failures) >= 2 and failures[-1] == failures[-2] and failures[-1][0] != SILENT:
+        message, step = failures[-1]
+        return f"failed twice in the same way{'' if step is None else f' at step {step}'}: {message}"
+    silent = [message for message, _ in failures[-MOST_SILENT:]].count(SILENT)
+    if silent == MOST_SILENT and len(set(saved[-MOST_SILENT:])) == 1:
+        return f"{SILENT}, {MOST_SILENT} times since its last checkpoint, the last time at step {failures[-1][1]}"
+    return None
+
+
+def decide(run: Path, began: float, status: int, leaving: bool, attempt: int) -> tuple[Next, str]:
+    """What a job does now.
+
+    Args:
+        run: the run's folder.
+        began: when the training command was started, in seconds since 1970.
+        status: that its launcher ended with.
+        leaving: the job was told to make room (its time is up, it is preempted).
+        attempt: how often this job has started the training command, 1 the first time.
+
+    Returns:
+        the decision, and a line that says why.
+    """
+    note_end(run, began, status)
+    now = read_status(run)
+    state = now.get("state") if now.get("time", 0) >= began else None
+    if state == "done" or status == 0:
+        return "done", "all steps are done"
+    if state == "stopped":
+        return "requeue", str(now.get("message", "it has saved"))
+    if state == "failed" and now.get("exit_status") == InputError.status:
+        return "give up", str(now.get("message"))
+    if why := gives_up(list(events(run))) or (EARLY if attempt > 1 and not run.is_dir() else None):
+        return "give up", why
+    said = str(now.get("message")) if state == "failed" else f"{SILENT} (status {status})"
+    return ("requeue" if leaving else "again"), said
