@@ -38,6 +38,7 @@ def main() -> None:
     add("--inception", metavar="FILE.pth", help="evaluate: the weights, download, or none (default: the site's)")
     add("--protocol", help="evaluate: (default: diffmoe for latents, jit for pixels)")
     add("--site", type=Path, default=DEFAULT, metavar="FILE", help="what the site decides (default: %(default)s)")
+    add("--output", metavar="PATTERN", help="of the log, as sbatch's --output (default: %%x-%%j.out)")
     add("--after", metavar="JOBID", help="begin when this job has succeeded")
     add("--dry-run", action="store_true", help="check, and print the scripts instead of submitting them")
     words = sys.argv[1:]
@@ -84,8 +85,11 @@ def prepare(
     else:
         if "train" not in jobs:
             submit.check_run(folder)
+        submit.check_decoder(recipe, folder, args.vae or site.vae if "encode" in jobs else None)
         arguments = evaluate(args, recipe, site, folder)
     options = submit.options_for(site, f"{job}-{recipe.name}", nodes, args.time)
+    if args.output is not None:
+        options["output"] = args.output
     template = (submit.TEMPLATES / f"{job}.sbatch").read_text()
     further = args.further if job == jobs[-1] else []
     script = submit.fill(template, options, [*arguments, *further], args.site)

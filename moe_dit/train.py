@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_dit.cluster.outcome import gives_up
 from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.data.index import ensure_index
 from moe_dit.data.order import window_for
-from moe_dit.events import record
+from moe_dit.events import events, record
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import Parallelism, load_parallelism
@@ -29,7 +30,7 @@ from moe_dit.runtime.files import remove_unfinished, write_json, write_yaml
 from moe_dit.runtime.lock import lock_folder
 from moe_dit.runtime.machine import commit, machine, now
 from moe_dit.runtime.progress import say, task
-from moe_dit.runtime.stopping import GRACE_SECONDS, StopRequest
+from moe_dit.runtime.stopping import GRACE_SECONDS, StopRequest, was_restarted
 from moe_dit.schema import differences
 from moe_dit.status import read_status, write_status
 
@@ -111,7 +112,9 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         last = f"step {last_step}, saved in {checkpointer.confirm(last_step)}"
         ranks.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
         if last_step < recipe.steps:
-            raise Interrupted(f"stopped as asked after {last}; the same command continues", everywhere=True)
+            stopped = Interrupted(f"stopped as asked after {last}; the same command continues", everywhere=True)
+            stopped.ends_torchrun = request.ends_torchrun()
+            raise stopped
     say(f"done: {last}")
 
 
@@ -145,6 +148,8 @@ def _open_run(recipe: Recipe, run: Path, resume: str, held: ExitStack) -> "Start
     held.enter_context(lock_folder(run, "another training run", patience))
     remove_unfinished(run)
     remove_unfinished(run / "checkpoints")
+    if was_restarted() and (why := gives_up(list(events(run)))):
+        raise Stop(why)
     return _resumed(recipe, run, resume)
 
 

@@ -143,6 +143,11 @@ class Slurm:
         self._daemons[node].kill()
         self._daemons[node].wait()
 
+    def until_node(self, node: str, state: str, timeout: float = 90) -> None:
+        """Wait until SLURM takes a node to be "down", "idle", ..., whether it answers (no * behind it) or not."""
+        show = "sinfo", "--noheader", "--nodes", node, "--format", "%T"
+        self._until(lambda: self.run(*show).strip().rstrip("*") == state, f"{state} {node}", timeout)
+
     def run(self, *command: str) -> str:
         """A command of SLURM's; gives what it prints, whatever its status."""
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60).stdout

@@ -35,8 +35,8 @@ nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 nodes_alive() {
     local node
     for node in $(nodes); do
-        { timeout 30 srun --overlap --no-kill --nodes=1 --ntasks=1 --nodelist="$node" --gres=none true \
-            >/dev/null 2>&1 && echo "$node"; } &
+        { timeout 30 srun --overlap --no-kill --nodes=1 --ntasks=1 --nodelist="$node" --gres=none true >/dev/null &&
+            echo "$node" || say "$node does not answer"; } &
     done
     wait
 }
@@ -68,7 +68,7 @@ on_nodes() {
         "${IN[@]}" torchrun --nnodes="$least:$most" --nproc-per-node="$(ranks_per_node)" --max-restarts=3 \
         --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$ATTEMPT" \
         --rdzv-endpoint="$(address "$head"):$((20000 + SLURM_JOB_ID % 10000))" \
-        --rdzv-conf=last_call_timeout=10,join_timeout=180 \
+        --rdzv-conf=last_call_timeout=10,join_timeout=${JOIN_SECONDS:-180} \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=300 "$@"
 }
 
@@ -87,24 +87,25 @@ address() { scontrol show node "$1" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\)
 
 # train ARGUMENTS...: jobs/train.py with these, until its steps are done.
 train() {
-    local spare=${SPARE_NODES:-0} began status next range
+    local began status next start
     alive=$(nodes)
     for ((ATTEMPT = 1; ; ATTEMPT++)); do
         export ATTEMPT
-        range=$("${IN[@]}" python -m moe_dit.cluster.job begin --nodes "$(wc -l <<<"$alive")" \
+        # Least and most nodes, and the run's folder, a line each.
+        start=$("${IN[@]}" python -m moe_dit.cluster.job begin --nodes "$(wc -l <<<"$alive")" \
             --wanted $((SLURM_JOB_NUM_NODES - ${SPARE_NODES:-0})) --ranks-per-node "$(ranks_per_node)" -- "$@") ||
             { [ "$ATTEMPT" -gt 1 ] && requeue; exit 2; }
+        mapfile -t start <<<"$start"
         began=$(date +%s)
         if [ "$SLURM_JOB_NUM_NODES" -eq 1 ]; then
             on_one_node jobs/train.py "$@" &
         else
-            # shellcheck disable=SC2086 # two numbers
-            on_nodes $range jobs/train.py "$@" &
+            on_nodes "${start[0]}" "${start[1]}" jobs/train.py "$@" &
         fi
         status=0
         finish $! || status=$?
-        next=$("${IN[@]}" python -m moe_dit.cluster.job end --began "$began" --status "$status" \
-            --attempt "$ATTEMPT" $leaving -- "$@")
+        next=$("${IN[@]}" python -m moe_dit.cluster.job end --run "${start[2]}" --began "$began" --status "$status" \
+            --attempt "$ATTEMPT" $leaving)
         case $next in
         done) exit 0 ;;
         requeue) requeue ;;

@@ -14,6 +14,7 @@ MEMORY=0         # 0: all of a node's
 GPU=h100-80g     # what jobs/plan.py should reckon with
 TIME=24:00:00    # a run that needs longer saves, and queues itself again
 SAVE_SECONDS=300 # before the limit, in which it finishes a step and saves
+JOIN_SECONDS=180 # that nodes wait for each other, at the start and when one is lost
 
 # How a compute node gets to Python: a function that is called once a job, and what stands before every command.
 enter() { source .venv/bin/activate; } # made by: source jobs/setup.sh

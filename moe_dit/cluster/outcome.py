@@ -1,6 +1,7 @@
 """What a job does when its training command has ended: end, be queued again, start again, or give up."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -49,32 +50,38 @@ def note_end(run: Path, began: float, status: int) -> None:
 
 
 def gives_up(told: Sequence[dict[str, Any]]) -> str | None:
-    """Why a job should not try again, judged by a run's events; None where it should.
+    """Why a run should not be tried again, judged by its events; None where it should.
 
     It gives up where the last two failures said the same at the same step, or the last :data:`MOST_SILENT` said nothing
     and nothing was saved between them. Only what came after the last event "queued" counts: whoever submits a job
     again has looked at what was wrong.
     """
-    failures: list[tuple[str, int | None]] = []
-    saved: list[int | None] = []
+    failures: list[dict[str, Any]] = []  # of them, "from": the checkpoint that the attempt began from
+    begun = None  # the step of an attempt that has not ended yet
     start = None
     for event in told:
-        if event["what"] == "queued":
-            failures, saved = [], []
+        if event["what"] in ("queued", "done", "stopped"):
+            failures, begun = [], None
         elif event["what"] == "started":
-            start = event["step"]
+            if begun is not None:  # torchrun ended ranks that could not say so
+                failures.append({"message": SILENT, "step": None, "from": begun})
+            begun = start = event["step"]
         elif event["what"] == "failed":
-            failures.append((event["message"], event["step"]))
-            saved.append(start)  # the checkpoint that this attempt began from
-        elif event["what"] in ("done", "stopped"):
-            failures, saved = [], []
-    if len(failures) >= 2 and failures[-1] == failures[-2] and failures[-1][0] != SILENT:
-        message, step = failures[-1]
+            failures.append({"message": event["message"], "step": event["step"], "from": start})
+            begun = None
+    last = failures[-MOST_SILENT:]
+    if len(last) > 1 and last[-1]["message"] != SILENT and _same(last[-1], last[-2]):
+        step, message = last[-1]["step"], last[-1]["message"]
         return f"failed twice in the same way{'' if step is None else f' at step {step}'}: {message}"
-    silent = [message for message, _ in failures[-MOST_SILENT:]].count(SILENT)
-    if silent == MOST_SILENT and len(set(saved[-MOST_SILENT:])) == 1:
-        return f"{SILENT}, {MOST_SILENT} times since its last checkpoint, the last time at step {failures[-1][1]}"
+    if [failure["message"] for failure in last] == [SILENT] * MOST_SILENT and len({f["from"] for f in last}) == 1:
+        return f"{SILENT}, {MOST_SILENT} times since its last checkpoint (step {last[-1]['from']})"
     return None
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two failures are alike: at one step, for one cause, but for numbers such as ports and addresses."""
+    causes = [re.sub(r"0x[0-9a-f]+|\d+", "N", failure["message"]) for failure in (a, b)]
+    return a["step"] == b["step"] and causes[0] == causes[1]
 
 
 def decide(run: Path, began: float, status: int, leaving: bool, attempt: int) -> tuple[Next, str]:

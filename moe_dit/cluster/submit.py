@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import huggingface_hub
 from rich.filesize import decimal
 
 from moe_dit.checkpoint_files import tensors_of
@@ -19,6 +20,7 @@ from moe_dit.manifest import read_manifest
 from moe_dit.parallel.deepspeed_config import load_parallelism
 from moe_dit.plan import GPUS, best_mode, make_plan, measure_activations
 from moe_dit.recipe import Recipe
+from moe_dit.recipe_file import load_recipe
 from moe_dit.runtime.errors import InputError
 from moe_dit.store import is_remote
 
@@ -76,11 +78,38 @@ def check_fits(recipe: Recipe, ds: str, ranks: int, site: Site) -> None:
 
 
 def check_vae(vae: str, cure: str) -> None:
-    """Raise InputError where a VAE is a folder that is not there; a hub name is taken as it is."""
-    hub = re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}", vae) and not vae.startswith(".")
-    if not os.path.isdir(vae) and not hub:
-        raise InputError(
-            f"there is no VAE {vae}: neither a folder nor a hub name such as stabilityai/sd-vae-ft-mse; {cure}"
+    """Raise InputError where a VAE is neither a folder nor on the hub: its cache here, or itself."""
+    if os.path.isdir(vae):
+        return
+    repository = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(/[\w./-]+)?", vae)
+    why = "no folder, and no name of the hub such as stabilityai/sd-vae-ft-mse"
+    if repository:
+        config = f"{(repository[2] or '').strip('/')}/config.json".lstrip("/")
+        if isinstance(huggingface_hub.try_to_load_from_cache(repository[1], config), str):
+            return
+        try:
+            if huggingface_hub.file_exists(repository[1], config):
+                return
+            why = "no folder, and the hub has none of this name"
+        except Exception as error:  # offline, whatever the network made of it
+            why = f"no folder and not in the hub's cache here, and the hub cannot be asked ({type(error).__name__})"
+    raise InputError(f"there is no VAE {vae}: {why}; {cure}")
+
+
+def check_decoder(recipe: Recipe, run: Path, encodes: str | None) -> None:
+    """Raise InputError where the VAE that decodes a run's samples is not there.
+
+    Args:
+        recipe: as asked for.
+        run: its config.yaml says what its shards were encoded with, once it has begun.
+        encodes: the VAE of a job before this one that makes the shards.
+    """
+    config = run / "config.yaml"
+    data = (load_recipe(str(config)) if config.is_file() else recipe).data
+    vae = recipe.data.vae or data.vae or encodes
+    if data.kind == "latents" and vae is not None:
+        check_vae(
+            vae, "give --set data.vae=NAME_or_DIR to the training job, or behind -- to this one --vae NAME_or_DIR"
         )
 
 

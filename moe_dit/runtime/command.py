@@ -14,7 +14,7 @@ from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError, Interrupted, Stop
 from moe_dit.runtime.progress import console
 from moe_dit.runtime.ranks import world
-from moe_dit.runtime.stopping import end_torchrun
+from moe_dit.runtime.stopping import end_torchrun, may_restart
 
 LEAVING_SECONDS = 60.0  # to leave the process group at most
 
@@ -56,7 +56,7 @@ def run(main: Callable[[], int | None]) -> None:
             console.print(f"{kind}{where}{error}", markup=False, soft_wrap=True)
         elif this.size > 1:
             time.sleep(2)  # launchers end every rank as soon as one exits, and rank 0 must speak first
-        if isinstance(error, Interrupted):
+        if error.ends_torchrun if isinstance(error, Interrupted) else everywhere and may_restart():
             end_torchrun(this.local_rank)
     except KeyboardInterrupt:
         status = 130

@@ -29,3 +29,4 @@ class Interrupted(Stop):
     """Told to stop (SIGTERM, SIGUSR1, ...), and everything is saved."""
 
     status = 75  # sysexits.h's EX_TEMPFAIL: try again later
+    ends_torchrun = True  # StopRequest.ends_torchrun's word

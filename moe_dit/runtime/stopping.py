@@ -35,6 +35,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self.number: int | None = None  # of the first signal, where it was one
         for number in SIGNALS:
             # nohup ignores SIGHUP, and is meant. The others a job script ignores, for launchers that they would kill.
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
@@ -44,6 +45,15 @@ class StopRequest:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        self.number = self.number or number
+
+    def ends_torchrun(self) -> bool:
+        """Whether torchrun is to end with this rank (:func:`end_torchrun`) rather than decide itself.
+
+        Where torchrun may start ranks anew, it sends SIGTERM itself, before it starts them with more or fewer nodes. A
+        rank that was not signalled cannot know why others were. SLURM and people reach torchrun and all its ranks.
+        """
+        return not may_restart() or self.number not in (None, signal.SIGTERM)
 
     def watch_launchers(self) -> None:
         """From now on, take the end of a launcher above this process for a request; nothing where there is none."""
@@ -90,18 +100,30 @@ def _left_behind(above: list[psutil.Process]) -> bool:
         return True
 
 
+def may_restart() -> bool:
+    """Whether torchrun starts this rank anew where ranks or nodes fail (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def was_restarted() -> bool:
+    """Whether torchrun has started this rank anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def end_torchrun(local_rank: int) -> None:
-    """After a stop that was saved: end torchrun by SIGUSR1, so that its status (138 in a shell) tells of the stop.
+    """Where all ranks end alike: end torchrun by SIGUSR1, so that its status (138 in a shell) tells of a stop.
 
     torchrun (torch 2.14) makes status 1 and a traceback of every end of its ranks but 0, SIGTERM to itself included;
-    and where it may restart ranks, it would start those anew that were told to stop. All ranks of the node call it.
+    and where it may restart ranks, it would start those anew that were told to stop, or that would fail in the same way
+    again. All ranks of the node call it.
     """
+    handled = "SIGUSR1" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")  # then it waits for its ranks' end
     for agent in (process for process in launchers() if _is(process, _TORCHRUN)):
         try:
             if local_rank == 0:
                 agent.send_signal(signal.SIGUSR1)
             # A rank that left earlier would be the failure that torchrun reports.
-            agent.wait(10)
+            agent.wait(2 if handled else 10)
         except (psutil.NoSuchProcess, psutil.TimeoutExpired):
             pass
 

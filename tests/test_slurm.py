@@ -1,0 +1,183 @@
+"""The job scripts on a real SLURM of two nodes, as a user submits them, with a site's file that says CPUs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from helpers import ENV, ROOT, finish, losses, records, start_training
+from slurm import Slurm, missing
+
+from moe_dit.events import events
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(missing()), reason=f"there is no SLURM here ({', '.join(missing())}): apt-get install slurm-wlm munge"
+    ),
+]
+
+SITE = """\
+GPUS_PER_NODE=0
+RANKS_PER_NODE=1
+CPUS_PER_NODE=2
+MEMORY=0
+GPU=h100-80g
+TIME=10
+SAVE_SECONDS=20
+JOIN_SECONDS=30
+enter() { export PATH="$TEST_PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; }
+IN=()
+SRUN=()
+IMAGES=/nowhere
+VAE=/nowhere
+REFERENCE=/nowhere
+INCEPTION=none
+"""
+SMALL = ["--set", "model.depth=2", "--set", "global_batch_size=16"]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """The cluster; a socket's path must be short, so it does not lie below pytest's own folders."""
+    folder = Path(f"/tmp/slurm-{os.getpid()}")
+    try:
+        with Slurm(folder) as running:
+            running.env |= {"TEST_PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"}
+            site = tmp_path_factory.mktemp("site") / "site.sh"
+            site.write_text(SITE)
+            running.env["SITE"] = str(site)
+            yield running
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(slurm, *arguments) -> subprocess.CompletedProcess:
+    """jobs/submit.py with the site's file."""
+    command = [sys.executable, "jobs/submit.py", "--site", slurm.env["SITE"], *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=ENV | slurm.env, capture_output=True, text=True, timeout=120)
+
+
+def train_job(
+    slurm: Slurm,
+    run: Path,
+    latents: Path,
+    steps: int,
+    *flags: str,
+    nodes: int = 2,
+    ds: str = "zero2_ep2",
+    more: Sequence[str] = (),
+) -> str:
+    """Submit the training script by hand, as its head says; gives the job's number."""
+    own = ["--gpus-per-node=0", "--cpus-per-task=2", f"--nodes={nodes}", f"--output={run}.out", *flags]
+    training = ["--ds", f"ds_configs/{ds}.json", "--recipe", "digits", "--data", str(latents), "--out", str(run)]
+    return slurm.sbatch(*own, "jobs/slurm/train.sbatch", *training, "--steps", str(steps), *SMALL, *more, cwd=ROOT)
+
+
+def told(run: Path) -> list[str]:
+    """The kinds of what happened to a run, in order."""
+    return [event["what"] for event in events(run)]
+
+
+def wait_for(true, what: str, log: Path, timeout: float = 180) -> None:
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{log.read_text()[-6000:]}"
+        time.sleep(0.1)
+
+
+def last_step(run: Path) -> int:
+    """The newest recorded step."""
+    return records(run)[-1]["step"] if (run / "metrics.jsonl").exists() and records(run) else 0
+
+
+def test_the_chain_finishes_in_order(slurm, latents, tmp_path):
+    """Encode, train on both nodes, evaluate: each begins when the one before has succeeded."""
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    flags = ["--recipe", "digits", "--nodes", 2, "--ds", "ds_configs/zero2_ep2.json", "--steps", 12]
+    flags += ["--images", latents.parent / "images", "--vae", latents.parent / "vae", "--size", 32, "--data", shards]
+    flags += ["--set", f"data.vae={latents.parent / 'vae'}", *SMALL, "--out", run]
+    flags += ["--reference", latents.parent / "images", "--protocol", "fidelity"]
+    done = submit(slurm, "chain", *flags, "--output", f"{tmp_path}/%x.out", "--", "-n", 40, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"(\w+): job (\d+)(?:, when (\d+) has succeeded)?", done.stderr)
+    assert [(job, after) for job, _, after in said] == [
+        ("encode", ""),
+        ("train", said[0][1]),
+        ("evaluate", said[1][1]),
+    ]
+    logs = lambda: "\n".join(log.read_text()[-3000:] for log in tmp_path.glob("*.out"))  # noqa: E731
+    assert [slurm.wait(number) for _, number, _ in said] == ["COMPLETED"] * 3, logs()
+    jobs = [slurm.show(number) for _, number, _ in said]
+    assert jobs[0]["EndTime"] <= jobs[1]["StartTime"] and jobs[1]["EndTime"] <= jobs[2]["StartTime"]
+    assert [job["NumNodes"] for job in jobs] == ["2"] * 3
+    assert "1797 samples: all good" in (tmp_path / "encode-digits.out").read_text()
+    assert len(losses(run)) == 12
+    scores = json.loads((run / "samples/step_00000012/metrics.json").read_text())
+    assert scores["samples"] == 40 and scores["fid"] > 0
+
+
+def test_jobs_that_are_stopped_in_every_way_end_as_if_nobody_had(slurm, latents, tmp_path):
+    """One job of a one-minute limit, and one that meets scancel, scontrol requeue and a dead slurmd, side by side."""
+    steps = 700
+    every = ["--set", "checkpoint.every=100"]
+    limited, unlucky, whole = (tmp_path / name for name in ("limited", "unlucky", "whole"))
+    short = train_job(slurm, limited, latents, steps, "--time=1", "--signal=B:USR1@25", more=every)
+    job = train_job(slurm, unlucky, latents, steps, "--time=30", more=every)
+    log = Path(f"{unlucky}.out")
+
+    wait_for(lambda: last_step(unlucky) > 20, "step 20", log)
+    slurm.run("scancel", "--signal=USR1", job)
+    wait_for(lambda: told(unlucky)[:3] == ["started", "stopped", "requeued"], "a requeue", log)
+    saved = int((unlucky / "checkpoints/latest").read_text().strip().removeprefix("step_"))
+    wait_for(lambda: told(unlucky).count("started") == 2 and last_step(unlucky) > saved + 20, "a second start", log)
+
+    slurm.run("scontrol", "requeue", job)
+    wait_for(lambda: told(unlucky).count("started") == 3, "a third start", log)
+    before = last_step(unlucky)
+    wait_for(lambda: last_step(unlucky) > before + 20, "20 steps more", log)
+
+    slurm.kill_node("n2")
+    slurm.until_node("n2", "down")
+    slurm.start_node("n2")  # what ran there is ended, for the job has lost the node
+    wait_for(lambda: told(unlucky).count("started") == 4, "a fourth start", log)
+
+    assert slurm.wait(job) == "COMPLETED", log.read_text()[-6000:]
+    assert slurm.wait(short, 600) == "COMPLETED", Path(f"{limited}.out").read_text()[-6000:]
+    assert told(limited)[0] == "started" and told(limited)[-1] == "done"
+    assert set(told(limited)) == {"started", "stopped", "requeued", "done"}
+    assert slurm.show(short)["Restarts"] != "0"
+
+    flags = ["--steps", str(steps), *SMALL, *every]
+    finish(start_training(2, "zero2_ep2", latents, whole, *flags), whole)
+    expected = losses(whole)
+    assert losses(limited) == pytest.approx(expected, rel=1e-6)
+    assert losses(unlucky) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_that_fails_twice_in_the_same_way_stops(slurm, latents, tmp_path):
+    """A learning rate that no loss survives: the second time at the same step is the last."""
+    run = tmp_path / "run"
+    more = ["--set", "optimizer.lr=1e30"]
+    job = train_job(slurm, run, latents, 20, nodes=1, ds="zero1_ep1", more=more)
+    assert slurm.wait(job) == "FAILED"
+    assert told(run) == ["started", "failed", "restarted", "started", "failed", "gave up"]
+    log = Path(f"{run}.out").read_text()
+    assert re.search(r"give up: failed twice in the same way at step \d+: Stop: the (loss|gradient) is", log), log
+
+
+def test_a_job_that_is_cancelled_stays_so(slurm, latents, tmp_path):
+    """scancel without a signal is no preemption: all is saved, and nothing is queued again."""
+    run = tmp_path / "run"
+    job = train_job(slurm, run, latents, 100_000, nodes=1, ds="zero1_ep1")
+    wait_for(lambda: last_step(run) > 3, "step 3", Path(f"{run}.out"))
+    slurm.run("scancel", job)
+    assert slurm.wait(job) == "CANCELLED"
+    wait_for(lambda: told(run) == ["started", "stopped"], "a save", Path(f"{run}.out"))
+    assert slurm.show(job)["Restarts"] == "0"
