@@ -120,7 +120,7 @@ def test_the_chain_finishes_in_order(slurm, latents, tmp_path):
     assert "1797 samples: all good" in (tmp_path / "encode-digits.out").read_text()
     assert len(losses(run)) == 12
     scores = json.loads((run / "samples/step_00000012/metrics.json").read_text())
-    assert scores["samples"] == 40 and scores["fid"] > 0
+    assert scores["num_samples"] == 40 and scores["fid"] > 0
 
 
 def test_jobs_that_are_stopped_in_every_way_end_as_if_nobody_had(slurm, latents, tmp_path):
