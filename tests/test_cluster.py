@@ -225,7 +225,7 @@ def submit(site: Path, *arguments, **env: str) -> subprocess.CompletedProcess:
                                          "hub cannot be asked (OfflineModeIsEnabled); give --set data.vae=NAME_or_DIR"),
         (["--nodes", 0], "--nodes 0: it should be at least 1"),
         (["--spare", -1], "--spare -1: it should be at least 0"),
-        (["--recipe", "digit"], "no recipe 'digit'"),
+        (["--recipe", "digit"], "no recipe named 'digit'; did you mean digits?"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_not_submitted(good, site, tmp_path, change, line):
