@@ -19,13 +19,14 @@ from PIL import Image
 
 from eval.atlas_file import load_atlas
 from eval.atlas_page import atlas_parts
-from eval.plots import HALF, WIDTH, bars, heat_map, line_chart, printable
+from eval.plots import HALF, WIDTH, bars, heat_map, line_chart
 from eval.published import SAMPLES, published
 from moe_dit.records import Records, is_number
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import check_new_file, explained, write_bytes
 from moe_dit.runtime.progress import say
+from moe_dit.runtime.wording import duration, printable
 
 EXAMPLES = """\
   python -m eval.report --run RUN --out report.html
@@ -267,7 +268,7 @@ def _summary(run_folder: Path, records: list[dict[str, Any]], settings: dict[str
         summary.append(("images per second (median)", f"{median:,.4g}"))
         batch: Any = settings.get("global_batch_size")
         if is_number(batch):
-            summary.append(("training time", _duration(sum(n * batch / speed for speed, n in ordered if speed > 0))))
+            summary.append(("training time", duration(sum(n * batch / speed for speed, n in ordered if speed > 0))))
     for key, name in (("held_out_loss", "held-out loss, last"), ("moe_imbalance", "imbalance, last")):
         _, values = curve(records, key)
         if values:
@@ -289,14 +290,6 @@ def _summary(run_folder: Path, records: list[dict[str, Any]], settings: dict[str
         summary.append(("starts", f"{len(starts)}, the first {starts[0].get('date', '?')}"))
         summary.append(("code", f"{str(last.get('commit') or 'unknown')[:12]}, torch {last.get('torch', '?')}"))
     return summary
-
-
-def _duration(seconds: float) -> str:
-    """For people: "3 d 4 h", "2 h 5 min", "40 s"."""
-    for size, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {name} {seconds % size // small:.0f} {small_name}"
-    return f"{seconds:.0f} s"
 
 
 def _course(records: list[dict[str, Any]]) -> str:
