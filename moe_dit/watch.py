@@ -16,7 +16,6 @@ from typing import Any
 
 import yaml
 from rich import box
-from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
 from rich.progress_bar import ProgressBar
@@ -222,7 +221,7 @@ def picture(runs: Sequence[Run], width: int, colours: bool = True) -> Renderable
         colours: whether it has them.
     """
     if len(runs) == 1:
-        return Group(*_head(runs[0]), *_charts(runs[0], width, colours), *_details(runs[0], width, colours))
+        return Group(*_head(runs[0]), *_charts(runs[0], width, colours), "", *_details(runs[0], width, colours))
     parts: list[RenderableType] = [_table(runs, colours)]
     curves = [(_curve(run, "loss"), _style(i), _letter(i)) for i, run in enumerate(runs)]
     parts += [
@@ -268,7 +267,9 @@ def _head(run: Run) -> list[RenderableType]:
     parts: list[RenderableType] = [line]
     if run.steps is not None:
         bar = Table.grid(expand=True)  # a bar alone would not end its line
-        bar.add_row(ProgressBar(total=run.steps, completed=run.step))
+        bar.add_row(
+            ProgressBar(total=run.steps, completed=run.step, complete_style=STYLES[0], finished_style=STYLES[0])
+        )
         parts.append(bar)
     parts.append(Text(" · ".join(times), FAINT, no_wrap=True, overflow="ellipsis"))
     if run.state == "failed" and run.message:
@@ -306,19 +307,22 @@ def _details(run: Run, width: int, colours: bool, most_events: int = 6) -> list[
         _number(name, last.get(key), form)
         for key, name, form in (
             ("loss", "loss", ".4g"),
-            ("lr", "rate", ".4g"),
+            ("lr", "learning rate", ".4g"),
             ("grad_norm", "gradient norm", ".4g"),
             ("images_per_second", "images/s", ",.4g"),
             ("data_wait", "waiting for data", ".1%"),
             ("moe_imbalance", "imbalance", ".4g"),
         )
     ]
-    parts += _listed("", shown)
-    looked = [_number(key.removeprefix("look_").replace("_", " "), run.looked.get(key), ".4g") for key in LOOK_KEYS]
+    parts += _listed("", shown, width)
+    looked = [
+        _number(key.removeprefix("look_").replace("held_out", "held-out").replace("_", " "), run.looked.get(key), ".4g")
+        for key in LOOK_KEYS
+    ]
     if any(looked):
-        parts += _listed(f"look at step {run.looked['step']:,}", looked)
+        parts += _listed(f"look at step {run.looked['step']:,}", looked, width)
     memory = [_item(kind, _range(sizes)) for kind, sizes in run.memory.items() if any(sizes)]
-    parts += _listed("a rank's memory", memory)
+    parts += _listed("a rank's memory", memory, width)
     if run.skipped is not None:
         parts.append(_item("images skipped while encoding", f"{run.skipped:,}"))
     if run.events:
@@ -344,12 +348,17 @@ def _item(name: str, value: str, style: str = "") -> Text:
     return Text.assemble((f"{name} ", FAINT), (value, style), no_wrap=True)
 
 
-def _listed(title: str, items: Sequence[Text | None]) -> list[RenderableType]:
-    """What there is of some items in as many lines as they take; nothing where there is none."""
-    kept = [item for item in items if item is not None]
-    if not kept:
-        return []
-    return [Columns([Text(title, "bold"), *kept] if title else kept, padding=(0, 3, 0, 0))]
+def _listed(title: str, items: Sequence[Text | None], width: int) -> list[Text]:
+    """What there is of some items, in as many lines as they take; nothing where there is none."""
+    lines: list[Text] = []
+    for item in items:
+        if item is not None and lines and lines[-1].cell_len + 3 + item.cell_len <= width:
+            lines[-1].append("   ").append_text(item)
+        elif item is not None:
+            start = Text.assemble((f"{title}   " if title and not lines else "", "bold"), item)
+            start.no_wrap, start.overflow = True, "ellipsis"
+            lines.append(start)
+    return lines
 
 
 def _range(sizes: Sequence[int]) -> str:

@@ -94,8 +94,8 @@ def test_what_is_shown_is_what_the_files_say(run):
     for piece in (
         "hand_made training step 400 / 1,000",
         "20 min 0 s left at the recent speed · started 2 h 0 min ago, for the 2nd time",  # 600 steps of 256 / 128 s
-        "loss 1 rate 0.0003 gradient norm 0.75 images/s 128 waiting for data 3.0% imbalance 2.125",
-        "look at step 400 held out loss 1.5 fid 7.25",
+        "loss 1 learning rate 0.0003 gradient norm 0.75 images/s 128 waiting for data 3.0% imbalance 2.125",
+        "look at step 400 held-out loss 1.5 fid 7.25",
         "a rank's memory weights 1.0 MB state 2.0 MB to 3.0 MB",
         "images skipped while encoding 3",
         "1 d 1 h ago started step 0: on 3 ranks 2 h 1 min ago stopped step 200: as asked",
@@ -213,7 +213,7 @@ def test_several_runs_stand_in_one_table_and_one_chart(run, tmp_path):
         "[]",
         "[1, 2]",
         "\x00" * 100,
-        "[" * 10_000,
+        "[" * 3_000,
         '{"state": [], "time": "x", "steps": -1, "step": 1, "loss": NaN, "hosts": [1], "seconds": ["x"], "data": 3}',
         '{"state": "\\u001b[2J", "time": 1e999, "steps": 1e999, "step": 2, "loss": "x", "expert_load": [[], 1]}',
         '{"what": "\\u001b[2J", "time": 1, "step": 99999999999999999999}\n{"what": 1, "time": -1e80, "message": {}}',
@@ -317,10 +317,7 @@ def test_a_run_is_watched_while_it_trains_killed_and_done(latents, tmp_path):
     last = records(run)[-1]
     text = flat(watch(run))
     assert f"step {last['step']:,} / 100,000" in text and f"loss {last['loss']:.4g} " in text
-    long_ago = time.time() - 720
-    for name in ("metrics.jsonl", "status.json"):
-        os.utime(run / name, (long_ago, long_ago))
-    assert "training, no news for " in shown(run, now=time.time() + 720)
+    assert "training, no news for 12 min " in shown(run, now=time.time() + 720)
     finish(start_training(1, "zero1_ep1", latents, run, *small, "--steps", str(last["step"] + 2)), run)
     text = flat(watch(run))
     last = records(run)[-1]
