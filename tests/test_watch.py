@@ -305,6 +305,7 @@ def test_a_terminal_sees_news_until_it_is_left(run):
     assert "777 / 1,000" in seen[seen.rindex("\x1b[?1049l") :]
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_while_it_trains_killed_and_done(latents, tmp_path):
     run = tmp_path / "live"
     small = ["--set", "model.depth=2", "--set", "global_batch_size=8", "--set", "checkpoint.every=10"]
