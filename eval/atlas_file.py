@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from eval.arrays import read_arrays
-from eval.plots import printable
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file
+from moe_dit.runtime.wording import printable
 
 FORMAT = "moe-dit-atlas-1"
 # Kind and dimensions: layers, times, experts, classes, rows and columns.

@@ -68,11 +68,6 @@ SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 
 
-def printable(text: str) -> str:
-    """A name as text that can be drawn: what no page can show becomes a question mark."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ import io
 import json
 import os
 import re
+from bisect import bisect_right
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from PIL import Image
 
 from eval.atlas_file import load_atlas
 from eval.atlas_page import atlas_parts
-from eval.plots import HALF, WIDTH, bars, heat_map, line_chart, printable
+from eval.plots import HALF, WIDTH, bars, heat_map, line_chart
 from eval.published import SAMPLES, published
+from moe_dit.records import Records, is_number
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import check_new_file, explained, write_bytes
 from moe_dit.runtime.progress import say
+from moe_dit.runtime.wording import duration, printable
 
 EXAMPLES = """\
   python -m eval.report --run RUN --out report.html
@@ -32,6 +36,8 @@ EXAMPLES = """\
 LOOK = re.compile(r"step_(\d+)\.png")
 BEGINNING = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>'
 SUMMARY = '<dl class="summary">'
+WHOLE = 32 << 20  # bytes of metrics.jsonl, some 150,000 steps; of a longer one, records spread over it are read
+FIRST, EVEN, RISING = 300, 3000, 1000  # of those: the first ones, how many evenly spread, how many ever farther apart
 LARGEST_IMAGE = 1280  # pixels; a bigger grid of samples is scaled down
 SMALLEST_SHOWN = 96  # pixels across of an image that is to be judged
 
@@ -75,28 +81,38 @@ pre { overflow-x: auto; font-size: 13px; }
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     """The records of RUN/metrics.jsonl by step; lines that are not whole records (a run still writing) are left out.
 
+    Of a file longer than WHOLE some are read, as many as curves can show, and all with what was found at looks.
+
     Raises:
         InputError: no such file, or no record in it.
     """
     file = run_folder / "metrics.jsonl"
     try:
-        lines = file.read_text(errors="replace").splitlines()
+        with Records(file) as read:
+            found = list(read.all()) if read.size <= WHOLE else _spread(read)
     except OSError:
         raise InputError(f"no {file}; --run should be a folder that jobs/train.py made") from None
     records: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-            step = record["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-        if type(step) is int and abs(step) < 2**53:  # an axis is of floats
-            # A step that was repeated after a stop counts as it was last computed; one may also have several lines.
-            named = {printable(key): value for key, value in record.items()}
-            records[step] = records.get(step, {}) | named
+    for record in found:
+        # A step that was repeated after a stop counts as it was last computed; one may also have several lines.
+        named = {printable(key): value for key, value in record.items()}
+        records[record["step"]] = records.get(record["step"], {}) | named
     if not records:
         raise InputError(f"{file} holds no step yet; let the run make one first")
     return [records[step] for step in sorted(records)]
+
+
+def _spread(records: Records) -> list[dict[str, Any]]:
+    """Of a long run: its first records, some spread over it for curves over steps and over their logarithm, the last,
+    all with what is found at looks, and the newest load of the experts."""
+    first, last = records.following(0, FIRST), records.last()
+    if not last:
+        return []
+    begin = FIRST / max(last[0]["step"], FIRST)
+    places = {i / EVEN for i in range(EVEN)} | {begin ** (i / RISING) for i in range(1, RISING)}
+    load = records.newest("expert_load", 1 << 20)
+    found = [*first, *records.at_places(sorted(places)), *records.having("look_", "held_out_loss"), *last]
+    return [*found, load] if load else found
 
 
 def curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -104,15 +120,10 @@ def curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[floa
     steps = []
     values = []
     for record in records:
-        if key in record and _is_number(record[key]):
+        if key in record and is_number(record[key]):
             steps.append(record["step"])
             values.append(float(record[key]))
     return steps, values
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a finite number that a curve can be drawn of."""
-    return type(value) in (int, float) and abs(value) < 1e100
 
 
 def data_uri(file: Path) -> str:
@@ -182,7 +193,8 @@ def report(
     parts = []
     if scores is not None:
         parts.append(section("Scores", "", _scores(scores, str(settings.get("name", "")))))
-    note = "Thin: every step. Thick: the mean of its neighbours on both sides. Both axes are logarithmic."
+    shown = "every step" if records[-1]["step"] - records[0]["step"] < len(records) else "single steps"
+    note = f"Thin: {shown}. Thick: the mean of its neighbours on both sides. Both axes are logarithmic."
     drawn = [line_chart(steps, losses, "loss", width, log_steps=True) for width in (WIDTH, HALF)]
     both = f'<div class="desk">{drawn[0]}</div><div class="phone">{drawn[1]}</div>'
     parts.append(section("Loss", note, both))
@@ -243,15 +255,20 @@ def _starts(run_folder: Path) -> list[dict[str, Any]]:
 def _summary(run_folder: Path, records: list[dict[str, Any]], settings: dict[str, Any]) -> list[tuple[str, str]]:
     """Names and values at the page's head."""
     summary = [("steps", f"{records[-1]['step']:,}")]
-    _, losses = curve(records, "loss")
-    recent = losses[-max(1, len(losses) // 50) :]
+    steps, losses = curve(records, "loss")
+    recent = losses[bisect_right(steps, steps[-1] - max(1, (steps[-1] - steps[0] + 1) // 50)) :]
     summary.append(("loss, last 2%", f"{sum(recent) / len(recent):.4g}"))
-    _, speeds = curve(records, "images_per_second")
+    steps, speeds = curve(records, "images_per_second")
     if speeds:
-        summary.append(("images per second (median)", f"{sorted(speeds)[len(speeds) // 2]:,.4g}"))
+        # Each stands for the steps behind the one before, of which few are read where a run is long.
+        lasted = [1, *(after - before for before, after in pairwise(steps))]
+        ordered = sorted(zip(speeds, lasted, strict=True))
+        passed = list(accumulate(steps_of for _, steps_of in ordered))
+        median = ordered[bisect_right(passed, passed[-1] / 2)][0]
+        summary.append(("images per second (median)", f"{median:,.4g}"))
         batch: Any = settings.get("global_batch_size")
-        if _is_number(batch):
-            summary.append(("training time", _duration(sum(batch / speed for speed in speeds if speed > 0))))
+        if is_number(batch):
+            summary.append(("training time", duration(sum(n * batch / speed for speed, n in ordered if speed > 0))))
     for key, name in (("held_out_loss", "held-out loss, last"), ("moe_imbalance", "imbalance, last")):
         _, values = curve(records, key)
         if values:
@@ -259,7 +276,7 @@ def _summary(run_folder: Path, records: list[dict[str, Any]], settings: dict[str
     starts = _starts(run_folder)
     if starts:
         last = starts[-1]
-        if _is_number(last.get("parameters")) and _is_number(last.get("activated")):
+        if is_number(last.get("parameters")) and is_number(last.get("activated")):
             summary.append(
                 ("parameters, activated", f"{last['parameters'] / 1e6:,.4g} M, {last['activated'] / 1e6:,.4g} M")
             )
@@ -273,14 +290,6 @@ def _summary(run_folder: Path, records: list[dict[str, Any]], settings: dict[str
         summary.append(("starts", f"{len(starts)}, the first {starts[0].get('date', '?')}"))
         summary.append(("code", f"{str(last.get('commit') or 'unknown')[:12]}, torch {last.get('torch', '?')}"))
     return summary
-
-
-def _duration(seconds: float) -> str:
-    """For people: "3 d 4 h", "2 h 5 min", "40 s"."""
-    for size, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {name} {seconds % size // small:.0f} {small_name}"
-    return f"{seconds:.0f} s"
 
 
 def _course(records: list[dict[str, Any]]) -> str:
@@ -343,7 +352,7 @@ def _more_losses(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _is_list_of_numbers(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_number(v) for v in value)
+    return isinstance(value, list) and bool(value) and all(is_number(v) for v in value)
 
 
 def _experts(records: list[dict[str, Any]]) -> list[str]:

@@ -45,5 +45,5 @@ def events(run: Path) -> Iterator[dict[str, Any]]:
                 "step": event.get("step"),
                 "message": str(event.get("message", "")),
             }
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from moe_dit.recipe import Recipe
-from moe_dit.runtime.files import write_bytes
+from moe_dit.records import Records
+from moe_dit.runtime.files import sync
 from moe_dit.runtime.progress import say
 from moe_dit.sinks import open_sinks
 
@@ -185,24 +186,31 @@ class Metrics:
         """Set records after ``step`` aside, and a last line that a kill cut short."""
         if not self.path.exists():
             return
-        kept, superseded, steps = [], [], []
-        for line in self.path.read_bytes().splitlines():
-            try:
-                number = json.loads(line)["step"]
-                if number <= step:
-                    kept.append(line + b"\n")
-                    continue
-                steps.append(number)
-            except (ValueError, TypeError, KeyError):  # no record
-                pass
-            superseded.append(line + b"\n")
-        if not superseded:
-            return
         aside = self.path.with_name("metrics_superseded.jsonl")
-        with open(aside, "ab") as file:
-            file.writelines(superseded)
-            file.flush()
-            os.fsync(file.fileno())
-        write_bytes(self.path, b"".join(kept))
-        what = f"the records of steps {min(steps)} to {max(steps)}" if steps else "a line that is no record"
-        say(f"{what} moved from {self.path} to {aside.name}: they are no part of what continues")
+        with Records(self.path) as records:
+            end = records.behind(step)
+            if end < records.size:
+                _end_line(aside)
+                with open(aside, "ab") as file:
+                    records.copy(end, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                sync(aside.parent)
+                first, last = records.following(end, 1), records.last()
+                # A kill before this line leaves these records in both files; they are set aside again then.
+                os.truncate(self.path, end)
+                sync(self.path)
+                what = "a line that is no record"
+                if first:
+                    what = f"the records of steps {first[0]['step']} to {last[0]['step']}"
+                say(f"{what} moved from {self.path} to {aside.name}: they are no part of what continues")
+        _end_line(self.path)
+
+
+def _end_line(path: Path) -> None:
+    """Make a file, or end its last line where that was cut short: what follows stands on a line of its own."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")

@@ -25,5 +25,5 @@ def read_status(run: Path) -> dict[str, Any]:
     """A run's status.json; empty where there is none. A run that was killed still says what it did then."""
     try:
         return dict(json.loads((run / "status.json").read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}

@@ -8,13 +8,10 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch
-
-from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError, Interrupted, Stop
 from moe_dit.runtime.progress import console
-from moe_dit.runtime.ranks import world
 from moe_dit.runtime.stopping import end_torchrun, may_restart
+from moe_dit.runtime.world import joined, world
 
 LEAVING_SECONDS = 60.0  # to leave the process group at most
 
@@ -49,7 +46,7 @@ def run(main: Callable[[], int | None]) -> None:
         status = main() or 0
     except Stop as error:
         status = error.status
-        everywhere = error.everywhere or not torch.distributed.is_initialized()
+        everywhere = error.everywhere or not joined()
         if this.rank == 0 or not everywhere:
             where = "" if everywhere or this.size == 1 else f"rank {this.rank} ({socket.gethostname()}): "
             kind = "" if isinstance(error, Interrupted) else "error: "
@@ -69,6 +66,9 @@ def run(main: Callable[[], int | None]) -> None:
         limit = threading.Timer(LEAVING_SECONDS, os._exit, [status or 1])
         limit.daemon = True
         limit.start()
-        ranks.stop()
+        if joined():
+            from moe_dit.runtime import ranks  # with torch, which a command that joined no group may never have needed
+
+            ranks.stop()
         limit.cancel()
     sys.exit(status)

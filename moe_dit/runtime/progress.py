@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moe_dit.runtime.ranks import world
+from moe_dit.runtime.world import world
 
 LOG_EVERY_SECONDS = 10.0
 
