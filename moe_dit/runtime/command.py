@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from moe_dit.runtime import ranks
-from moe_dit.runtime.errors import InputError, Interrupted, Stop
+from moe_dit.runtime.errors import InputError, Interrupted, NotJoined, Stop
 from moe_dit.runtime.progress import console
 from moe_dit.runtime.ranks import world
 from moe_dit.runtime.stopping import end_torchrun
@@ -49,7 +49,8 @@ def run(main: Callable[[], int | None]) -> None:
         status = main() or 0
     except Stop as error:
         status = error.status
-        everywhere = error.everywhere or not torch.distributed.is_initialized()
+        alike = not (torch.distributed.is_initialized() or isinstance(error, NotJoined))
+        everywhere = error.everywhere or alike
         if this.rank == 0 or not everywhere:
             where = "" if everywhere or this.size == 1 else f"rank {this.rank} ({socket.gethostname()}): "
             kind = "" if isinstance(error, Interrupted) else "error: "

@@ -29,3 +29,7 @@ class Interrupted(Stop):
     """Told to stop (SIGTERM, SIGUSR1, ...), and everything is saved."""
 
     status = 75  # sysexits.h's EX_TEMPFAIL: try again later
+
+
+class NotJoined(Stop):
+    """Ranks did not find each other; unlike any other error before they have, not all ranks know the same."""
