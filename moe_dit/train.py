@@ -306,7 +306,7 @@ def _loop(
         while step < recipe.steps:
             numbers = times.take() if (step + 1) % LOAD_EVERY == 0 else None
             if numbers is not None:
-                log.write(f"step {step + 1}: " + ", ".join(f"{n} {x:.4g}" for n, x in zip(NUMBERS, numbers, strict=True)))
+                log.write(f"step {step + 1}: " + ", ".join(map("{} {:.4g}".format, NUMBERS, numbers)))
             times.begin(step)
             inputs = next(micro_batches)
             own_times = None if numbers is None else slots(numbers, engine.device)

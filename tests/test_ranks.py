@@ -17,13 +17,15 @@ from moe_dit.runtime.joining import numbered
 HOST = socket.gethostname()
 
 
-def run_ranks(command: list[list[str]], folders: list[Path], timeout: float = 120) -> list[subprocess.CompletedProcess]:
-    """One process a rank, each with its own command and folder to run in."""
+def run_ranks(
+    command: list[list[str]], folders: list[Path], timeout: float = 120, **more: str
+) -> list[subprocess.CompletedProcess]:
+    """One process a rank, each with its own command and folder to run in; ``more`` of the environment is as given."""
     port = str(free_port())
     common = {"WORLD_SIZE": str(len(command)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
     def one(rank: int) -> subprocess.CompletedProcess:
-        env = ENV | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
+        env = ENV | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)} | more
         return subprocess.run(
             command[rank], cwd=folders[rank], env=env, capture_output=True, text=True, timeout=timeout
         )
@@ -32,7 +34,7 @@ def run_ranks(command: list[list[str]], folders: list[Path], timeout: float = 12
         return list(pool.map(one, range(len(command))))
 
 
-def run_scripts(body: str, ranks: int, tmp_path: Path) -> list[subprocess.CompletedProcess]:
+def run_scripts(body: str, ranks: int, tmp_path: Path, **more: str) -> list[subprocess.CompletedProcess]:
     """The same Python on each rank, as a command's main; it knows ``rank``."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -42,7 +44,7 @@ def run_scripts(body: str, ranks: int, tmp_path: Path) -> list[subprocess.Comple
         "    ranks.start()\n"
         "    rank = ranks.world().rank\n" + indent(dedent(body), "    ") + "\ncommand.run(main)\n"
     )
-    return run_ranks([[sys.executable, str(script)]] * ranks, [tmp_path] * ranks)
+    return run_ranks([[sys.executable, str(script)]] * ranks, [tmp_path] * ranks, **more)
 
 
 def test_a_node_without_its_data_is_named(latents, tmp_path):
