@@ -76,6 +76,7 @@ class Watchdog:
         self._hosts = ranks.hosts()
         self._meeting = ranks.meeting()
         self._main = threading.main_thread().ident
+        self._store: Any = None  # while something is wrong
         self._seconds: deque[float] = deque(maxlen=50)
         self._sign = Sign(time.monotonic(), 0, "the start", False)
         self._closed = threading.Event()
@@ -103,10 +104,30 @@ class Watchdog:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
+        stuck: Sign | None = None
+        noticed = told = False
         while not self._closed.wait(min(10.0, self.patience / 8)):
             sign = self._sign
-            if time.monotonic() - sign.time > self._limit(sign):
-                self._hang(sign)
+            if stuck is not None and sign is not stuck:
+                self._recover(stuck, noticed, told)
+                stuck = None
+            idle = time.monotonic() - sign.time
+            if idle <= self.patience:
+                continue
+            if stuck is None:
+                stuck, noticed, told = sign, False, False
+                self._connect()
+            # Before it is time to speak: ranks' limits differ a little, and who speaks should find all others' states.
+            state = self._state()
+            self._post(state)
+            if idle > self._limit(sign) and not noticed:
+                noticed = True
+                self._log.write(f"no sign for {idle:.0f} s, after step {sign.step}: {state}")
+                self._log.stacks()
+                told = self._speak(sign, state)
+                if sign.ends and self._sign is sign and not self._closed.is_set():
+                    self._closed.wait(0 if told else WINDOW_SECONDS)  # a launcher ends all when the first one goes
+                    os._exit(1)
 
     def _limit(self, sign: Sign) -> float:
         """Seconds after which what has begun takes too long."""
@@ -117,53 +138,44 @@ class Watchdog:
             return longest
         return min(longest, max(self.patience, MEDIANS * statistics.median(self._seconds)))
 
-    def _hang(self, sign: Sign) -> None:
-        """Tell of it, and wait until it is over."""
-        state = self._state()
-        self._log.write(f"no sign for {time.monotonic() - sign.time:.0f} s, after step {sign.step}: {state}")
-        self._log.stacks()
-        store = self._connect()
-        told = self._speak(sign, state, store)
-        if sign.ends and self._sign is sign:
-            self._closed.wait(0 if told else WINDOW_SECONDS)  # a launcher ends all when the first one goes
-            os._exit(1)
-        while self._sign is sign:
-            if self._closed.wait(min(1.0, self.patience / 8)):
-                return
-        if store is not None:
-            _quietly(lambda: store.set(f"hang/{self._rank}", ""))
-        line = f"moving again after {self._sign.time - sign.time:.0f} s"
-        self._log.write(line)
-        if told:
-            if store is not None:
-                _quietly(lambda: store.set("hang/told", ""))
-            self._tell(line, self._sign.step, False)
+    def _recover(self, stuck: Sign, noticed: bool, told: bool) -> None:
+        """The main thread goes on."""
+        self._post("")
+        if noticed:
+            line = f"moving again after {self._sign.time - stuck.time:.0f} s"
+            self._log.write(line)
+            if told:
+                self._post("", "told")
+                self._tell(line, self._sign.step, False)
+        self._store = None
 
-    def _connect(self) -> Any:
-        """A connection to the ranks' store; None where there is one rank, or nobody keeps the store any more."""
-        if self._meeting is None:
-            return None
-        meeting = self._meeting
-        return _quietly(lambda: meeting.connect(self._window))
+    def _connect(self) -> None:
+        """Connect to the ranks' store; not where there is one rank, or nobody keeps the store any more."""
+        if self._meeting is not None:
+            meeting = self._meeting
+            self._store = _quietly(lambda: meeting.connect(self._window))
 
-    def _speak(self, sign: Sign, state: str, store: Any) -> bool:
-        """Exchange with the others where each stands; whether this rank was the one to say it."""
+    def _post(self, state: str, key: str = "") -> None:
+        """Let others know where this rank stands, or that it has spoken; a store that does not take it is given up."""
+        if self._store is not None:
+            kept = _quietly(lambda: self._store.set(f"hang/{key or self._rank}", state) or True)
+            self._store = self._store if kept else None
+
+    def _speak(self, sign: Sign, state: str) -> bool:
+        """Say where all stand, if it is this rank that has to; whether it was."""
         states = {self._rank: state}
-        lost = self._meeting is not None and (
-            store is None or _quietly(lambda: store.set(f"hang/{self._rank}", state) or True) is None
-        )
+        lost = self._meeting is not None and self._store is None
         if not lost:
-            states = self._collect(sign, store, states)
+            states = self._collect(sign, self._store, states)
             # Rank 0 speaks. Where it cannot, the lowest that can does, if nobody has when it had its time.
-            if self._rank and not self._others_silent(sign, store, states):
+            if self._rank and not self._others_silent(sign, self._store, states):
                 return False
         elif self._rank != 1 and ranks.world().local_rank != 0:
             return False  # of each node one says that there is no store
         if self._sign is not sign:
             return False
         self._tell(self._line(sign, states, lost), sign.step, sign.ends)
-        if store is not None:
-            _quietly(lambda: store.set("hang/told", "yes"))
+        self._post("yes", "told")
         return True
 
     def _collect(self, sign: Sign, store: Any, states: dict[int, str]) -> dict[int, str]:

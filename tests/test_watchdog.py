@@ -168,7 +168,7 @@ os._exit(0)
 
 def test_without_rank_0_another_speaks(tmp_path):
     _, first, second = run_scripts(GONE, 3, tmp_path)
-    line = rf"no step for \d+ s, at step 8: rank 1 \({HOST}\) is in Python; "
+    line = rf"no step for \d+ s, at step 8: rank 1 \({HOST}\) is in command.run; "
     line += rf"rank 0 \({HOST}\), which keeps what ranks tell each other, does not answer"
     assert re.fullmatch(rf"\[\('{line}', 7, False\)\]", first.stdout.strip()), first.stdout
     assert second.stdout.strip() == "[]"
@@ -192,8 +192,9 @@ with RankLog(run, torch.device("cpu")) as log:
 def test_a_check_that_hangs_ends_all_with_a_line(tmp_path):
     first, second = run_scripts(DEADLINE, 2, tmp_path)
     assert (first.returncode, second.returncode, second.stdout) == (1, 1, "")
-    line = rf"no step for \d+ s, in the check before the first step: rank 0 \({HOST}\) waits in all_reduce \(\); "
-    assert re.fullmatch(line + rf"rank 1 \({HOST}\) is in Python 0 True\n", first.stdout), first.stdout
+    line = r"no step for \d+ s, in the check before the first step: "
+    line += rf"rank 0 \({HOST}\) waits in all_reduce \(command\.run\); "
+    assert re.fullmatch(line + rf"rank 1 \({HOST}\) is in command\.run 0 True\n", first.stdout), first.stdout
 
 
 def test_what_ends_a_job_is_in_its_status(tmp_path, capsys):
@@ -368,9 +369,8 @@ def test_stragglers(tmp_path, monkeypatch):
     monkeypatch.setattr("moe_dit.times.ranks.hosts", lambda: ["n1", "n2"])
     of = RankTimes(tmp_path)
     both = [of.stragglers(step, rows((0.5, 0.0, 0.1), (0.5, 0.0, 0.2))) for step in (50, 100)]
-    assert both[1] == [
-        "step 100: rank 1 (n2) takes 0.2 s to its first collective of each step, others 0.1: 0 s of them waiting for data"
-    ]
+    (line,) = both[1]
+    assert line.startswith("step 100: rank 1 (n2) takes 0.2 s to its first collective of each step, others 0.1: 0 s ")
     monkeypatch.setattr("moe_dit.times.ranks.hosts", lambda: ["n1"])
     assert RankTimes(tmp_path).stragglers(50, rows((0.5, 0.4, 0.1))) == []
 

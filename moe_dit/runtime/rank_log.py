@@ -5,6 +5,7 @@ import os
 import socket
 import traceback
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -40,12 +41,10 @@ class RankLog:
         self._device = device
 
     def __enter__(self) -> "RankLog":
-        import deepspeed
-
         self._before = faulthandler.is_enabled()
         faulthandler.enable(self._file)
         kind = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
-        versions = f"torch {torch.__version__}, deepspeed {deepspeed.__version__}"
+        versions = f"torch {torch.__version__}, deepspeed {version('deepspeed')}"
         self.write(f"start on {socket.gethostname()}, process {os.getpid()}, device {kind}, {versions}")
         return self
 
