@@ -54,21 +54,28 @@ class Found:
     clock: float = 0.0
 
 
-def check(run: Path, device: torch.device, manifest: Manifest, group: Any, log: RankLog) -> None:
-    """Look at all that training needs of the machines; every rank calls it, holding the run's folder.
+def check_shards(manifest: Manifest) -> None:
+    """Have one rank of each node read of the shards; every rank calls it.
+
+    Raises:
+        InputError: some cannot, on every rank. A server is asked as patiently as when it is trained from.
+    """
+    ranks.agreed(lambda: read_some(manifest) if ranks.world().local_rank == 0 else None)
+
+
+def check(run: Path, device: torch.device, group: Any, log: RankLog) -> None:
+    """Look at what training needs of the machines; every rank calls it, holding the run's folder.
 
     Args:
         run: the run's folder, for what is slow.
         device: where this rank computes.
-        manifest: of the shards.
         group: of the ranks that share experts; None where each has all.
         log: this rank's.
 
     Raises:
         Stop: a device fails or computes wrongly, or what ranks sent did not arrive.
-        InputError: a node cannot read the shards.
     """
-    found = ranks.agreed(lambda: _alone(device, manifest))
+    found = ranks.agreed(lambda: _alone(device))
     size = ranks.world().size
     if size > 1:
         reduces, sums = _all_reduce(device)
@@ -127,14 +134,12 @@ def slow(found: Sequence[Found], hosts: Sequence[str]) -> list[str]:
 # --- a rank by itself -------------------------------------------------------------------------------------------------
 
 
-def _alone(device: torch.device, manifest: Manifest) -> Found:
-    """Its device, and on one rank of each node the shards."""
+def _alone(device: torch.device) -> Found:
+    """What can be said of its device."""
     try:
         name, product = _device(device)
     except RuntimeError as error:  # CUDA's are all of this kind
         raise Stop(f"device {device} fails: {str(error).strip().splitlines()[0]}") from error
-    if ranks.world().local_rank == 0:
-        read_some(manifest)
     return Found(name, product)
 
 

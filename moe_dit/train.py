@@ -92,9 +92,10 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         log = held.enter_context(ranks.agreed(lambda: RankLog(run, device)))
         watch = Watchdog(log, told.stands_still, patience, device.type == "cuda")
         held.callback(watch.close)
+        preflight.check_shards(manifest)
         watch.sign("the check before the first step", ends=True)
         shared = expert_group(parallelism.ep_size) if parallelism.ep_size > 1 else None
-        preflight.check(run, device, manifest, shared, log)
+        preflight.check(run, device, shared, log)
         watch.sign("the start")
         recipe = ranks.agreed(lambda: _with_window(recipe, manifest, start))
         engine = Engine(recipe, parallelism, device)

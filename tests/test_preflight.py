@@ -40,7 +40,8 @@ def case(name, *patches):
     for patch in patches:
         patch.start()
     try:
-        preflight.check(folder / "run", torch.device("cpu"), manifest, torch.distributed.group.WORLD, log)
+        preflight.check_shards(manifest)
+        preflight.check(folder / "run", torch.device("cpu"), torch.distributed.group.WORLD, log)
     except Stop as error:
         say(f"{{name}}: {{type(error).__name__}} {{error}}")
     for patch in patches:
@@ -154,15 +155,15 @@ class Log:
 
 def test_one_rank_looks_at_its_device_and_shards(latents, tmp_path, capsys):
     log = Log()
-    manifest = read_manifest(latents)
-    preflight.check(tmp_path, torch.device("cpu"), manifest, None, log)
+    preflight.check_shards(read_manifest(latents))
+    preflight.check(tmp_path, torch.device("cpu"), None, log)
     assert log.text.startswith("check: Found(device='cpu, ") and capsys.readouterr().err == ""
     folder = tmp_path / "shards"
     shutil.copytree(latents, folder)
     manifest = read_manifest(folder)
     (folder / manifest.shards[0]["name"]).unlink()
     with pytest.raises(InputError, match=r"shard-000000.tar is gone"):
-        preflight.check(tmp_path, torch.device("cpu"), manifest, None, log)
+        preflight.check_shards(manifest)
 
 
 def test_shards_behind_a_url_are_looked_at_on_their_server(latents, tmp_path):

@@ -51,17 +51,22 @@ def start(script: str, size: int, latents: Path, run: Path, *flags: str, **env: 
 
 
 SLEEPY = """\
-import runpy, time
+import runpy, sys, time
+from pathlib import Path
 import moe_dit.times
-moe_dit.times.LOAD_EVERY = 10
+moe_dit.times.LOAD_EVERY = 5
 from moe_dit.data.reader import ShardReader
 from moe_dit.runtime import ranks
 read, calls = ShardReader.read, 0
+told = Path(sys.argv[sys.argv.index("--out") + 1]) / "events.jsonl"
 def slow(reader, *which):
     global calls
     calls += 1
     if ranks.world().rank == 1:
-        time.sleep(0.4 if calls < 35 else 9 if calls == 35 else 0)
+        time.sleep(0.4)
+        deadline = time.monotonic() + 60
+        while calls == 13 and "hang" not in told.read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
     return read(reader, *which)
 ShardReader.read = slow
 runpy.run_path("jobs/train.py", run_name="__main__")
@@ -71,7 +76,7 @@ runpy.run_path("jobs/train.py", run_name="__main__")
 def test_a_rank_that_is_slow_or_stuck_in_reading_is_named(two_ranks, latents, tmp_path):
     script, run = tmp_path / "sleepy.py", tmp_path / "run"
     script.write_text(SLEEPY)
-    processes = start(str(script), 2, latents, run, "--steps", "40", MOE_DIT_PATIENCE_SECONDS="3")
+    processes = start(str(script), 2, latents, run, "--steps", "20", MOE_DIT_PATIENCE_SECONDS="2")
     try:
         assert [process.wait(240) for process in processes] == [0, 0], Path(f"{run}.log").read_text()[-3000:]
     finally:
@@ -80,15 +85,14 @@ def test_a_rank_that_is_slow_or_stuck_in_reading_is_named(two_ranks, latents, tm
     log = Path(f"{run}.log").read_text()
     told = [(event["what"], event["step"], event["message"]) for event in events(run)]
     assert [what for what, *_ in told] == ["started", "straggler", "hang", "hang", "done"]
-    # The first report has nine steps behind the one that is no measure.
-    assert told[1][1] == 20 and told[1][2] in log
+    assert told[1][1] == 10 and told[1][2] in log
     pattern = (
-        rf"step 20: rank 1 \({HOST}\) takes \S+ s to its first collective of each step, others \S+: (\S+) s of them"
+        rf"step 10: rank 1 \({HOST}\) takes \S+ s to its first collective of each step, others \S+: (\S+) s of them"
     )
     found = re.match(pattern, told[1][2])
-    assert found is not None and 0.4 <= float(found[1]) < 0.6
-    line = rf"no step for \d+ s, at step 35: rank 0 \({HOST}\) waits in (\w+) \([\w.]+\); "
-    assert told[2][1] == 34
+    assert found is not None and 0.4 <= float(found[1]) < 0.8
+    line = rf"no step for \d+ s, at step 13: rank 0 \({HOST}\) waits in (\w+) \([\w.]+\); "
+    assert told[2][1] == 12
     assert re.fullmatch(line + rf"rank 1 \({HOST}\) waits for data in reader\.read", told[2][2]), told[2][2]
     assert re.fullmatch(r"moving again after \d+ s", told[3][2])
     assert log.count(told[2][2]) == 1 and log.count("moving again") == 1
@@ -96,28 +100,27 @@ def test_a_rank_that_is_slow_or_stuck_in_reading_is_named(two_ranks, latents, tm
     assert losses(run)[:STEPS] == losses(two_ranks)
     assert losses(run, "grad_norm")[:STEPS] == losses(two_ranks, "grad_norm")
     slowest = {record["step"]: record for record in records(run) if "slowest_rank" in record}
-    assert list(slowest) == [10, 20, 30, 40]
-    assert [slowest[step]["slowest_rank"] for step in (10, 20, 30)] == [1, 1, 1]
-    assert 0.3 < slowest[20]["slowest_rank_excess"] < 0.8
+    assert list(slowest) == [5, 10, 15, 20]
+    assert [record["slowest_rank"] for record in slowest.values()] == [1, 1, 1, 1]
+    assert 0.2 < slowest[10]["slowest_rank_excess"] < 0.8 and slowest[15]["slowest_rank_excess"] > 1
     times = json.loads((run / "ranks.json").read_text())
     assert list(times) == ["step", "time", "hosts", "seconds", "data", "compute", "exchange", "memory_gb"]
-    assert times["step"] == 40 and times["hosts"] == [HOST, HOST] and abs(times["time"] - time.time()) < 300
+    assert times["step"] == 20 and times["hosts"] == [HOST, HOST] and abs(times["time"] - time.time()) < 300
     for rank in range(2):
         for key in ("seconds", "compute", "exchange"):
             assert 0 < times[key][rank] < 20
         assert times["compute"][rank] + times["exchange"][rank] + times["data"][rank] < times["seconds"][rank]
         assert 0.1 < times["memory_gb"][rank] < 10
-    # The mean of ten steps, of which four slept 0.4 s and one 9.
-    assert 1.0 < times["data"][1] < 1.3 and times["data"][0] < 0.2
+    assert 0.4 <= times["data"][1] < 0.8 and times["data"][0] < 0.2
     for rank in range(2):
         lines = (run / f"logs/rank_{rank:05d}.log").read_text()
         assert f"start on {HOST}, process {processes[rank].pid}, device cpu, torch {torch.__version__}" in lines
-        assert re.search(r"Z step 40: seconds \S+, data \S+, compute \S+, exchange \S+, memory_gb \S+\n", lines)
-        assert "no sign for 3 s, after step 34: " in lines and "Current thread" in lines
+        assert re.search(r"Z step 20: seconds \S+, data \S+, compute \S+, exchange \S+, memory_gb \S+\n", lines)
+        assert re.search(r"no sign for \d+ s, after step 12: ", lines) and "Current thread" in lines
         assert "moe_dit/train.py" in lines and lines.rstrip().endswith("Z end")
 
 
-def test_a_rank_that_is_stopped_is_named(plain, latents, tmp_path):
+def test_a_rank_that_is_stopped_is_named(latents, tmp_path):
     run = tmp_path / "run"
     processes = start("jobs/train.py", 3, latents, run, "--steps", "400", "--set", "global_batch_size=33",
                       "--set", "model.depth=1", MOE_DIT_PATIENCE_SECONDS="3")  # fmt: skip
@@ -137,7 +140,7 @@ def test_a_rank_that_is_stopped_is_named(plain, latents, tmp_path):
     finally:
         for process in processes:
             kill(process)
-    waiting = rf"ranks 0, 1 \({HOST}\) wait in all_reduce \([\w.]+\); rank 2 \({HOST}\) does not answer"
+    waiting = rf"ranks 0, 1 \({HOST}\) wait in \w+ \([\w.]+\); rank 2 \({HOST}\) does not answer"
     assert re.fullmatch(rf"no step for \d+ s, at step {step + 1}: {waiting}", told[0]["message"]), told[0]["message"]
     assert [event["what"] for event in events(run)] == ["started", "hang", "hang", "stopped"]
 
