@@ -39,10 +39,10 @@ class Found:
 
     Attributes:
         device: its name, and memory free there.
-        product: seconds of a product of matrices.
+        product: seconds of a product of matrices; on CPUs of the processor, which others use too.
         reduces: bytes a second of an all-reduce; 0 alone.
         exchanges: of an all-to-all among ranks that share experts; 0 without.
-        link: from the rank before this one.
+        link: from the rank before this one; 0 inside a node without GPUs, where there is none.
         clock: the clock's reading less rank 0's, in seconds.
     """
 
@@ -81,6 +81,8 @@ def check(run: Path, device: torch.device, group: Any, log: RankLog) -> None:
         reduces, sums = _all_reduce(device)
         exchanges, rows = _all_to_all(device, group) if group is not None else (0.0, True)
         link, numbers = _neighbours(device)
+        if device.type == "cpu" and ranks.hosts()[ranks.world().rank - 1] == ranks.hosts()[ranks.world().rank]:
+            link = 0.0
         clock = _clock()
         arrived = {"an all-reduce's sums": sums, "an all-to-all's rows": rows, "numbers from the rank before": numbers}
         ranks.agreed(lambda: _check_arrived(arrived))
@@ -116,7 +118,7 @@ def slow(found: Sequence[Found], hosts: Sequence[str]) -> list[str]:
                 f"{name} takes {one.product * 1e3:.2g} ms for a product of matrices, others {median * 1e3:.2g}"
             )
     for inside in (True, False):  # of a node: other wires, which others are no measure of
-        links = {rank: one.link for rank, one in enumerate(found) if (hosts[rank - 1] == hosts[rank]) is inside}
+        links = {i: one.link for i, one in enumerate(found) if one.link and (hosts[i - 1] == hosts[i]) is inside}
         middle = statistics.median(links.values()) if links else 0.0
         for rank, speed in links.items():
             if len(links) >= ENOUGH and speed < SHARE * middle:
@@ -150,7 +152,8 @@ def _device(device: torch.device) -> tuple[str, float]:
     # Small whole numbers: float32 products of them are exact, in whatever order and in TF32 too.
     left = ((7 * i[:, None] + 3 * i + i * i) % 7 - 3).float()
     right = ((5 * i[:, None] + 11 * i + i[:, None] ** 2) % 7 - 3).float()
-    seconds, product = _fastest(lambda: multiply(left, right), device)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    seconds, product = _fastest(lambda: multiply(left, right), device, clock)
     weights = i.double()
     if not torch.equal(product.double() @ weights, left.double() @ (right.double() @ weights)):
         raise Stop(f"device {device} computes wrong products")
@@ -190,17 +193,19 @@ def _check_arrived(arrived: dict[str, bool]) -> None:
 # --- ranks together ---------------------------------------------------------------------------------------------------
 
 
-def _fastest(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+def _fastest(
+    work: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, Any]:
     """Seconds of the fastest of a few times, after one that makes connections, and what the last gave."""
     best = float("inf")
     result = None
     for repeat in range(1 + REPEATS):
         _settle(device)
-        start = time.perf_counter()
+        start = clock()
         result = work()
         _settle(device)
         if repeat:
-            best = min(best, time.perf_counter() - start)
+            best = min(best, clock() - start)
     return max(best, 1e-9), result
 
 

@@ -590,7 +590,7 @@ MUTATIONS = [
     Mutation(
         "links-of-all-kinds",
         "moe_dit/preflight.py",
-        "(hosts[rank - 1] == hosts[rank]) is inside",
+        "(hosts[i - 1] == hosts[i]) is inside",
         "inside",
         "tests/test_preflight.py::test_what_is_slow",
     ),

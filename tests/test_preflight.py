@@ -69,7 +69,7 @@ def spoils(operation, tensor, peer):
     if operation is torch.distributed.irecv:
         tensor[-1] = -1.0
 case("numbers", *on(2, preflight, "_pass", spoils))
-ahead = SimpleNamespace(perf_counter=time.perf_counter, time=lambda: time.time() + 5)
+ahead = SimpleNamespace(perf_counter=time.perf_counter, process_time=time.process_time, time=lambda: time.time() + 5)
 case("clock", *on(2, preflight, "time", ahead))
 if rank == 2:
     (folder / "shards_2" / manifest.shards[-1]["name"]).unlink()
@@ -131,6 +131,9 @@ def changed(rank: int, size: int = 4, **values: float) -> list[Found]:
             "abcdefgh",
             ["the link from rank 3 (d) to rank 4 (e) carries 0.1 GB/s, others 3"],
         ),
+        # On CPUs there are none inside a node.
+        ([*changed(0, 6, link=0.0)[:1] * 5, WELL], "aaaaab", []),
+        ([replace(WELL, link=0.0)] * 2 + [WELL] * 4, "aaabcd", []),
         (changed(3, clock=-1.5), "aabc", ["the clock of rank 3 (c) is 1.5 s behind rank 0's"]),
         (changed(3, clock=0.9), "aabc", []),
     ],
