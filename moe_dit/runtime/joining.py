@@ -51,6 +51,7 @@ class Meeting:
 LIMIT = "MOE_DIT_JOIN_SECONDS"  # environment variable: how long ranks wait for each other
 LIMIT_SECONDS = 300.0
 ANSWER_SECONDS = 15.0  # that rank 0 may take longer than its own limit, to a rank that waits for its answer
+READ_SECONDS = 5.0  # for those that came, to read rank 0's answer
 POLLS = (0.01, 0.25)  # seconds between looks, the first and the longest
 NAMED_HOSTS = 4  # of those that came, where the missing ones' are not known
 
@@ -98,10 +99,10 @@ def _gather(store: Any, size: int, limit: float) -> tuple[int, list[str]]:
     problem = "" if len(came) == size else missing(hosts, size, limit)
     answer = {"tokens": [found["token"] for found in came.values()], "problem": problem}
     _set(store, f"joining/{attempt}/answer", answer | {"hosts": list(hosts.values())})
+    # The store ends with this process, which may have no more to do, so the others read first.
+    read = [f"joining/{attempt}/{rank}/read" for rank in came if rank]
+    _until(lambda: not read or store.check(read), READ_SECONDS)
     if problem:
-        # The store ends with this process, so the others read first.
-        read = [f"joining/{attempt}/{rank}/read" for rank in came if rank]
-        _until(lambda: not read or store.check(read), 5.0)
         raise NotJoined(problem, everywhere=True)
     return attempt, list(hosts.values())
 
