@@ -7,7 +7,7 @@ tensors, whatever the topology (see :class:`Piece`).
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -140,18 +140,29 @@ class Engine:
         self.ema = EMA(masters, recipe.ema.decays)
         self._state_of = self._state_by_flat_weight()
         self._gradient_norm: torch.Tensor | None = None
+        self._mark: Callable[[str], None] | None = None
 
     @property
     def model(self) -> torch.nn.Module:
         """The network inside DeepSpeed's engine."""
         return self.deepspeed_engine.module
 
+    def measure(self, mark: Callable[[str], None]) -> None:
+        """Have ``mark`` called at moments of each step (:class:`moe_dit.times.StepTimes` has their names)."""
+        self._mark = mark
+        for layer in self.layers:
+            layer.mark = mark
+
     def learning_rate(self, step: int) -> float:
         """The rate of step ``step``, counted from 0."""
         return learning_rate(self.recipe.optimizer, step, self.recipe.steps)
 
     def train_step(
-        self, step: int, micro_batches: list[dict[str, torch.Tensor]], stop: bool = False
+        self,
+        step: int,
+        micro_batches: list[dict[str, torch.Tensor]],
+        stop: bool = False,
+        times: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """One optimizer step over this rank's share of a global batch.
 
@@ -159,12 +170,16 @@ class Engine:
             step: counted from 0.
             micro_batches: ``parallelism.accumulation`` batches of x, y, noise, u and position (data.training_inputs).
             stop: this rank was told to stop; the result tells every rank.
+            times: float32 [ranks, numbers] on the device, zeros but for this rank's row; all ranks give them or none.
 
         Returns:
             On the device, alike on all ranks: "terms" [n], means over the global batch of the loss and, where it is a
             sum, of its parts (:attr:`loss_names` names them); "stop", the number of ranks that were told to stop;
-            "load" [layers, experts], tokens by expert (no layers in a network without token choice).
+            "load" [layers, experts], tokens by expert (no layers in a network without token choice); where there were
+            times, "times", of all ranks.
         """
+        if self._mark is not None:
+            self._mark("begins")
         for group in self._zero.param_groups:
             group["lr"] = self.learning_rate(step)
         parallelism = self.parallelism
@@ -176,6 +191,8 @@ class Engine:
             set_dropout_draws(self._dropouts, self.recipe.seed, batch["position"])
             t = self.flow.times(batch["u"])
             losses = self.flow.loss(self.deepspeed_engine, batch["x"], batch["y"], noise=batch["noise"], t=t)
+            if self._mark is not None:
+                self._mark("forward")
             self.loss_names = list(losses)
             self.deepspeed_engine.backward(losses["loss"])
             if parallelism.zero_stage == 0 and self.deepspeed_engine.is_gradient_accumulation_boundary():
@@ -188,18 +205,23 @@ class Engine:
             self.ema.update()
         loads = [layer.tokens_per_expert for layer in self.layers]
         terms = sum(parts[1:], parts[0])
-        report = torch.cat([terms, terms.new_full((1,), float(stop)), *loads])
+        # Last: what stands before is summed as without them, but that a ring of many ranks may begin elsewhere, which
+        # the last bit of a reported loss can show; training does not see it.
+        extra = [] if times is None else [times.flatten()]
+        report = torch.cat([terms, terms.new_full((1,), float(stop)), *loads, *extra])
         deepspeed.comm.all_reduce(report)
         for load in loads:
             load.zero_()
         n = len(terms)
         report[:n] /= len(micro_batches) * parallelism.world_size
-        load = report[n + 1 :].view(len(loads), len(report[n + 1 :]) // max(1, len(loads)))
+        tokens = sum(len(load) for load in loads)
+        load = report[n + 1 : n + 1 + tokens].view(len(loads), tokens // max(1, len(loads)))
         if thresholds:
             self._settle_thresholds(thresholds[1:])
         if self.recipe.balance.rate:
             self._balance(load)
-        return {"terms": report[:n], "stop": report[n], "load": load}
+        result = {"terms": report[:n], "stop": report[n], "load": load}
+        return result if times is None else result | {"times": report[n + 1 + tokens :].view_as(times)}
 
     def _settle_thresholds(self, moved: list[torch.Tensor]) -> None:
         """Go on with the mean of the thresholds [layers, experts] that each micro-batch of each rank left.

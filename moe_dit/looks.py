@@ -5,7 +5,7 @@ the recipe's seed and fixed indices, so that looks of one run, and of two, can b
 nothing had been.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Looks:
         self.vae: Any = None
         if settings.samples or settings.score_samples:
             self.vae = ranks.first_on_rank_0(lambda: load_decoder(self.sampling, recipe))
+        self.alive: Callable[[], None] = lambda: None  # called now and then: a look takes as long as it takes
         self._held_out = list(self._read_held_out(settings.held_out)) if settings.held_out else []
         self._truth: Any = None
         if settings.score_samples:
@@ -144,6 +145,7 @@ class Looks:
         indices, own = share(count)
         for start in range(0, len(indices), self.batch):
             part = torch.tensor(indices[start : start + self.batch], device=self.device)
+            self.alive()
             images = generate(network, self.recipe, self.sampling, self.vae, part)
             kept = len(part) if keep_step else max(0, own - start)
             yield part[:kept], images[:kept]

@@ -14,11 +14,11 @@ import torch
 
 from moe_dit.recipe import Recipe
 from moe_dit.records import Records
+from moe_dit.runtime import ranks
 from moe_dit.runtime.files import sync
 from moe_dit.runtime.progress import say
 from moe_dit.sinks import open_sinks
-
-LOAD_EVERY = 50  # steps between records of every expert's load
+from moe_dit.times import LOAD_EVERY, excess, own_seconds
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Report:
     load: torch.Tensor  # [layers, experts] tokens
     seconds: float  # that the step took
     data_seconds: float = 0.0  # of them, that this rank's host waited for its batches
+    times: torch.Tensor | None = None  # [ranks, numbers] now and then: what each rank's time went into (moe_dit.times)
 
 
 class Reports:
@@ -73,7 +74,8 @@ class Reports:
         load = result["load"]
         terms = result["terms"]
         norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=terms.device)
-        numbers = torch.cat([terms, torch.stack([result["stop"], norm]), load.flatten()])
+        times = [result["times"].flatten()] if "times" in result else []
+        numbers = torch.cat([terms, torch.stack([result["stop"], norm]), load.flatten(), *times])
         host = torch.empty(numbers.shape, pin_memory=numbers.is_cuda).copy_(numbers, non_blocking=True)
         before = self._last
         self._last = self._now()
@@ -91,7 +93,10 @@ class Reports:
             n = len(names)
             losses = dict(zip(names, host[:n].tolist(), strict=True))
             stop, norm = host[n : n + 2].tolist()
-            yield Report(step, lr, losses, stop > 0, norm, host[n + 2 :].view(shape), seconds, waited)
+            load = host[n + 2 : n + 2 + shape.numel()].view(shape)
+            rest = host[n + 2 + shape.numel() :]
+            times = rest.view(ranks.world().size, -1) if len(rest) else None
+            yield Report(step, lr, losses, stop > 0, norm, load, seconds, waited, times)
 
 
 def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -101,6 +106,13 @@ def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield from ((f"{key}/{i}", item) for i, item in enumerate(value))
         elif key != "step":
             yield key, value
+
+
+def _slowest(times: torch.Tensor) -> dict[str, Any]:
+    """The rank that takes longest to its first collective, and by how much, of times [ranks, numbers]."""
+    own = own_seconds(times)
+    rank = own.index(max(own))
+    return {"slowest_rank": rank, "slowest_rank_excess": round(excess(own, rank), 6)}
 
 
 def imbalance(load: torch.Tensor) -> float:
@@ -143,6 +155,8 @@ class Metrics:
             "data_wait": round(report.data_seconds / report.seconds, 4),
         }
         record |= {name: value for name, value in report.losses.items() if name != "loss"}
+        if report.times is not None and len(report.times) > 1:
+            record |= _slowest(report.times)
         record |= look or {}
         for sink in self._sinks:
             sink.numbers(dict(_numbers(record)), report.step)

@@ -13,7 +13,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +80,20 @@ class RemoteFolder:
     def read(self, name: str) -> bytes:
         """A small file as it is now; FileNotFoundError where the server says that there is none."""
         return b"".join(self._pieces(name, 0))
+
+    def begins(self, name: str) -> bytes:
+        """The first bytes of a file on the server, as fetching it would read them.
+
+        Raises:
+            InputError: the server stays away, or has no such file.
+        """
+        pieces = self._pieces(name, 0)
+        try:
+            return next(pieces, b"")
+        except FileNotFoundError:
+            raise InputError(f"{self.url}/{name} is missing on the server") from None
+        finally:
+            pieces.close()
 
     def fetch(self, name: str, size: int, sha256: str) -> Path:
         """A whole file's place in the cache, downloaded if it is not there.
@@ -170,7 +184,7 @@ class RemoteFolder:
             self._process = os.getpid()
         return self._filesystem
 
-    def _pieces(self, name: str, start: int) -> Iterator[bytes]:
+    def _pieces(self, name: str, start: int) -> Generator[bytes, None, None]:
         """A file's bytes from an offset on; a server that fails is asked again, from where it broke off."""
         place = start
         server = _Patience(self, name)

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_dit import preflight, watchdog
 from moe_dit.cluster.outcome import gives_up
 from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.data.index import ensure_index
@@ -29,10 +30,13 @@ from moe_dit.runtime.errors import InputError, Interrupted, Stop
 from moe_dit.runtime.files import remove_unfinished, write_json, write_yaml
 from moe_dit.runtime.lock import lock_folder
 from moe_dit.runtime.machine import commit, machine, now
-from moe_dit.runtime.progress import say, task
+from moe_dit.runtime.progress import console, say, task
+from moe_dit.runtime.rank_log import RankLog
 from moe_dit.runtime.stopping import GRACE_SECONDS, StopRequest, was_restarted
 from moe_dit.schema import differences
 from moe_dit.status import read_status, write_status
+from moe_dit.times import LOAD_EVERY, NUMBERS, RankTimes, StepTimes, slots
+from moe_dit.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from moe_dit.checkpoint import Checkpointer
@@ -62,6 +66,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         Stop: the loss is not finite any more, or a checkpoint could not be written.
     """
     recipe, parallelism, manifest = ranks.agreed(lambda: _check(recipe, ds_file))
+    patience = ranks.agreed(watchdog.patience)
     # Shards of before there was an index, and foreign ones, are indexed once a node.
     ranks.agreed(lambda: ensure_index(manifest) is None if ranks.world().local_rank == 0 else None)
 
@@ -69,6 +74,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     from moe_dit.checkpoint import Checkpointer
     from moe_dit.engine import Engine, start_ranks
     from moe_dit.initial_weights import load_initial_weights
+    from moe_dit.parallel.expert_layers import expert_group
 
     ranks.agreed(lambda: _check_beginning(recipe, run, resume))
     request = StopRequest()
@@ -84,6 +90,14 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         # Rank 0 alone decides what is continued: ranks that each looked might see different moments.
         start = ranks.from_rank_0(lambda: _open_run(recipe, run, resume, held))
         told = held.enter_context(_Told(run))
+        log = held.enter_context(ranks.agreed(lambda: RankLog(run, device)))
+        watch = Watchdog(log, told.stands_still, patience, device.type == "cuda")
+        held.callback(watch.close)
+        preflight.check_shards(manifest)
+        watch.sign("the check before the first step", ends=True)
+        shared = expert_group(parallelism.ep_size) if parallelism.ep_size > 1 else None
+        preflight.check(run, device, shared, log)
+        watch.sign("the start")
         recipe = ranks.agreed(lambda: _with_window(recipe, manifest, start))
         engine = Engine(recipe, parallelism, device)
         checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
@@ -103,12 +117,15 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         waits = Waits(stream)
         micro_batches = _micro_batches(engine, waits, Latents.of(recipe, manifest))
         try:
-            last_step = _loop(engine, micro_batches, waits, checkpointer, metrics, looks, request, told, first_step)
+            last_step = _loop(
+                engine, micro_batches, waits, checkpointer, metrics, looks, request, told, watch, log, first_step
+            )
         finally:
             stream.close()
             checkpointer.close()
             if metrics is not None:
                 metrics.close()
+        watch.sign("the end", last_step)
         last = f"step {last_step}, saved in {checkpointer.confirm(last_step)}"
         ranks.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
         if last_step < recipe.steps:
@@ -208,6 +225,14 @@ class _Told:
         if self.speaks:
             record(self.run, "started", headline, step)
 
+    def stands_still(self, line: str, step: int, ends: bool) -> None:
+        """A rank's watchdog says who waits where, from its thread: rank 0's, or another's for it."""
+        console.print(line, markup=False, soft_wrap=True)
+        with suppress(OSError):  # perhaps it is the folder that does not answer
+            record(self.run, "failed" if ends else "hang", line, step)
+            if ends:
+                write_status(self.run, "failed", exit_status=1, message=line)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if not self.speaks:
             return
@@ -267,6 +292,8 @@ def _loop(
     looks: "Looks | None",
     request: StopRequest,
     told: _Told,
+    watch: Watchdog,
+    log: RankLog,
     first_step: int,
 ) -> int:
     """Train from ``first_step`` until the recipe's last step or a request to stop; returns the last step, saved."""
@@ -274,13 +301,27 @@ def _loop(
 
     recipe = engine.recipe
     reports = Reports(engine.device)
+    times = StepTimes(engine.device)
+    engine.measure(times)
+    all_times = RankTimes(told.run) if metrics is not None else None
+    if looks is not None:
+        looks.alive = lambda: watch.sign("a look", step)
     step = first_step
+    watch.sign("step", step)
     with task("training", recipe.steps, first_step) as progress:
         while step < recipe.steps:
+            numbers = times.take() if (step + 1) % LOAD_EVERY == 0 else None
+            if numbers is not None:
+                log.write(f"step {step + 1}: " + ", ".join(map("{} {:.4g}".format, NUMBERS, numbers)))
+            times.begin(step)
+            inputs = next(micro_batches)
+            own_times = None if numbers is None else slots(numbers, engine.device)
             # A save that failed ends the run too, and every rank must know in the same step.
-            result = engine.train_step(step, next(micro_batches), stop=request.asked or checkpointer.failed())
+            result = engine.train_step(step, inputs, request.asked or checkpointer.failed(), own_times)
             norm = engine.gradient_norm()
-            reports.push(step + 1, engine.learning_rate(step), engine.loss_names, result, norm, waits.take())
+            waited = waits.take()
+            reports.push(step + 1, engine.learning_rate(step), engine.loss_names, result, norm, waited)
+            times.end(waited)
             step += 1
             told.step = step
             save = step % recipe.checkpoint.every == 0 or step == recipe.steps
@@ -288,6 +329,7 @@ def _loop(
             note = ""
             found: dict[int, dict] = {}
             if looks is not None and step % recipe.looks.every == 0:
+                watch.sign("a look", step)
                 found[step], pictures = looks.look(engine, step)
                 reports.restart_clock()
                 for name, picture in pictures.items():
@@ -299,8 +341,11 @@ def _loop(
                     _check_finite(report, recipe, told.run)
                     stop = stop or report.stop
                     note = metrics.add(report, found.get(report.step)) if metrics is not None else ""
+                    if all_times is not None and report.times is not None:
+                        all_times.add(report)
             progress.advance(1, note)
             if save or stop:
+                watch.sign("a save", step)
                 if metrics is not None:
                     metrics.flush()
                     if stop:
@@ -309,6 +354,8 @@ def _loop(
                 reports.restart_clock()
             if stop:
                 break
+            watch.sign("step", step)
+    watch.sign("the last save", step)
     checkpointer.wait()
     return step
 

@@ -573,6 +573,41 @@ MUTATIONS = [
         "image_HW3[..., ::-1].reshape(height, -1)",
         "tests/test_sources.py::test_stored_png_is_png",
     ),
+    Mutation(
+        "answers-of-before-a-restart",
+        "moe_dit/runtime/joining.py",
+        'return mine["token"] in found.get("tokens", ())',
+        "return bool(found)",
+        "tests/test_ranks.py::test_ranks_that_torchrun_restarts_meet_anew",
+    ),
+    Mutation(
+        "products-unchecked",
+        "moe_dit/preflight.py",
+        "if not torch.equal(product.double() @ weights,",
+        "if torch.equal(0 * product.double() @ weights,",
+        "tests/test_preflight.py::test_what_is_broken_is_told_with_ranks_and_hosts",
+    ),
+    Mutation(
+        "links-of-all-kinds",
+        "moe_dit/preflight.py",
+        "(hosts[i - 1] == hosts[i]) is inside",
+        "inside",
+        "tests/test_preflight.py::test_what_is_slow",
+    ),
+    Mutation(
+        "stragglers-told-for-ever",
+        "moe_dit/times.py",
+        "if self._reports[rank] == IN_A_ROW:",
+        "if self._reports[rank] >= IN_A_ROW:",
+        "tests/test_watchdog.py::test_stragglers",
+    ),
+    Mutation(
+        "innermost-collective",
+        "moe_dit/watchdog.py",
+        "if function in COLLECTIVES and not left else collective",
+        "if function in COLLECTIVES and not collective else collective",
+        "tests/test_watchdog.py::test_where_a_thread_stands",
+    ),
 ]
 
 

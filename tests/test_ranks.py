@@ -12,16 +12,20 @@ from textwrap import dedent, indent
 import pytest
 from helpers import ENV, ROOT, free_port
 
+from moe_dit.runtime.joining import numbered
+
 HOST = socket.gethostname()
 
 
-def run_ranks(command: list[list[str]], folders: list[Path], timeout: float = 120) -> list[subprocess.CompletedProcess]:
-    """One process a rank, each with its own command and folder to run in."""
+def run_ranks(
+    command: list[list[str]], folders: list[Path], timeout: float = 120, **more: str
+) -> list[subprocess.CompletedProcess]:
+    """One process a rank, each with its own command and folder to run in; ``more`` of the environment is as given."""
     port = str(free_port())
     common = {"WORLD_SIZE": str(len(command)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
     def one(rank: int) -> subprocess.CompletedProcess:
-        env = ENV | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
+        env = ENV | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)} | more
         return subprocess.run(
             command[rank], cwd=folders[rank], env=env, capture_output=True, text=True, timeout=timeout
         )
@@ -30,7 +34,7 @@ def run_ranks(command: list[list[str]], folders: list[Path], timeout: float = 12
         return list(pool.map(one, range(len(command))))
 
 
-def run_scripts(body: str, ranks: int, tmp_path: Path) -> list[subprocess.CompletedProcess]:
+def run_scripts(body: str, ranks: int, tmp_path: Path, **more: str) -> list[subprocess.CompletedProcess]:
     """The same Python on each rank, as a command's main; it knows ``rank``."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -40,7 +44,7 @@ def run_scripts(body: str, ranks: int, tmp_path: Path) -> list[subprocess.Comple
         "    ranks.start()\n"
         "    rank = ranks.world().rank\n" + indent(dedent(body), "    ") + "\ncommand.run(main)\n"
     )
-    return run_ranks([[sys.executable, str(script)]] * ranks, [tmp_path] * ranks)
+    return run_ranks([[sys.executable, str(script)]] * ranks, [tmp_path] * ranks, **more)
 
 
 def test_a_node_without_its_data_is_named(latents, tmp_path):
@@ -161,3 +165,87 @@ def test_bad_input_after_ranks_have_joined_never_aborts(tmp_path):
 
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(end, range(int(os.environ.get("ENDINGS", "16"))))) == {(2, "error: bad\n")}
+
+
+# --- joining ----------------------------------------------------------------------------------------------------------
+
+JOINING = [sys.executable, "-c", "from moe_dit.runtime import command, ranks; command.run(lambda: ranks.start() and 0)"]
+
+
+def join(ranks: list[int], size: int, tmp_path: Path, **env: str) -> list[subprocess.CompletedProcess]:
+    """Some ranks of a group that only joins; the others never come."""
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"MOE_DIT_JOIN_SECONDS": "8", "PYTHONPATH": str(ROOT)} | env
+
+    def one(rank: int) -> subprocess.CompletedProcess:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return subprocess.run(JOINING, env=ENV | common | own, capture_output=True, text=True, timeout=120)
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(one, ranks))
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path):
+    done = join([0, 1, 2], 4, tmp_path)
+    assert [rank.returncode for rank in done] == [1, 1, 1]
+    line = f"error: rank 3 did not join within 8 s; there came ranks 0 to 2 ({HOST})\n"
+    assert "".join(rank.stderr for rank in done) == line
+
+
+def test_a_node_that_never_comes_is_named_as_slurm_names_it(tmp_path):
+    """Two tasks on this host, as SLURM says too, and two on another that do not start."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho {HOST}\necho n2\n")
+    scontrol.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    slurm = {"SLURM_STEP_NODELIST": "x", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "PATH": path}
+    done = join([0, 1], 4, tmp_path, **slurm)
+    assert "".join(rank.stderr for rank in done) == "error: ranks 2, 3 did not join within 8 s (node n2)\n"
+
+
+def test_without_rank_0_one_rank_of_a_node_says_where_it_should_be(tmp_path):
+    port = str(free_port())
+    done = join([1, 2], 3, tmp_path, MOE_DIT_JOIN_SECONDS="1", MASTER_PORT=port)
+    line = f"error: rank 1 ({HOST}): rank 0 is not to be found at 127.0.0.1:{port}, tried for 1 s\n"
+    assert "".join(rank.stderr for rank in done) == line
+    assert [rank.returncode for rank in done] == [1, 1]
+
+
+def test_how_long_ranks_wait_is_checked(tmp_path):
+    (done,) = join([0], 2, tmp_path, MOE_DIT_JOIN_SECONDS="soon")
+    assert done.returncode == 2
+    assert done.stderr == "error: MOE_DIT_JOIN_SECONDS is 'soon'; it should be a number of seconds\n"
+
+
+RESTARTED = """\
+import os, torch
+from moe_dit.runtime import command, ranks
+def main():
+    ranks.start()
+    seen = torch.ones(1)
+    torch.distributed.all_reduce(seen)
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(3)
+    print("sum", seen.item(), ranks.hosts())
+command.run(main)
+"""
+
+
+def test_ranks_that_torchrun_restarts_meet_anew(tmp_path):
+    """Its store outlives them, with all that the first ones left there."""
+    script = tmp_path / "script.py"
+    script.write_text(RESTARTED)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1", "--monitor-interval=0.1"]
+    command = [sys.executable, *torchrun, "--master_port", str(free_port()), str(script)]
+    env = ENV | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"sum 2.0 ['{HOST}', '{HOST}']"] * 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [([3], "rank 3"), ([0, 1], "ranks 0, 1"), ([0, 1, 2, 5, 8, 9, 10], "ranks 0 to 2, 5, 8 to 10")],
+)
+def test_ranks_for_people(ranks, text):
+    assert numbered(ranks) == text

@@ -6,7 +6,7 @@ model's precision, where they must be float32). And each rank gets its experts w
 device, so that no rank ever holds the whole of a large model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -52,6 +52,7 @@ class ExpertParallelMoE(AutoEPMoELayer):
     router: Any
     experts: Any
     tokens_per_expert: torch.Tensor
+    mark: Callable[[str], None] | None = None  # is told where a forward pass's exchange begins and ends
 
     def __init__(self, name: str, moe: MoE, ep_size: int, ep_rank: int, settings: dict[str, Any]):
         router = moe.router
@@ -126,6 +127,7 @@ class ExpertParallelMoE(AutoEPMoELayer):
 
         Outputs are rows [N, D] in the routing's order, or where experts add them up, weighted sums [T, D].
         """
+        mark = None if recomputing() or self.ep_size == 1 else self.mark
         if not recomputing():
             self.router.layer_losses = routing.losses
             with torch.no_grad():
@@ -140,12 +142,19 @@ class ExpertParallelMoE(AutoEPMoELayer):
             if self.ep_size == 1:
                 choices = Choices(routing.order, routing.place, routing.weights)
                 return self.experts(x_ND, counts_E, names, choices), self.beside(x)
-            return self._deepep_route(x_ND, RouterOutput(routing.experts, routing.weights, counts_E)), self.beside(x)
+            if mark is not None:
+                mark("exchange")
+            out_TD = self._deepep_route(x_ND, RouterOutput(routing.experts, routing.weights, counts_E))
+            if mark is not None:
+                mark("exchanged")
+            return out_TD, self.beside(x)
         if self.ep_size == 1:
             return self.experts(x_ND, counts_E, names), self.beside(x)
         # The sizes that ranks need on the host travel there while the GPU is busy with the shared expert.
         pending = self._start_async_split_plan(counts_E) if self.async_split_plan and x.is_cuda else None
         beside = self.beside(x)
+        if mark is not None:
+            mark("exchange")
         if pending is None:
             sizes = self.num_experts, self.ep_size, self.num_local_experts, self.ep_group
             plan = compute_split_plan(routing.experts, *sizes, num_tokens_per_expert=counts_E)
@@ -153,13 +162,20 @@ class ExpertParallelMoE(AutoEPMoELayer):
             plan = self._wait_async_split_plan(pending)
         sent_ND = x_ND if names is None else _pack_rows(x_ND, names)
         received_RD = _AllToAllV.apply(self.ep_group, sent_ND, plan.input_splits, plan.output_splits)
+        if mark is not None:
+            mark("exchanged")
         # A rank's rows come sorted by expert; grouped products want each expert's rows of all ranks together.
         counts_SE = plan.local_counts_by_source
         x_RD = regroup(received_RD, counts_SE)
         if names is not None:
             x_RD, names = _unpack_rows(x_RD)
         out_RD = ungroup(self.experts(x_RD, counts_SE.sum(0), names), counts_SE)
-        return _AllToAllV.apply(self.ep_group, out_RD, plan.output_splits, plan.input_splits), beside
+        if mark is not None:
+            mark("exchange")
+        back_ND = _AllToAllV.apply(self.ep_group, out_RD, plan.output_splits, plan.input_splits)
+        if mark is not None:
+            mark("exchanged")
+        return back_ND, beside
 
     def finish(self, routing: Routing, out_ND: torch.Tensor, beside_NTD: torch.Tensor) -> torch.Tensor:
         """Weight and add up each token's outputs of :meth:`exchange`, and add what stands beside them."""
@@ -206,6 +222,14 @@ def _take_experts(experts: nn.Module, ep_rank: int, ep_size: int) -> nn.Module:
     return experts
 
 
+def expert_group(ep_size: int) -> Any:
+    """The process group of ``ep_size`` ranks that this one shares its experts with; made where it is not there yet."""
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
+    return groups._get_expert_parallel_group(name)
+
+
 def apply_expert_parallelism(model: nn.Module, ep_size: int, settings: dict[str, Any] | None = None) -> int:
     """Replace every MoE layer of a model by its expert-parallel form; returns how many there were.
 
@@ -217,10 +241,7 @@ def apply_expert_parallelism(model: nn.Module, ep_size: int, settings: dict[str,
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
     if layers:
-        group = f"ep_size_{ep_size}"
-        if group not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(ep_size)
-        ep_rank = deepspeed.comm.get_rank(group=groups._get_expert_parallel_group(group))
+        ep_rank = deepspeed.comm.get_rank(group=expert_group(ep_size))
         for name, layer in layers:
             parent, _, child = name.rpartition(".")
             setattr(

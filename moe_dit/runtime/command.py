@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from moe_dit.runtime.errors import InputError, Interrupted, Stop
+from moe_dit.runtime.errors import InputError, Interrupted, NotJoined, Stop
 from moe_dit.runtime.progress import console
 from moe_dit.runtime.stopping import end_torchrun, may_restart
 from moe_dit.runtime.world import joined, world
@@ -46,7 +46,8 @@ def run(main: Callable[[], int | None]) -> None:
         status = main() or 0
     except Stop as error:
         status = error.status
-        everywhere = error.everywhere or not joined()
+        alike = not (joined() or isinstance(error, NotJoined))
+        everywhere = error.everywhere or alike
         if this.rank == 0 or not everywhere:
             where = "" if everywhere or this.size == 1 else f"rank {this.rank} ({socket.gethostname()}): "
             kind = "" if isinstance(error, Interrupted) else "error: "

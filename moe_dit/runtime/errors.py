@@ -30,3 +30,7 @@ class Interrupted(Stop):
 
     status = 75  # sysexits.h's EX_TEMPFAIL: try again later
     ends_torchrun = True  # StopRequest.ends_torchrun's word
+
+
+class NotJoined(Stop):
+    """Ranks did not find each other; unlike any other error before they have, not all ranks know the same."""

@@ -3,7 +3,6 @@
 import os
 import resource
 import socket
-import subprocess
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from moe_dit.runtime.errors import Stop
+from moe_dit.runtime.joining import Meeting, hostnames, join, named
 from moe_dit.runtime.world import World, world
 
 
@@ -43,8 +43,7 @@ def set_rendezvous() -> None:
     env = os.environ
     if "MASTER_ADDR" not in env:
         if "SLURM_STEP_NODELIST" in env and this.size > 1:
-            nodes = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
-            env["MASTER_ADDR"] = subprocess.run(nodes, check=True, capture_output=True, text=True).stdout.split()[0]
+            env["MASTER_ADDR"] = hostnames(env["SLURM_STEP_NODELIST"])[0]
             # One port a job, so that two jobs on a node do not meet.
             env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
         else:
@@ -70,13 +69,35 @@ def start(timeout: timedelta = timedelta(minutes=30), alone: bool = False) -> Wo
     Args:
         timeout: of a collective.
         alone: make a group of one rank too (DeepSpeed needs one); otherwise one rank does without.
+
+    Raises:
+        NotJoined: some ranks did not come (:func:`moe_dit.runtime.joining.join`).
     """
+    global _meeting
     this = world()
     if (this.size > 1 or alone) and not torch.distributed.is_initialized():
         set_rendezvous()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        met: dict[str, Any] = {}
+        if this.size > 1:
+            _meeting = join(this.rank, this.local_rank, this.size)
+            _meeting.store.set_timeout(timeout)
+            met = {"store": _meeting.store, "rank": this.rank, "world_size": this.size}
+        torch.distributed.init_process_group(backend, timeout=timeout, **met)
     return this
+
+
+_meeting: Meeting | None = None
+
+
+def meeting() -> Meeting | None:
+    """How the ranks met; None where there is one, or none has joined."""
+    return _meeting
+
+
+def hosts() -> list[str]:
+    """The host of each rank that has joined."""
+    return [socket.gethostname()] if _meeting is None else _meeting.hosts
 
 
 def on_rank_0(function: Callable[[], Any]) -> Any:
@@ -165,16 +186,8 @@ def _together(errors: list[Stop | None], hosts: list[str]) -> Stop:
     kind = next(type(error) for error in errors if error is not None)
     if len(ranks_by_text) == 1 and None not in errors:
         return kind(next(iter(ranks_by_text)), everywhere=True)
-    told = [f"{_names(ranks, hosts)}: {text}" for text, ranks in ranks_by_text.items()]
+    told = [f"{named(ranks, hosts)}: {text}" for text, ranks in ranks_by_text.items()]
     return kind("; and ".join(told), everywhere=True)
-
-
-def _names(ranks: list[int], hosts: list[str]) -> str:
-    """Ranks and their hosts for people: "ranks 8 to 15 (node2)"."""
-    named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-    if len(ranks) > 2 and ranks == list(range(ranks[0], ranks[-1] + 1)):
-        named = f"ranks {ranks[0]} to {ranks[-1]}"
-    return f"{named} ({', '.join(dict.fromkeys(hosts[rank] for rank in ranks))})"
 
 
 def gathered(mine: Any) -> list[Any] | None:
@@ -204,6 +217,8 @@ def stop() -> None:
     A Python that ends as a member aborts now and then (torch 2.14: "terminate called without an active exception",
     from gloo's threads), with status -6 instead of the command's.
     """
+    global _meeting
     if torch.distributed.is_initialized():
+        _meeting = None
         torch.distributed.destroy_process_group()
         cpu_group.cache_clear()
