@@ -35,6 +35,7 @@ from moe_dit.lineage import State, named_by_latest, newest, set_latest, superflu
 from moe_dit.runtime.errors import InputError, Stop
 from moe_dit.runtime.files import publish_folder, remove_folder
 from moe_dit.runtime.ranks import from_rank_0, world
+from moe_dit.runtime.tree import tree_group
 
 
 class FlatSlice(torch.Tensor):
@@ -91,7 +92,7 @@ class Checkpointer:
         self.milestone_every = milestone_every
         self.history: Sequence[Attempt] = []
         # Collectives of its own, apart from the ranks' training traffic.
-        self.group: Any = torch.distributed.new_group(backend="gloo")
+        self.group: Any = tree_group()
         _connect(self.group)
         self._writer: threading.Thread | None = None
         self._error: Stop | None = None
