@@ -8,6 +8,7 @@ rank 0's sockets, those that the store has ("store"); how often each operation o
 from the fork to the first step.
 """
 
+import gc
 import json
 import os
 import sys
@@ -72,6 +73,7 @@ def open_now(port: int) -> dict[str, int]:
 
 def talk(rank: int, size: int, ep_size: int, port: int, folder: Path) -> None:
     begin = time.monotonic()
+    gc.disable()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     torch.set_num_threads(1)
@@ -102,12 +104,14 @@ def talk(rank: int, size: int, ep_size: int, port: int, folder: Path) -> None:
     assert read["weight"].data_1d.tolist() == [float(size - 1 - rank)] * 4
     ranks.barrier()
     found["after"] = open_now(port)
+    found["own_memory"] = psutil.Process().memory_full_info().uss
     (folder / str(rank)).write_text(json.dumps(found))
     ranks.barrier()
 
 
 def main(size: int, ep_size: int = 2) -> None:
     port = free_port()
+    gc.freeze()  # a collection would write to every object, and a page that is written is no more shared
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         children = []
