@@ -1,19 +1,19 @@
 """One rank of many, without the others: the real engine, its groups and a step's collectives, counted on a CPU.
 
 The ranks are torch's fake process group (torch.testing's, 2.14): DeepSpeed makes its groups and calls its collectives
-as in a run, and nothing is sent. What others would have sent is made up so that the step goes on: counts of tokens are
-as if every rank had chosen as this one did, other tensors of an all-to-all are zeros, and all else stays as it is here.
-Matrix products and attention of many operations are left out, their results zeros: sizes follow from shapes and from the
-routing, which new networks decide by what is computed before, since every block's gate begins at zero.
+as in a run, and nothing is sent. What others would have sent is made up so that the step goes on: counts of tokens
+are as if every rank had chosen as this one did, other tensors of an all-to-all are zeros, and all else stays as it is.
+Products and attention of many operations are left out, their results zeros. What is sent does not depend on them: sizes
+follow from shapes and from the routing, and in a new network every block's gate is zero, so that routers see none.
 """
 
 import os
+import resource
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -25,15 +25,12 @@ from moe_dit.runtime.errors import InputError
 
 MOST_OPERATIONS = 2e8  # of a product that is computed; larger ones give zeros
 
+# torch's names of the collectives that ZeRO 1 and 2 and expert parallelism call (DeepSpeed 0.19.8).
 KINDS = {
     "allreduce_": "all-reduce",
     "alltoall_base_": "all-to-all",
     "_allgather_base_": "all-gather",
-    "allgather_into_tensor_coalesced_": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
     "broadcast_": "broadcast",
-    "barrier": "barrier",
 }
 
 
@@ -84,6 +81,11 @@ def simulate(recipe: Recipe, parallelism: Parallelism, rank: int) -> Simulation:
     size = parallelism.world_size
     if not 0 <= rank < size:
         raise InputError(f"--rank {rank}: it should be from 0 to {size - 1}")
+    if parallelism.zero_stage == 3:
+        raise InputError(
+            f"{parallelism.file}: under ZeRO 3 DeepSpeed compares what ranks have, and no other rank is there; "
+            f"simulate ZeRO 1 or 2"
+        )
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -98,22 +100,14 @@ def simulate(recipe: Recipe, parallelism: Parallelism, rank: int) -> Simulation:
         engine.train_step(0, batches)
     world = torch.distributed.distributed_c10d._world
     member = [ranks for ranks in world.pg_group_ranks.values() if rank in ranks]
-    memory = psutil.Process().memory_info()
     return Simulation(
         held=engine.bytes_held(),
         made=world.group_count,
         groups=sorted((len(ranks) for ranks in member), reverse=True),
         beginning=beginning.collectives,
         step=step.collectives,
-        memory=max(memory.rss, _peak()),
+        memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
-
-
-def _peak() -> int:
-    """Most memory this process had, in bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _batch(recipe: Recipe, images: int) -> dict[str, torch.Tensor]:
@@ -121,7 +115,8 @@ def _batch(recipe: Recipe, images: int) -> dict[str, torch.Tensor]:
     model = recipe.model
     shape = images, model.in_channels, model.input_size, model.input_size
     position = torch.arange(images)
-    x = torch.zeros(shape, dtype=torch.float16 if recipe.data.kind == "latents" else torch.uint8)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = x.half() if recipe.data.kind == "latents" else (x.clamp(-2, 2) * 60 + 128).byte()
     batch = {"x": x, "y": position % model.num_classes, "position": position}
     return training_inputs(recipe, batch, Latents(posterior=False))
 
@@ -143,19 +138,25 @@ class _Counted(TorchDispatchMode):
                 return torch.utils._pytree.tree_map_only(
                     torch.Tensor, lambda tensor: torch.zeros_like(tensor, device="cpu"), result
                 )
-        result = function(*args, **kwargs)
         if function.namespace == "c10d":
-            self._note(function.overloadpacket.__name__, args)
-        return result
+            name = function.overloadpacket.__name__
+            self._note(name, args)
+            if KINDS[name] == "all-to-all":
+                # The fake group refuses to send nothing and receive something, as a rank does that got no tokens.
+                nothing = torch.zeros(self._group(args).size())
+                args = (nothing, nothing, args[2], [], [], *args[5:])
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def _group(args: tuple) -> Any:
+        """The process group among a collective's arguments."""
+        objects = [arg for arg in args if isinstance(arg, torch._C.ScriptObject)]
+        return torch.distributed.ProcessGroup.unbox(objects[0])
 
     def _note(self, name: str, args: tuple) -> None:
         """Count a collective, and give it results."""
         kind = KINDS[name]
-        group = next(
-            torch.distributed.ProcessGroup.unbox(arg)
-            for arg in args
-            if isinstance(arg, torch._C.ScriptObject) and "ProcessGroup" in str(arg._type())
-        )
+        group = self._group(args)
         ranks = group.size()
         if kind == "all-to-all":
             output, sent = args[0], args[1]
@@ -169,8 +170,6 @@ class _Counted(TorchDispatchMode):
             size = 2 * _bytes(args[0]) * (ranks - 1) // ranks
         elif kind == "all-gather":
             size = _bytes(args[1]) * (ranks - 1)
-        elif kind == "reduce-scatter":
-            size = _bytes(args[0]) * (ranks - 1)
         else:
             size = _bytes(args[0])
         self.collectives.calls[kind, ranks] += 1

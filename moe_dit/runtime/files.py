@@ -21,6 +21,7 @@ from moe_dit.runtime.errors import InputError
 
 PATIENCE = 90.0  # seconds until all nodes see what one wrote, at most: NFS's longest, by default, and half as much
 
+
 def sync(path: Path) -> None:
     """Flush a file, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
