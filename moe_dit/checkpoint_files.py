@@ -150,11 +150,6 @@ class Place:
     length: int
     size: torch.Size
 
-    @property
-    def end(self) -> int:
-        """Where the record ends in its file."""
-        return self.offset + self.length
-
 
 class _StandIn:
     """Stands for an object of the index while it is unpickled: keeps what it would be made of, and runs nothing."""
@@ -406,8 +401,6 @@ class _Reader(StorageReader):
     def read_data(self, plan, planner) -> Future[None]:
         places = self.index.storage_data
         for file, requests in _by_file(plan.items, lambda request: places[request.storage_index]).items():
-            # Rank 0 has seen it whole; another node may have looked too early and remember that.
-            wait_until_seen(self.checkpoint / file, max(places[r.storage_index].end for r in requests))
             with open(self.checkpoint / file, "rb") as opened:
                 for request in requests:
                     record = _read_record(opened, places[request.storage_index])
