@@ -83,9 +83,7 @@ class _PacedFiles(FileSystem):
     @contextmanager
     def create_stream(self, path, mode):
         with super().create_stream(path, mode) as stream:
-            file: Any = PacedFile(stream, self._pace) if "w" in mode else stream
-            yield file
-            file.flush()
+            yield PacedFile(stream, self._pace)  # torch's writer flushes each that it has written
 
 
 class _Writer(FileSystemWriter):

@@ -42,7 +42,7 @@ def test_a_step_sends_what_arithmetic_says(rank):
     assert SHARED + EXPERT * 8 == 2_806_176
     assert seen["held"] == {"weights": 2 * (SHARED + EXPERT), "master": 175_392, "state": 3 * 175_392}
     # a sixty-fourth of the shared weights, padded to 128 elements; an eighth of the expert's, for 8 ranks hold each
-    assert 175_392 == 4 * (-(-SHARED // 128) * 128 // 64 + EXPERT // 8)
+    assert 4 * (-(-SHARED // 128) * 128 // 64 + EXPERT // 8) == 175_392
     # all ranks twice (DeepSpeed's copy); 8 groups that share experts and 8 that hold the same ones
     assert (seen["made"], seen["groups"]) == (18, [64, 64, 8, 8])
     # every weight from the first of those that hold it, in bf16
