@@ -18,7 +18,7 @@ NOISE = 64 * 4096  # bytes: 1% of a small process is a few pages
 
 
 def looked_at(process: psutil.Process) -> dict[str, list[int]]:
-    """Of a rank, and of the processes that it started: bytes that are resident, those that no file backs, open files."""
+    """Of a rank and the processes that it started: bytes that are resident, those that no file backs, open files."""
     found: dict[str, list[int]] = {"resident": [], "anonymous": [], "files": []}
     for member in (process, *sorted(process.children(recursive=True), key=lambda child: child.pid)):
         memory = member.memory_info()
