@@ -1,5 +1,7 @@
 """What each GPU will hold and send: python jobs/plan.py --recipe NAME --ds FILE --gpus N [--gpu h100-80g]."""
 
+from dataclasses import replace
+
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -12,6 +14,7 @@ from moe_dit.runtime.errors import InputError
 EXAMPLES = """\
   python jobs/plan.py --recipe dsmoe_3b_e16 --ds ds_configs/zero2_ep8.json --gpus 8
   python jobs/plan.py --recipe dsmoe_l_e16 --ds ds_configs/zero1_ep1.json --gpus 1 --gpu a100-40g
+  python jobs/plan.py --recipe dsmoe_3b_e16 --ds ds_configs/zero2_ep8.json --gpus 512 --simulate --rank 511
   python jobs/plan.py --table --ds ds_configs/zero2_ep8.json      every recipe on 8, 16, 64 and 512 GPUs (minutes)"""
 TABLE_GPUS = (8, 16, 64, 512)
 WITHOUT_EXPERTS = "ds_configs/zero1_ep1.json"  # for the table's networks whose experts ranks cannot share
@@ -25,6 +28,8 @@ def main() -> None:
     parser.add_argument("--gpu", default="h100-80g", help="default: %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a recipe key")
     parser.add_argument("--table", action="store_true", help="every recipe that comes with the project, as Markdown")
+    parser.add_argument("--simulate", action="store_true", help="be one of the ranks for a step, without the others")
+    parser.add_argument("--rank", type=int, metavar="R", help="which one (default: 0)")
     args = parser.parse_args()
 
     from moe_dit.plan import GPUS
@@ -33,7 +38,13 @@ def main() -> None:
         raise InputError(f"--gpu {args.gpu}: choose one of {', '.join(GPUS)}")
     if args.gpus < 1:
         raise InputError(f"--gpus {args.gpus}: it should be at least 1")
-    if args.table:
+    if args.rank is not None and not args.simulate:
+        raise InputError("--rank says which rank --simulate is; give both or neither")
+    if args.table and args.simulate:
+        raise InputError("--table and --simulate: give one of them")
+    if args.simulate:
+        print_simulation(args)
+    elif args.table:
         print_table(args.ds, args.gpu)
     else:
         print_plan(args)
@@ -81,6 +92,37 @@ def print_plan(args) -> None:
         )
     else:
         console.print(f"fits a {args.gpu} with activation_checkpointing: {best}")
+
+
+def print_simulation(args) -> None:
+    """What a simulated rank was seen to hold and send, beside the plan."""
+    from moe_dit.plan import make_plan
+    from moe_dit.simulate import simulate
+
+    recipe = load_recipe(args.recipe, args.set)
+    bf16 = recipe.in_bf16("cuda")
+    parallelism = load_parallelism(args.ds, recipe, args.gpus)
+    rank = args.rank or 0
+    seen = simulate(replace(recipe, precision="bf16" if bf16 else "fp32", compile="none"), parallelism, rank)
+    plan = make_plan(recipe, parallelism, bf16)
+    batch = f"{parallelism.world_size} x {parallelism.micro_batch_size} x {parallelism.accumulation}"
+    title = f"{recipe.name}, rank {rank} of {args.gpus}, ZeRO {parallelism.zero_stage}, EP {parallelism.ep_size}"
+    holds = Table("holds", "bytes", "planned", title=f"{title}, batch {batch}", title_justify="left")
+    for key, size in seen.held.items():
+        holds.add_row(key, f"{size:,}", f"{getattr(plan, key):,}")
+    step = Table("each step it sends", "ranks", "calls", "bytes", "planned, of this kind")
+    for (kind, ranks), calls in sorted(seen.step.calls.items()):
+        planned = f"{plan.sends[kind]:,.0f}" if kind in plan.sends else ""
+        step.add_row(kind, f"{ranks}", f"{calls}", f"{seen.step.sent[kind, ranks]:,}", planned)
+    begins = Table("before the first step", "ranks", "calls", "bytes")
+    for (kind, ranks), calls in sorted(seen.beginning.calls.items()):
+        begins.add_row(kind, f"{ranks}", f"{calls}", f"{seen.beginning.sent[kind, ranks]:,}")
+    console = Console(width=110, highlight=False)
+    for table in (holds, begins, step):
+        console.print(table)
+    sizes = ", ".join(map(str, seen.groups))
+    console.print(f"groups: {seen.made} made, a call each; this rank is in {len(seen.groups)}, of {sizes} ranks")
+    console.print(f"memory of this process, at most: {_size(seen.memory)}")
 
 
 def print_table(ds: str, gpu: str) -> None:

@@ -10,6 +10,7 @@ moves last. Which one a run continues from: moe_dit/lineage.py.
 import shutil
 import threading
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
@@ -33,8 +35,10 @@ from moe_dit.checkpoint_files import (
 from moe_dit.engine import Engine
 from moe_dit.lineage import State, named_by_latest, newest, set_latest, superfluous
 from moe_dit.runtime.errors import InputError, Stop
-from moe_dit.runtime.files import publish_folder, remove_folder
+from moe_dit.runtime.files import publish_folder, remove_folder, wait_until_seen
+from moe_dit.runtime.pace import Pace, PacedFile
 from moe_dit.runtime.ranks import from_rank_0, world
+from moe_dit.runtime.tree import tree_group
 
 
 class FlatSlice(torch.Tensor):
@@ -70,6 +74,31 @@ class FlatSlice(torch.Tensor):
         raise NotImplementedError(f"{function} of a FlatSlice: it only carries a slice to or from a checkpoint")
 
 
+class _PacedFiles(FileSystem):
+    """torch.distributed.checkpoint's files, written at a pace."""
+
+    def __init__(self, pace: Pace):
+        self._pace = pace
+
+    @contextmanager
+    def create_stream(self, path, mode):
+        with super().create_stream(path, mode) as stream:
+            yield PacedFile(stream, self._pace)  # torch's writer flushes each that it has written
+
+
+class _Writer(FileSystemWriter):
+    """Writes a rank's share, when the folder that rank 0 has made for it is seen on this node too."""
+
+    def __init__(self, folder: Path, pace: Pace | None):
+        super().__init__(folder)
+        if pace is not None:
+            self.fs = _PacedFiles(pace)
+
+    def prepare_local_plan(self, plan):
+        wait_until_seen(self.path)
+        return super().prepare_local_plan(plan)
+
+
 class Checkpointer:
     """Saves and loads the state of an engine in RUN/checkpoints.
 
@@ -80,24 +109,33 @@ class Checkpointer:
         run: the run's folder.
         keep: newest checkpoints to keep.
         milestone_every: steps between checkpoints that are kept for good; 0 for none.
+        write_gb_per_second: most that all ranks write together, in equal shares; None: as fast as it goes.
 
     Attributes:
         history: the starts of the training command that led to what is saved (:class:`moe_dit.lineage.Start`).
     """
 
-    def __init__(self, run: Path, keep: int, milestone_every: int = 0):
+    def __init__(self, run: Path, keep: int, milestone_every: int = 0, write_gb_per_second: float | None = None):
         self.folder = run / "checkpoints"
         self.keep = keep
         self.milestone_every = milestone_every
         self.history: Sequence[Attempt] = []
         # Collectives of its own, apart from the ranks' training traffic.
-        self.group: Any = torch.distributed.new_group(backend="gloo")
+        self.group: Any = tree_group()
         _connect(self.group)
+        self._pace = None if write_gb_per_second is None else Pace(write_gb_per_second * 1e9 / world().size)
         self._writer: threading.Thread | None = None
         self._error: Stop | None = None
 
-    def save(self, engine: Engine, step: int) -> None:
-        """Start saving the state after ``step`` steps; waits for the save before it."""
+    def save(self, engine: Engine, step: int, hurry: bool = False) -> None:
+        """Start saving the state after ``step`` steps; waits for the save before it.
+
+        Args:
+            hurry: this save, and one that is under way, need not keep to a bandwidth: a run that was told to stop has
+                little time, and trains no more.
+        """
+        if hurry and self._pace is not None:
+            self._pace.hurry()
         self.wait()
         state: dict[str, Any] = {}
         for piece in engine.pieces(owned_only=True):
@@ -171,7 +209,7 @@ class Checkpointer:
                 # A thread begins on GPU 0, whichever is its rank's, and torch's writer looks at the current one.
                 torch.cuda.set_device(device)
             from_rank_0(lambda: _make_empty(temporary), self.group)
-            dcp.save(state, storage_writer=FileSystemWriter(temporary), process_group=self.group)
+            dcp.save(state, storage_writer=_Writer(temporary, self._pace), process_group=self.group)
             from_rank_0(lambda: self._publish(description, temporary, final), self.group)
             self._error = None
         except BaseException as error:  # dcp's own is no Exception
@@ -187,7 +225,7 @@ class Checkpointer:
     def _publish(self, description: dict[str, Any], temporary: Path, final: Path) -> None:
         """Check what was written, give it its name, let ``latest`` say so, and prune."""
         write_description(temporary, description)
-        check_complete(temporary)
+        check_complete(temporary, just_written=True)
         publish_folder(temporary, final)  # one that is there is of a branch that the run has left
         set_latest(self.folder, final.name)
         for old in superfluous(self.folder, State(self.history, description["step"]), self.keep, self.milestone_every):

@@ -41,7 +41,7 @@ from moe_dit.optimizer import optimizer_kind
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import parse_recipe
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import write_json
+from moe_dit.runtime.files import wait_until_seen, write_json
 
 FORMAT = 1
 STATE = "state.json"
@@ -341,10 +341,14 @@ def _by_file(items: Iterable[Any], place: Callable[[Any], Place]) -> dict[str, l
     return files
 
 
-def check_complete(checkpoint: Path) -> tuple[dict[str, Any], Metadata]:
+def check_complete(checkpoint: Path, just_written: bool = False) -> tuple[dict[str, Any], Metadata]:
     """Read a checkpoint's description and index, and make sure that all it should hold is there.
 
     The records themselves are checked when they are read (:func:`read_state`).
+
+    Args:
+        checkpoint: its folder.
+        just_written: by all ranks; a file that this node does not see yet is waited for.
 
     Returns:
         what :func:`read_description` and :func:`read_index` give.
@@ -360,6 +364,8 @@ def check_complete(checkpoint: Path) -> tuple[dict[str, Any], Metadata]:
             raise ValueError(f"it has no {missing[0][0]} of size {list(missing[0][1])}")
         for file, places in _by_file(index.storage_data.values(), lambda place: place).items():
             records = sorted((place.offset, place.length) for place in places)
+            if just_written:
+                wait_until_seen(checkpoint / file, sum(records[-1]))
             _check_tiles(records, (checkpoint / file).stat().st_size, file)
     except (OSError, ValueError, InputError) as error:
         raise damaged(checkpoint, error) from None

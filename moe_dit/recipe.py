@@ -103,6 +103,7 @@ class CheckpointConfig:
     every: Count  # steps
     keep: Count = 3  # newest ones kept
     milestone_every: Natural = 0  # steps between ones kept for good; 0: none
+    write_gb_per_second: Positive | None = None  # most that all ranks write together; null: as fast as it goes
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -100,7 +100,8 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         watch.sign("the start")
         recipe = ranks.agreed(lambda: _with_window(recipe, manifest, start))
         engine = Engine(recipe, parallelism, device)
-        checkpointer = Checkpointer(run, recipe.checkpoint.keep, recipe.checkpoint.milestone_every)
+        keep = recipe.checkpoint
+        checkpointer = Checkpointer(run, keep.keep, keep.milestone_every, keep.write_gb_per_second)
         start, first_step = _load(engine, checkpointer, start, recipe, run, resume)
         if recipe.initial_weights is not None and start.checkpoint is None:
             load_initial_weights(engine, Path(recipe.initial_weights))
@@ -350,7 +351,7 @@ def _loop(
                     metrics.flush()
                     if stop:
                         write_status(told.run, "stopping", step=step)
-                checkpointer.save(engine, step)
+                checkpointer.save(engine, step, hurry=stop)
                 reports.restart_clock()
             if stop:
                 break

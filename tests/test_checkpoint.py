@@ -17,11 +17,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import ENV, ROOT, finish, kill, losses, records, start_training, wait_for_step
 from test_older_runs import FLAGS, OLD
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, StorageMeta
 
-from moe_dit.checkpoint import Checkpointer
+from moe_dit.checkpoint import Checkpointer, FlatSlice, _Writer
 from moe_dit.checkpoint_files import (
     Attempt,
     Damaged,
@@ -37,6 +38,8 @@ from moe_dit.lineage import State, choose, common_step, complete_checkpoints, fi
 from moe_dit.metrics import Metrics
 from moe_dit.recipe_file import load_recipe
 from moe_dit.runtime.errors import InputError, Stop
+from moe_dit.runtime.pace import Pace
+from moe_dit.runtime.ranks import World
 
 SMALL = [f"--set={flag}" for flag in FLAGS if "checkpoint" not in flag]
 LOSSES = json.loads((OLD / "losses.json").read_text())  # of its eight steps, recorded once and for all
@@ -112,7 +115,7 @@ def test_a_folder_that_cannot_be_made_fails_the_run(tmp_path):
 
 LOSES_A_FILE = """
 import runpy, sys
-from moe_dit.checkpoint import Checkpointer
+from moe_dit.checkpoint import Checkpointer, FlatSlice, _Writer
 publish, lost = Checkpointer._publish, sys.argv[1]
 def and_lose(self, description, temporary, final):
     publish(self, description, temporary, final)
@@ -159,6 +162,30 @@ def test_a_save_has_failed_until_it_is_done(one_rank, tmp_path, monkeypatch):
     assert checkpointer.failed()
     with pytest.raises(Stop, match="was not written"):
         checkpointer.save(engine_of(torch.device("cpu")), 4)
+
+
+def test_a_checkpoint_at_a_pace_has_the_same_bytes(one_rank, tmp_path):
+    slept: list[float] = []
+    for name, pace in (("free", None), ("paced", Pace(1e6, lambda: 0.0, slept.append))):
+        (tmp_path / name).mkdir()
+        state = {"weight/a": FlatSlice(torch.arange(5000.0), 0, 5000)}
+        dcp.save(state, storage_writer=_Writer(tmp_path / name, pace))
+    free, paced = (tmp_path / name / "__0_0.distcp" for name in ("free", "paced"))
+    assert free.read_bytes() == paced.read_bytes() and free.stat().st_size > 20_000
+    # by a clock that stands still, the last wait is for all that was written
+    written = sum(path.stat().st_size for path in (tmp_path / "paced").iterdir())
+    assert slept[-1] == pytest.approx(written / 1e6)
+
+
+def test_ranks_share_a_bandwidth(one_rank, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_dit.checkpoint.world", lambda: World(1, 1, 4))
+    monkeypatch.setattr("moe_dit.checkpoint._connect", lambda group: None)
+    rates = []
+    monkeypatch.setattr("moe_dit.checkpoint.Pace", rates.append)
+    Checkpointer(tmp_path, 1, write_gb_per_second=2.0)
+    assert rates == [0.5e9]
+    Checkpointer(tmp_path, 1)
+    assert rates == [0.5e9]
 
 
 def test_the_checkpoint_thread_works_on_its_ranks_gpu(one_rank, tmp_path, monkeypatch):

@@ -168,6 +168,7 @@ def test_told_to_stop_it_saves_and_exits_75(plain, latents, tmp_path):
     run, done = tmp_path / "run", 0
     command = [sys.executable, "jobs/train.py", "--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits"]
     command += ["--data", str(latents), "--out", str(run), "--steps", "1000", "--set", "checkpoint.every=500"]
+    command += ["--set", "checkpoint.write_gb_per_second=0.000001"]  # half a day, which a run told to stop has not
     for number in (signal.SIGTERM, signal.SIGUSR1):  # the second continues the first
         process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True)
         try:

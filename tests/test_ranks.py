@@ -5,13 +5,16 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent, indent
 
 import pytest
-from helpers import ENV, ROOT, free_port
+import torch
+from helpers import ENV, ROOT, STEPS, free_port, losses, state_of
 
+from moe_dit.runtime.files import wait_until_seen
 from moe_dit.runtime.joining import numbered
 
 HOST = socket.gethostname()
@@ -122,15 +125,20 @@ int flock(int fd, int operation) { errno = ENOSYS; return -1; }
 """
 
 
+def shim(source: str, tmp_path: Path) -> dict[str, str]:
+    """The environment variable that puts functions of C between a program and the C library."""
+    if shutil.which("gcc") is None:
+        pytest.skip("the other file system is made with gcc")
+    (tmp_path / "shim.c").write_text(source)
+    build = ["gcc", "-shared", "-fPIC", "-o", tmp_path / "shim.so", tmp_path / "shim.c", "-ldl"]
+    subprocess.run(build, check=True)
+    return {"LD_PRELOAD": str(tmp_path / "shim.so")}
+
+
 @pytest.fixture
 def no_locks(tmp_path):
     """The environment of a machine whose file systems know no locks, as Lustre mounted without flock."""
-    if shutil.which("gcc") is None:
-        pytest.skip("the file system without locks is made with gcc")
-    (tmp_path / "shim.c").write_text(SHIM)
-    build = ["gcc", "-shared", "-fPIC", "-o", tmp_path / "shim.so", tmp_path / "shim.c", "-ldl"]
-    subprocess.run(build, check=True)
-    return ENV | {"LD_PRELOAD": str(tmp_path / "shim.so")}
+    return ENV | shim(SHIM, tmp_path)
 
 
 def test_a_file_system_without_locks_is_told_of(latents, tmp_path, no_locks):
@@ -139,6 +147,78 @@ def test_a_file_system_without_locks_is_told_of(latents, tmp_path, no_locks):
     done = subprocess.run(command, cwd=ROOT, env=no_locks, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is on a file system without locks (Function not implemented)") == 1
+
+
+LATE = """\
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+/* Each look at a name takes 2 ms, and the first LOOKS looks at what another rank made find nothing. */
+static struct { char name[512]; int looks; } seen[4096];
+static int hidden(const char *path) {
+  const char *name = strrchr(path, '/'), *rank = getenv("RANK");
+  if (!name || !rank || strncmp(path, getenv("LATE_FOLDER"), strlen(getenv("LATE_FOLDER")))) return 0;
+  usleep(2000);
+  size_t length = strlen(name);
+  char own[32];
+  snprintf(own, sizeof own, "/__%s_0.distcp", rank);
+  int folder = !strncmp(name, "/.step_", 7) && length > 4 && !strcmp(name + length - 4, ".tmp") && strcmp(rank, "0");
+  int file = strstr(path, "/.step_") && length > 7 && !strcmp(name + length - 7, ".distcp") && strcmp(name, own);
+  if (!folder && !file) return 0;
+  for (int i = 0; i < 4096; i++) {
+    if (!*seen[i].name) strncpy(seen[i].name, path, sizeof seen[i].name - 1);
+    if (strcmp(seen[i].name, path)) continue;
+    if (seen[i].looks++ >= atoi(getenv("LATE_LOOKS"))) return 0;
+    FILE *log = fopen(getenv("LATE_LOG"), "a");
+    fprintf(log, "%s%s\\n", rank, folder ? " folder" : name);
+    fclose(log);
+    errno = ENOENT;
+    return 1;
+  }
+  return 0;
+}
+int open64(const char *path, int flags, ...) {
+  va_list list; va_start(list, flags); int mode = va_arg(list, int); va_end(list);
+  return hidden(path) ? -1 : ((int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open64"))(path, flags, mode);
+}
+int stat64(const char *path, struct stat64 *found) {
+  return hidden(path) ? -1 : ((int (*)(const char *, struct stat64 *))dlsym(RTLD_NEXT, "stat64"))(path, found);
+}
+"""
+
+
+def test_what_another_node_wrote_may_be_seen_late(two_ranks, latents, tmp_path):
+    """Saves where a rank's first looks at what another made find nothing."""
+    run = tmp_path / "run"
+    late = {"LATE_FOLDER": str(run), "LATE_LOG": str(tmp_path / "looks"), "LATE_LOOKS": "5"}
+    command = [sys.executable, str(ROOT / "jobs/train.py"), "--ds", str(ROOT / "ds_configs/zero2_ep2.json")]
+    command += ["--recipe", "digits", "--data", str(latents), "--out", str(run), "--set", "checkpoint.every=4"]
+    command += ["--steps", str(STEPS)]
+    done = run_ranks([command] * 2, [tmp_path] * 2, timeout=300, **shim(LATE, tmp_path), **late)
+    assert [rank.returncode for rank in done] == [0, 0], "".join(rank.stderr for rank in done)
+    # of each of three saves: rank 1's looks at the folder, and rank 0's at rank 1's file
+    looks = Counter((tmp_path / "looks").read_text().splitlines())
+    assert looks == {"1 folder": 15, "0/__1_0.distcp": 15}
+    assert losses(run) == losses(two_ranks)
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
+        want = state_of(two_ranks, STEPS, kind)
+        for name, value in state_of(run, STEPS, kind).items():
+            assert torch.equal(value, want[name]), name
+
+
+def test_what_is_never_seen_is_one_line(tmp_path):
+    with pytest.raises(OSError, match=r"x was written by another rank, but after 0 s it is not there for this one"):
+        wait_until_seen(tmp_path / "x", seconds=0)
+    (tmp_path / "x").write_bytes(b"123")
+    wait_until_seen(tmp_path / "x", 3, seconds=0)
+    with pytest.raises(OSError, match=r"x was written by another rank, but after 0 s it has 3 bytes of 4 for this one"):
+        wait_until_seen(tmp_path / "x", 4, seconds=0)
 
 
 ENDING = """\

@@ -8,6 +8,7 @@ renamed. A stop at any moment leaves the old one or the new one. Temporary names
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -18,6 +19,8 @@ import yaml
 
 from moe_dit.runtime.errors import InputError
 
+PATIENCE = 90.0  # seconds until all nodes see what one wrote, at most: NFS's longest, by default, and half as much
+
 
 def sync(path: Path) -> None:
     """Flush a file, or a folder's names, to the disk."""
@@ -26,6 +29,37 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def wait_until_seen(path: Path, size: int | None = None, seconds: float = PATIENCE) -> None:
+    """Wait for what another node has made: a network file system may show it, or how long it is, only some time later.
+
+    NFS and its like answer from what a node last knew of a folder, for up to 60 seconds.
+
+    Args:
+        path: a file or folder that is known to be there.
+        size: of the file, in bytes; None where any will do.
+        seconds: to wait at most.
+
+    Raises:
+        OSError: it was not seen in time.
+    """
+    end = time.monotonic() + seconds
+    pause = 0.01
+    while True:
+        try:
+            with suppress(FileNotFoundError), os.scandir(path.parent):
+                pass  # opening a folder lets NFS ask the server for its names anew
+            found = path.stat().st_size
+            if size is None or found >= size:
+                return
+            what = f"has {found} bytes of {size}"
+        except FileNotFoundError:
+            what = "is not there"
+        if time.monotonic() >= end:
+            raise OSError(f"{path} was written by another rank, but after {seconds:.0f} s it {what} for this one")
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
 
 
 def temporary_name(path: Path) -> Path:

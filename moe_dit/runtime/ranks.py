@@ -12,6 +12,7 @@ import torch
 
 from moe_dit.runtime.errors import Stop
 from moe_dit.runtime.joining import Meeting, hostnames, join, named
+from moe_dit.runtime.tree import tree_group
 from moe_dit.runtime.world import World, world
 
 
@@ -53,7 +54,7 @@ def set_rendezvous() -> None:
     # A gloo group connects every rank with every other when it is made. Every group of ours and of DeepSpeed's has gloo
     # for CPU tensors: with some hundred ranks that is more sockets than a process may open. This connects at first use.
     env.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    # Rank 0 still meets all the others twice: as the store that they found each other by, and as a save's coordinator.
+    # Rank 0 still meets all the others once where no launcher keeps the store that they find each other by.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     env["RANK"] = str(this.rank)
@@ -201,8 +202,8 @@ def gathered(mine: Any) -> list[Any] | None:
 
 @cache
 def cpu_group() -> Any:
-    """A group of all ranks over gloo, for objects and CPU tensors; made once, by all ranks together."""
-    return torch.distributed.new_group(backend="gloo")
+    """A group of all ranks for objects (:mod:`moe_dit.runtime.tree`); made once, by all ranks together."""
+    return tree_group()
 
 
 def barrier() -> None:
