@@ -260,7 +260,7 @@ def test_two_checkpoints_must_have_room(good, site, tmp_path):
         subprocess.run(["umount", small], check=True)
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: no room for 2 checkpoints of 44.6 MB in {small}/runs/run: 67.1 MB are free there; make room, or give "
+        f"error: no room for 2 checkpoints of 44.9 MB in {small}/runs/run: 67.1 MB are free there; make room, or give "
         "another --out\n"
     )
 
