@@ -146,6 +146,14 @@ def test_states_are_told_honestly(run):
     assert "starting, no news for 1 min 17 s" in shown(run, now=NOW + 74)
 
 
+def test_slow_steps_are_waited_for(run):
+    """Of steps of 20 s, ten of them."""
+    file = run / "metrics.jsonl"
+    file.write_text(file.read_text().replace("128.0", "12.8"))
+    os.utime(file, (NOW, NOW))
+    assert "no news" not in shown(run, now=NOW + 200) and "no news for 3 min 21 s" in shown(run, now=NOW + 201)
+
+
 def test_curves_are_where_their_values_are():
     """Of a line that falls evenly from 2 to 1 over 80 steps: a diagonal, a point in each column, bounds beside it."""
     points = [(step, 2 - (step - 1) / 79) for step in range(1, 81)]
