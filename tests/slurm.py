@@ -144,9 +144,12 @@ class Slurm:
         self._daemons[node].wait()
 
     def until_node(self, node: str, state: str, timeout: float = 90) -> None:
-        """Wait until SLURM takes a node to be "down", "idle", ..., whether it answers (no * behind it) or not."""
-        show = "sinfo", "--noheader", "--nodes", node, "--format", "%T"
-        self._until(lambda: self.run(*show).strip().rstrip("*") == state, f"{state} {node}", timeout)
+        """Wait until SLURM takes a node to be DOWN, IDLE, ..., whatever else it says of it."""
+        self._until(
+            lambda: state in self.run("scontrol", "show", "node", node, "-o").split(" State=")[1].split()[0],
+            f"{state} {node}",
+            timeout,
+        )
 
     def run(self, *command: str) -> str:
         """A command of SLURM's; gives what it prints, whatever its status."""

@@ -126,9 +126,9 @@ def test_what_divides(tmp_path):
 def agent(port: int, shards: Path, run: Path, steps: int) -> subprocess.Popen:
     """One node's torchrun with two ranks, started as jobs/slurm/job.sh does."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2", "--max-restarts=3"]
-    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", "--shutdown-timeout=300"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
     command += ["--rdzv-conf=last_call_timeout=10,join_timeout=180"]
-    command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "jobs/train.py", "--recipe", "digits"]
+    command += ["--signals-to-handle=SIGHUP,SIGINT", "--shutdown-timeout=300", "jobs/train.py", "--recipe", "digits"]
     command += ["--ds", "ds_configs/zero2_ep2.json", "--data", str(shards), "--out", str(run), "--steps", str(steps)]
     command += [*SMALL, "--set", "checkpoint.every=20"]
     with open(f"{run}.log", "a") as log:

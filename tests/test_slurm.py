@@ -144,7 +144,7 @@ def test_jobs_that_are_stopped_in_every_way_end_as_if_nobody_had(slurm, latents,
     wait_for(lambda: last_step(unlucky) > before + 20, "20 steps more", log)
 
     slurm.kill_node("n2")
-    slurm.until_node("n2", "down")
+    slurm.until_node("n2", "DOWN")
     slurm.start_node("n2")  # what ran there is ended, for the job has lost the node
     wait_for(lambda: told(unlucky).count("started") == 4, "a fourth start", log)
 

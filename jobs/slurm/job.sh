@@ -11,9 +11,14 @@ source "${SITE:-jobs/slurm/site.sh}"
 enter
 
 leaving=
-# SLURM signals this shell alone (--signal=B:...); the steps' processes are told from here.
-trap 'leaving=--leaving; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1
-trap 'leaving=--leaving' TERM # SLURM has told the steps too
+# Told to make room. SLURM signals this shell alone where --signal=B: says so; the step's processes are told from here,
+# again and again, for those that are just starting do not hear it.
+leave() {
+    [ -z "$leaving" ] || return 0
+    leaving=--leaving
+    while scancel --signal=USR1 "$SLURM_JOB_ID"; do sleep 5; done &
+}
+trap leave USR1 TERM
 
 say() { echo "job $SLURM_JOB_ID: $*" >&2; }
 
@@ -55,8 +60,12 @@ requeue() {
     exit 0
 }
 
+# Ranks that train hear signals themselves. Their launchers must not: SLURM ends a step whose first process has ended.
+deaf=(bash -c 'trap "" USR1 TERM; exec "$@"' launcher)
+
 # on_nodes LEAST MOST COMMAND...: a rank a GPU on LEAST to MOST nodes, under torchrun's elastic agents. An agent starts
-# its ranks again where some die, and goes on with fewer nodes, or with ones to spare, where a node does.
+# its ranks again where some die, and goes on with fewer nodes, or with ones to spare, where a node does. Flags of
+# torchrun and what stands before it are in `agent` and `before`.
 on_nodes() {
     local least=$1 most=$2 head
     shift 2
@@ -65,21 +74,18 @@ on_nodes() {
     srun "${SRUN[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --ntasks-per-node=1 \
         --nodes="$(wc -l <<<"$alive")" --nodelist="$(paste -sd, <<<"$alive")" \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
-        "${IN[@]}" torchrun --nnodes="$least:$most" --nproc-per-node="$(ranks_per_node)" --max-restarts=3 \
-        --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$ATTEMPT" \
+        "${before[@]}" "${IN[@]}" torchrun --nnodes="$least:$most" --nproc-per-node="$(ranks_per_node)" \
+        --max-restarts=3 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$ATTEMPT" \
         --rdzv-endpoint="$(address "$head"):$((20000 + SLURM_JOB_ID % 10000))" \
-        --rdzv-conf=last_call_timeout=10,join_timeout=${JOIN_SECONDS:-180} \
-        --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=300 "$@"
+        --rdzv-conf="last_call_timeout=10,join_timeout=${JOIN_SECONDS:-180}" "${agent[@]}" "$@"
 }
 
-# on_one_node COMMAND...: a rank a GPU under DeepSpeed's own launcher. It ignores the signals that would kill it (its
-# ranks do not), for SLURM ends a step whose first process has ended.
+# on_one_node COMMAND...: a rank a GPU under DeepSpeed's own launcher.
 on_one_node() {
     local ranks=() # without flags it takes the GPUs that SLURM gave this job
     [ -n "${SLURM_GPUS_ON_NODE:-}" ] || ranks=(--num_gpus "$RANKS_PER_NODE")
     srun "${SRUN[@]}" --nodes=1 --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
-        bash -c 'trap "" USR1 TERM; exec "$@"' deepspeed \
-        "${IN[@]}" deepspeed "${ranks[@]}" --master_port $((20000 + SLURM_JOB_ID % 10000)) "$@"
+        "${deaf[@]}" "${IN[@]}" deepspeed "${ranks[@]}" --master_port $((20000 + SLURM_JOB_ID % 10000)) "$@"
 }
 
 # How other nodes reach a node.
@@ -88,6 +94,7 @@ address() { scontrol show node "$1" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\)
 # train ARGUMENTS...: jobs/train.py with these, until its steps are done.
 train() {
     local began status next start
+    local before=("${deaf[@]}") agent=(--signals-to-handle=SIGHUP,SIGINT --shutdown-timeout=300)
     alive=$(nodes)
     for ((ATTEMPT = 1; ; ATTEMPT++)); do
         export ATTEMPT
@@ -95,6 +102,7 @@ train() {
         start=$("${IN[@]}" python -m moe_dit.cluster.job begin --nodes "$(wc -l <<<"$alive")" \
             --wanted $((SLURM_JOB_NUM_NODES - ${SPARE_NODES:-0})) --ranks-per-node "$(ranks_per_node)" -- "$@") ||
             { [ "$ATTEMPT" -gt 1 ] && requeue; exit 2; }
+        [ -z "$leaving" ] || requeue
         mapfile -t start <<<"$start"
         began=$(date +%s)
         if [ "$SLURM_JOB_NUM_NODES" -eq 1 ]; then
@@ -121,9 +129,12 @@ train() {
 # everywhere COMMAND...: a command that goes on where it was stopped, on all nodes, until it is done.
 everywhere() {
     local status count
+    local before=() agent=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
     alive=$(nodes)
     for ((ATTEMPT = 1; ; ATTEMPT++)); do
+        export ATTEMPT
         count=$(wc -l <<<"$alive")
+        [ -z "$leaving" ] || requeue
         on_nodes "$count" "$count" "$@" &
         status=0
         finish $! || status=$?

@@ -35,7 +35,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
-        self.number: int | None = None  # of the first signal, where it was one
+        self.number: int | None = None  # of a signal that it was told by; another than SIGTERM, where one came
         for number in SIGNALS:
             # nohup ignores SIGHUP, and is meant. The others a job script ignores, for launchers that they would kill.
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
@@ -45,7 +45,8 @@ class StopRequest:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        self.number = self.number or number
+        if self.number in (None, signal.SIGTERM):
+            self.number = number
 
     def ends_torchrun(self) -> bool:
         """Whether torchrun is to end with this rank (:func:`end_torchrun`) rather than decide itself.
@@ -117,11 +118,14 @@ def end_torchrun(local_rank: int) -> None:
     and where it may restart ranks, it would start those anew that were told to stop, or that would fail in the same way
     again. All ranks of the node call it.
     """
-    handled = "SIGUSR1" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")  # then it waits for its ranks' end
+    # jobs/slurm/job.sh has torchrun ignore SIGUSR1 and SIGTERM, which SLURM sends to all processes of a step. It ends by
+    # SIGHUP then, which it passes on to its ranks, and waits for them.
+    handled = "SIGTERM" not in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
+    number = signal.SIGHUP if handled else signal.SIGUSR1
     for agent in (process for process in launchers() if _is(process, _TORCHRUN)):
         try:
             if local_rank == 0:
-                agent.send_signal(signal.SIGUSR1)
+                agent.send_signal(number)
             # A rank that left earlier would be the failure that torchrun reports.
             agent.wait(2 if handled else 10)
         except (psutil.NoSuchProcess, psutil.TimeoutExpired):
