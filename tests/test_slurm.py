@@ -128,7 +128,7 @@ def test_jobs_that_are_stopped_in_every_way_end_as_if_nobody_had(slurm, latents,
     steps = 700
     every = ["--set", "checkpoint.every=100"]
     limited, unlucky, whole = (tmp_path / name for name in ("limited", "unlucky", "whole"))
-    short = train_job(slurm, limited, latents, steps, "--time=1", "--signal=B:USR1@25", more=every)
+    short = train_job(slurm, limited, latents, steps, "--time=1", "--signal=B:USR1@1", more=every)
     job = train_job(slurm, unlucky, latents, steps, "--time=30", more=every)
     log = Path(f"{unlucky}.out")
 

@@ -16,8 +16,10 @@ leaving=
 leave() {
     [ -z "$leaving" ] || return 0
     leaving=--leaving
-    while scancel --signal=USR1 "$SLURM_JOB_ID"; do sleep 5; done &
+    while kill -0 $$ 2>/dev/null && scancel --signal=USR1 "$SLURM_JOB_ID"; do sleep 5; done &
+    telling=$!
 }
+telling=
 trap leave USR1 TERM
 
 say() { echo "job $SLURM_JOB_ID: $*" >&2; }
@@ -48,6 +50,7 @@ nodes_alive() {
 
 # Queues this job again, which ends it.
 requeue() {
+    [ -z "$telling" ] || kill "$telling" 2>/dev/null || true # the job's next start is not meant
     if [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" != RUNNING ]; then
         say "ends, as SLURM was asked to"
     elif scontrol requeue "$SLURM_JOB_ID"; then

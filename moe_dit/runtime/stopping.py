@@ -118,8 +118,8 @@ def end_torchrun(local_rank: int) -> None:
     and where it may restart ranks, it would start those anew that were told to stop, or that would fail in the same way
     again. All ranks of the node call it.
     """
-    # jobs/slurm/job.sh has torchrun ignore SIGUSR1 and SIGTERM, which SLURM sends to all processes of a step. It ends by
-    # SIGHUP then, which it passes on to its ranks, and waits for them.
+    # jobs/slurm/job.sh has torchrun ignore SIGUSR1 and SIGTERM, which SLURM sends to all processes of a step. Then it
+    # ends by SIGHUP, which it passes on to its ranks, and waits for them.
     handled = "SIGTERM" not in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
     number = signal.SIGHUP if handled else signal.SIGUSR1
     for agent in (process for process in launchers() if _is(process, _TORCHRUN)):
