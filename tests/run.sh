@@ -16,7 +16,7 @@ if [ $# -eq 0 ]; then
     echo "== ruff format" && ruff format --check .
     echo "== mypy" && mypy moe_dit data_prep eval jobs
     echo "== bash -n"
-    for script in jobs/*.sh jobs/slurm/*.sbatch tests/run.sh tests/gpu.sh .ci/run; do bash -n "$script"; done
+    for script in jobs/*.sh jobs/slurm/* tests/run.sh tests/gpu.sh .ci/run; do bash -n "$script"; done
     echo "== pytest"
 fi
 # Two files at a time: much of a training test is starting processes, which keeps one core busy.

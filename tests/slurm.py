@@ -4,7 +4,7 @@
         job = slurm.sbatch("--nodes=2", "job.sbatch")
         assert slurm.wait(job) == "COMPLETED"
 
-As a command, `python tests/slurm.py FOLDER` starts one, says which environment reaches it, and ends it at Ctrl-C.
+As a command, `python tests/slurm.py FOLDER` starts one, says which environment reaches it, and ends it when it is told to.
 """
 
 import getpass
@@ -181,6 +181,7 @@ class Slurm:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]).resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with Slurm(folder) as slurm:
         print(f"export SLURM_CONF={slurm.env['SLURM_CONF']} PATH=$PATH:/usr/sbin:/sbin", flush=True)
         with suppress(KeyboardInterrupt):

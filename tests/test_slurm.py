@@ -125,10 +125,10 @@ def test_the_chain_finishes_in_order(slurm, latents, tmp_path):
 
 def test_jobs_that_are_stopped_in_every_way_end_as_if_nobody_had(slurm, latents, tmp_path):
     """One job of a one-minute limit, and one that meets scancel, scontrol requeue and a dead slurmd, side by side."""
-    steps = 700
-    every = ["--set", "checkpoint.every=100"]
+    steps = 300
+    every = ["--set", "checkpoint.every=50", "--set", "global_batch_size=64", "--set", "model.depth=4"]
     limited, unlucky, whole = (tmp_path / name for name in ("limited", "unlucky", "whole"))
-    short = train_job(slurm, limited, latents, steps, "--time=1", "--signal=B:USR1@1", more=every)
+    short = train_job(slurm, limited, latents, steps, "--time=1", "--signal=B:USR1@10", more=every)
     job = train_job(slurm, unlucky, latents, steps, "--time=30", more=every)
     log = Path(f"{unlucky}.out")
 

@@ -97,7 +97,8 @@ def decide(run: Path, began: float, status: int, leaving: bool, attempt: int) ->
     Returns:
         the decision, and a line that says why.
     """
-    note_end(run, began, status)
+    if not leaving:  # else SLURM may have ended the launcher while its ranks still save
+        note_end(run, began, status)
     now = read_status(run)
     state = now.get("state") if now.get("time", 0) >= began else None
     if state == "done" or status == 0:
