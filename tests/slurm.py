@@ -4,7 +4,7 @@
         job = slurm.sbatch("--nodes=2", "job.sbatch")
         assert slurm.wait(job) == "COMPLETED"
 
-As a command, `python tests/slurm.py FOLDER` starts one, says which environment reaches it, and ends it when it is told to.
+As a command, `python tests/slurm.py FOLDER` starts one, says what reaches it, and ends it when told to.
 """
 
 import getpass
