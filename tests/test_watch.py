@@ -287,6 +287,7 @@ def test_a_terminal_sees_news_until_it_is_left(run):
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, as these tests may be, ignore it
         environment = ENV | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "30"}
         os.execve(sys.executable, [sys.executable, "jobs/watch.py", str(run), "--every", "0.2"], environment)
     seen = ""
