@@ -161,6 +161,18 @@ def test_jobs_that_are_stopped_in_every_way_end_as_if_nobody_had(slurm, latents,
     assert losses(unlucky) == pytest.approx(expected, rel=1e-6)
 
 
+def test_ranks_that_srun_starts_find_each_other(slurm, latents, tmp_path):
+    """Without a launcher, on nodes whose names are no hosts': two ranks on each."""
+    run = tmp_path / "run"
+    training = (
+        f"--ds ds_configs/zero2_ep2.json --recipe digits --data {latents} --out {run} --steps 6 {' '.join(SMALL)}"
+    )
+    command = f"export OMP_NUM_THREADS=1; PATH=$TEST_PATH; srun python jobs/train.py {training}"
+    own = ["--nodes=2", "--ntasks-per-node=2", f"--output={run}.out", "--wrap", command]
+    assert slurm.wait(slurm.sbatch(*own, cwd=ROOT)) == "COMPLETED", Path(f"{run}.out").read_text()
+    assert "digits on 4 ranks" in Path(f"{run}.out").read_text() and len(losses(run)) == 6
+
+
 def test_a_run_that_fails_twice_in_the_same_way_stops(slurm, latents, tmp_path):
     """A learning rate that no loss survives: the second time at the same step is the last."""
     run = tmp_path / "run"

@@ -180,6 +180,18 @@ def hostnames(nodes: str) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split()
 
 
+def address(node: str) -> str:
+    """How a node of SLURM's is reached: by its name, or where no host has it, by the address that SLURM knows."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError:
+        command = ["scontrol", "show", "node", node, "--oneliner"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+        found = re.search(r"\bNodeAddr=(\S+)", said)
+        return found[1] if found else node
+
+
 def numbered(ranks: Sequence[int]) -> str:
     """Ranks in order for people: "rank 3", "ranks 0, 8 to 15"."""
     runs: list[list[int]] = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from moe_dit.runtime.errors import Stop
-from moe_dit.runtime.joining import Meeting, hostnames, join, named
+from moe_dit.runtime.joining import Meeting, address, hostnames, join, named
 from moe_dit.runtime.tree import tree_group
 from moe_dit.runtime.world import World, world
 
@@ -44,7 +44,7 @@ def set_rendezvous() -> None:
     env = os.environ
     if "MASTER_ADDR" not in env:
         if "SLURM_STEP_NODELIST" in env and this.size > 1:
-            env["MASTER_ADDR"] = hostnames(env["SLURM_STEP_NODELIST"])[0]
+            env["MASTER_ADDR"] = address(hostnames(env["SLURM_STEP_NODELIST"])[0])
             # One port a job, so that two jobs on a node do not meet.
             env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
         else:
