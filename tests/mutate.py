@@ -608,6 +608,63 @@ MUTATIONS = [
         "if function in COLLECTIVES and not collective else collective",
         "tests/test_watchdog.py::test_where_a_thread_stands",
     ),
+    # What jobs decide.
+    Mutation(
+        "give-up-at-another-step",
+        "moe_dit/cluster/outcome.py",
+        'return a["step"] == b["step"] and causes[0] == causes[1]',
+        "return causes[0] == causes[1]",
+        "tests/test_cluster.py::test_a_run_that_does_not_get_on_is_given_up",
+    ),
+    Mutation(
+        "give-up-after-a-resubmission",
+        "moe_dit/cluster/outcome.py",
+        'if event["what"] in ("queued", "done", "stopped"):',
+        'if event["what"] in ("done", "stopped"):',
+        "tests/test_cluster.py::test_a_run_that_does_not_get_on_is_given_up",
+    ),
+    Mutation(
+        "give-up-though-it-gets-on",
+        "moe_dit/cluster/outcome.py",
+        ' and len({f["from"] for f in last}) == 1:',
+        ":",
+        "tests/test_cluster.py::test_a_run_that_does_not_get_on_is_given_up",
+    ),
+    Mutation(
+        "an-older-end-is-this-one",
+        "moe_dit/cluster/outcome.py",
+        'now.get("state") if now.get("time", 0) >= began else None',
+        'now.get("state")',
+        "tests/test_cluster.py::test_an_older_end_is_not_taken_for_this_one",
+    ),
+    Mutation(
+        "bad-input-is-tried-again",
+        "moe_dit/cluster/outcome.py",
+        'if state == "failed" and now.get("exit_status") == InputError.status:',
+        "if False:",
+        "tests/test_cluster.py::test_what_follows_from_how_a_run_ended",
+    ),
+    Mutation(
+        "a-hole-in-the-range-of-nodes",
+        "moe_dit/cluster/sizes.py",
+        "while least - 1 in fitting:",
+        "while least > fitting[0]:",
+        "tests/test_cluster.py::test_numbers_of_nodes_that_divide",
+    ),
+    Mutation(
+        "room-for-one-checkpoint",
+        "moe_dit/cluster/submit.py",
+        "CHECKPOINTS = 2",
+        "CHECKPOINTS = 1",
+        "tests/test_cluster.py::test_two_checkpoints_must_have_room",
+    ),
+    Mutation(
+        "arguments-are-not-quoted",
+        "moe_dit/cluster/submit.py",
+        "shlex.join(arguments)",
+        "' '.join(arguments)",
+        "tests/test_cluster.py::test_a_template_is_filled_in",
+    ),
 ]
 
 
