@@ -134,11 +134,11 @@ def uninterrupted(run: Path, latents: Path, steps: int) -> list[float]:
 
 
 def test_a_job_of_one_minute_goes_on_until_its_steps_are_done(slurm, latents, tmp_path):
-    """It is told in time, saves, and queues itself again; as many steps as take this machine longer than a minute."""
+    """It is told in time, saves, and queues itself again; as many steps as do not fit into what SLURM gives it."""
     limited, whole = tmp_path / "limited", tmp_path / "whole"
     uninterrupted(whole, latents, 40)
     pace = sorted(record["images_per_second"] for record in records(whole))[20] / 64  # steps a second
-    steps = 40 + round(60 * pace)
+    steps = 40 + round(35 * pace)
     expected = uninterrupted(whole, latents, steps)
     job = train_job(slurm, limited, latents, steps, "--time=1", "--signal=B:USR1@10", more=MEDIUM)
     assert slurm.wait(job, 1800) == "COMPLETED", Path(f"{limited}.out").read_text()[-6000:]
