@@ -92,10 +92,10 @@ def prepare(
         options["output"] = args.output
     template = (submit.TEMPLATES / f"{job}.sbatch").read_text()
     further = args.further if job == jobs[-1] else []
-    script = submit.fill(template, options, [*arguments, *further], args.site)
-    return (
-        script.replace("\nset -- ", f"\nexport SPARE_NODES={args.spare}\nset -- ", 1) if nodes > args.nodes else script
-    )
+    environment = {} if args.site == DEFAULT else {"SITE": str(args.site.resolve())}
+    if nodes > args.nodes:
+        environment["SPARE_NODES"] = str(args.spare)
+    return submit.fill(template, options, [*arguments, *further], environment)
 
 
 def encode(args: argparse.Namespace, recipe: Recipe, site: Site) -> list[str]:

@@ -30,6 +30,7 @@ from moe_dit.plan import most_images_per_second, training_flops
 from moe_dit.recipe import Recipe
 from moe_dit.reference.loop import published_form
 from moe_dit.runtime import ranks
+from moe_dit.runtime.clock import moment, seconds_between
 from moe_dit.runtime.errors import Stop
 from moe_dit.runtime.files import write_json
 from moe_dit.runtime.machine import machine
@@ -55,19 +56,12 @@ class Clock:
         self.now = now
         self._marks: list[tuple[str, Any, Any]] = []
 
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return self.now()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """What is done in the block belongs to a part."""
-        start = self._mark()
+        start = moment(self.device, self.now)
         yield
-        self._marks.append((name, start, self._mark()))
+        self._marks.append((name, start, moment(self.device, self.now)))
 
     def watch(self, owner: Any, method: str, name: str) -> None:
         """Every call of an object's method belongs to a part."""
@@ -95,8 +89,7 @@ class Clock:
         """Seconds of each part since the last time; no work may be under way."""
         found: dict[str, float] = {}
         for name, start, end in self._marks:
-            spent = start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
-            found[name] = found.get(name, 0.0) + spent
+            found[name] = found.get(name, 0.0) + seconds_between(start, end)
         self._marks.clear()
         return found
 

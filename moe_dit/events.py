@@ -41,7 +41,9 @@ def events(run: Path) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             event = json.loads(line)
-            yield {"time": float(event["time"]), "what": str(event["what"])} | {
+            yield {
+                "time": float(event["time"]),
+                "what": str(event["what"]),
                 "step": event.get("step"),
                 "message": str(event.get("message", "")),
             }

@@ -15,6 +15,7 @@ import torch
 from moe_dit.recipe import Recipe
 from moe_dit.records import Records
 from moe_dit.runtime import ranks
+from moe_dit.runtime.clock import moment, seconds_between
 from moe_dit.runtime.files import sync
 from moe_dit.runtime.progress import say
 from moe_dit.sinks import open_sinks
@@ -46,20 +47,13 @@ class Reports:
 
     def __init__(self, device: torch.device):
         self.lag = 2 if device.type == "cuda" else 0
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._queue: deque = deque()
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Count the next step's time from now: what came before (a save, a look) is no part of it."""
-        self._last = self._now()
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self._last = moment(self._device)
 
     def push(
         self,
@@ -78,18 +72,16 @@ class Reports:
         numbers = torch.cat([terms, torch.stack([result["stop"], norm]), load.flatten(), *times])
         host = torch.empty(numbers.shape, pin_memory=numbers.is_cuda).copy_(numbers, non_blocking=True)
         before = self._last
-        self._last = self._now()
+        self._last = moment(self._device)
         self._queue.append((step, lr, names, host, load.shape, before, self._last, data_seconds))
 
     def take(self, everything: bool = False) -> Iterator[Report]:
         """The reports that are due, in order; all of them, waiting for the GPU, with ``everything``."""
         while len(self._queue) > (0 if everything else self.lag):
             step, lr, names, host, shape, before, arrived, waited = self._queue.popleft()
-            if self._on_gpu:
+            if self._device.type == "cuda":
                 arrived.synchronize()
-                seconds = before.elapsed_time(arrived) / 1000
-            else:
-                seconds = arrived - before
+            seconds = seconds_between(before, arrived)
             n = len(names)
             losses = dict(zip(names, host[:n].tolist(), strict=True))
             stop, norm = host[n : n + 2].tolist()

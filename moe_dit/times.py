@@ -11,6 +11,7 @@ import torch
 
 from moe_dit.events import record
 from moe_dit.runtime import ranks
+from moe_dit.runtime.clock import moment, seconds_between
 from moe_dit.runtime.files import write_json
 from moe_dit.runtime.joining import named
 from moe_dit.runtime.progress import say
@@ -56,7 +57,7 @@ class StepTimes:
     def __call__(self, mark: str) -> None:
         if not self._measures:
             return
-        now = self._now()
+        now = moment(self._device)
         if mark == "begins":
             self._starts = now
         elif mark == "exchanged":
@@ -64,13 +65,6 @@ class StepTimes:
         else:
             self._first = now if self._first is None else self._first
             self._leaves = now
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def end(self, data: float) -> None:
         """The step is done; ``data`` seconds of it were waited for batches."""
@@ -83,7 +77,7 @@ class StepTimes:
         elif self._measures and self._first is not None:
             # Inputs are made on the host before the network begins, and are this rank's own work too.
             self._sums[2] += self._first - self._began - data
-            self._sums[3] += sum(end - start for start, end in self._spans)
+            self._sums[3] += sum(seconds_between(*span) for span in self._spans)
         self._warm = True
         self._measures = False  # what looks at the run between steps marks nothing
 
@@ -94,8 +88,8 @@ class StepTimes:
         seconds, data, compute, exchange = (total / self._count for total in self._sums)
         if self._events is not None:
             starts, first, spans = self._events
-            compute = starts.elapsed_time(first) / 1000
-            exchange = sum(start.elapsed_time(end) for start, end in spans) / 1000
+            compute = seconds_between(starts, first)
+            exchange = sum(seconds_between(*span) for span in spans)
             memory = torch.cuda.max_memory_allocated(self._device)
         else:
             memory = psutil.Process().memory_info().rss

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from moe_dit import build_model, load_model
+from moe_dit.events import events
 from moe_dit.runtime import command
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +130,24 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen, timeout: floa
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached in {timeout} s")
+
+
+def wait_for(true, what: str, log: Path, timeout: float = 400) -> None:
+    """Wait until something is true of a run that writes a log."""
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{log.read_text()[-6000:]}"
+        time.sleep(0.1)
+
+
+def told(run: Path) -> list[str]:
+    """The kinds of what happened to a run, in order."""
+    return [event["what"] for event in events(run)]
+
+
+def last_step(run: Path) -> int:
+    """The newest step that a run has recorded, 0 before the first."""
+    return records(run)[-1]["step"] if (run / "metrics.jsonl").exists() and records(run) else 0
 
 
 def call(module: str, *arguments):

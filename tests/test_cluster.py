@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import ENV, ROOT, ds_file, finish, free_port, kill, losses, records, start_training
+from helpers import ENV, ROOT, ds_file, finish, free_port, kill, last_step, losses, start_training, told, wait_for
 
 from moe_dit import load_recipe
 from moe_dit.cluster.outcome import EARLY, SILENT, decide, gives_up
@@ -141,17 +141,6 @@ def of_agent(process: subprocess.Popen) -> list[psutil.Process]:
     return [member for member in found if "jobs/train.py" in member.cmdline()[1:4]]
 
 
-def wait_until(true, what: str, log: Path, timeout: float = 180) -> None:
-    deadline = time.monotonic() + timeout
-    while not true():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{log.read_text()[-5000:]}"
-        time.sleep(0.1)
-
-
-def starts(run: Path) -> int:
-    return [event["what"] for event in events(run)].count("started")
-
-
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_nodes_that_are_left(latents, tmp_path):
     """Two agents of two ranks: a rank is killed, and all start again; then an agent and its ranks, and two go on."""
@@ -160,22 +149,19 @@ def test_a_run_goes_on_with_the_nodes_that_are_left(latents, tmp_path):
     agents = [agent(port, latents, run, 150)]
     try:
         with socket.socket() as probe:
-            wait_until(lambda: probe.connect_ex(("127.0.0.1", port)) == 0, "the agents' store", log)
+            wait_for(lambda: probe.connect_ex(("127.0.0.1", port)) == 0, "the agents' store", log, 180)
         agents.append(agent(port, latents, run, 150))
 
-        def at(step: int) -> bool:
-            return (run / "metrics.jsonl").exists() and bool(found := records(run)) and found[-1]["step"] >= step
-
-        wait_until(lambda: at(25), "step 25", log)
+        wait_for(lambda: last_step(run) >= 25, "step 25", log, 180)
         assert "digits on 4 ranks" in log.read_text()
         of_agent(agents[1])[0].send_signal(signal.SIGKILL)
-        wait_until(lambda: starts(run) == 2 and at(45), "a second start", log)
+        wait_for(lambda: told(run).count("started") == 2 and last_step(run) >= 45, "a second start", log, 180)
         assert log.read_text().count("digits on 4 ranks") == 2
         killed = time.monotonic()
         os.killpg(agents[1].pid, signal.SIGKILL)
         for rank in of_agent(agents[1]):
             rank.send_signal(signal.SIGKILL)
-        wait_until(lambda: starts(run) == 3, "a third start", log)
+        wait_for(lambda: told(run).count("started") == 3, "a third start", log, 180)
         print(f"two ranks of four were killed; the other two went on {time.monotonic() - killed:.0f} s later")
         assert agents[0].wait(180) == 0, log.read_text()[-5000:]
     finally:
@@ -314,7 +300,7 @@ def test_a_wrong_site_is_told_of(good, site, text, line):
 
 def test_a_template_is_filled_in():
     template = "#!/bin/bash\n#SBATCH --nodes=1\n#SBATCH --gpus-per-node=8\n#SBATCH --requeue\n\nrun\n"
-    filled = fill(template, {"nodes": "3", "gpus-per-node": None, "mem": "0"}, ["--out", "a b"], Path("/x/site.sh"))
+    filled = fill(template, {"nodes": "3", "gpus-per-node": None, "mem": "0"}, ["--out", "a b"], {"SITE": "/x/site.sh"})
     assert filled == (
         "#!/bin/bash\n#SBATCH --nodes=3\n#SBATCH --requeue\n#SBATCH --mem=0\n\nset -- --out 'a b'\n"
         "export SITE=/x/site.sh\n\nrun\n"

@@ -6,15 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from helpers import ENV, ROOT, finish, losses, records, start_training
+from helpers import ENV, ROOT, finish, last_step, losses, records, start_training, told, wait_for
 from slurm import Slurm, missing
-
-from moe_dit.events import events
 
 pytestmark = [
     pytest.mark.slow,
@@ -78,23 +75,6 @@ def train_job(
     own = ["--gpus-per-node=0", "--cpus-per-task=2", f"--nodes={nodes}", f"--output={run}.out", *flags]
     training = ["--ds", f"ds_configs/{ds}.json", "--recipe", "digits", "--data", str(latents), "--out", str(run)]
     return slurm.sbatch(*own, "jobs/slurm/train.sbatch", *training, "--steps", str(steps), *SMALL, *more, cwd=ROOT)
-
-
-def told(run: Path) -> list[str]:
-    """The kinds of what happened to a run, in order."""
-    return [event["what"] for event in events(run)]
-
-
-def wait_for(true, what: str, log: Path, timeout: float = 400) -> None:
-    deadline = time.monotonic() + timeout
-    while not true():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{log.read_text()[-6000:]}"
-        time.sleep(0.1)
-
-
-def last_step(run: Path) -> int:
-    """The newest recorded step."""
-    return records(run)[-1]["step"] if (run / "metrics.jsonl").exists() and records(run) else 0
 
 
 def test_the_chain_finishes_in_order(slurm, latents, tmp_path):

@@ -100,10 +100,10 @@ train() {
     local before=("${deaf[@]}") agent=(--signals-to-handle=SIGHUP,SIGINT --shutdown-timeout=300)
     alive=$(nodes)
     for ((ATTEMPT = 1; ; ATTEMPT++)); do
-        export ATTEMPT
         # Least and most nodes, and the run's folder, a line each.
         start=$("${IN[@]}" python -m moe_dit.cluster.job begin --nodes "$(wc -l <<<"$alive")" \
-            --wanted $((SLURM_JOB_NUM_NODES - ${SPARE_NODES:-0})) --ranks-per-node "$(ranks_per_node)" -- "$@") ||
+            --wanted $((SLURM_JOB_NUM_NODES - ${SPARE_NODES:-0})) --ranks-per-node "$(ranks_per_node)" \
+            --attempt "$ATTEMPT" -- "$@") ||
             { [ "$ATTEMPT" -gt 1 ] && requeue; exit 2; }
         [ -z "$leaving" ] || requeue
         mapfile -t start <<<"$start"
@@ -135,7 +135,6 @@ everywhere() {
     local before=() agent=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
     alive=$(nodes)
     for ((ATTEMPT = 1; ; ATTEMPT++)); do
-        export ATTEMPT
         count=$(wc -l <<<"$alive")
         [ -z "$leaving" ] || requeue
         on_nodes "$count" "$count" "$@" &

@@ -1,6 +1,6 @@
 """What jobs/slurm/job.sh asks: how a run's launcher is started, and what follows from its end.
 
-    python -m moe_dit.cluster.job begin --nodes 4 --wanted 4 --ranks-per-node 8 -- --ds FILE --recipe NAME ...
+    python -m moe_dit.cluster.job begin --nodes 4 --wanted 4 --ranks-per-node 8 --attempt 1 -- --ds FILE ...
     python -m moe_dit.cluster.job end --run RUN --began 1764150000 --status 1 --attempt 1
 
 Prints for the script, on standard output; for people, on standard error.
@@ -17,7 +17,7 @@ from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.progress import say
 
 EXAMPLES = """\
-  python -m moe_dit.cluster.job begin --nodes 4 --wanted 4 --ranks-per-node 8 -- --ds ds_configs/zero2_ep8.json
+  python -m moe_dit.cluster.job begin --nodes 4 --wanted 4 --ranks-per-node 8 --attempt 1 -- --ds FILE.json
   python -m moe_dit.cluster.job end --run runs/dsmoe_s_e16 --began 1764150000 --status 1 --attempt 1"""
 EVENT: dict[str, What] = {"again": "restarted", "requeue": "requeued", "give up": "gave up"}
 
@@ -31,6 +31,7 @@ def main() -> None:
     begin.add_argument("--nodes", type=int, required=True, help="that are alive")
     begin.add_argument("--wanted", type=int, required=True, help="that the run is to use")
     begin.add_argument("--ranks-per-node", type=int, required=True)
+    begin.add_argument("--attempt", type=int, required=True, help="1 the first time")
     begin.add_argument("training", nargs=argparse.REMAINDER, help="-- and the training command's arguments")
     end = commands.add_parser("end", help="print what to do: done, again, requeue or give up")
     end.add_argument("--run", type=Path, required=True, help="the run's folder")
@@ -64,18 +65,9 @@ def begin_training(args: argparse.Namespace) -> None:
         raise InputError(
             f"{args.nodes} x {args.ranks_per_node} ranks are left, and {asked.ds} and the batch do not divide by them"
         )
-    if folder.is_dir() and _first_time():
-        record(folder, "queued", _job())
+    if folder.is_dir() and args.attempt == 1 and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        record(folder, "queued", f"SLURM job {os.environ.get('SLURM_JOB_ID', '')}".strip())
     print(*span, folder, sep="\n")
-
-
-def _first_time() -> bool:
-    """Whether this job has not been queued again, nor its training command started before."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and os.environ.get("ATTEMPT", "1") == "1"
-
-
-def _job() -> str:
-    return f"SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
 
 
 if __name__ == "__main__":

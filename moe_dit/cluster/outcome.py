@@ -1,12 +1,13 @@
 """What a job does when its training command has ended: end, be queued again, start again, or give up."""
 
-import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from moe_dit.events import events, record
+from moe_dit.records import Records
 from moe_dit.runtime.errors import InputError
 from moe_dit.status import read_status
 
@@ -19,17 +20,9 @@ MOST_SILENT = 3  # failures without a word, and without a checkpoint between the
 
 def last_step(run: Path) -> int | None:
     """The last step that metrics.jsonl has a record of, which is written within a second of the step."""
-    try:
-        with open(run / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 65536))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, TypeError, KeyError):
-            continue
+    with suppress(OSError), Records(run / "metrics.jsonl") as records:
+        for record in records.last():
+            return record["step"]
     return None
 
 

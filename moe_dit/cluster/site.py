@@ -52,7 +52,7 @@ def read_site(file: Path) -> Site:
     """
     if not file.is_file():
         raise InputError(f"there is no {file}; give --site FILE, such as a changed copy of {DEFAULT}")
-    # All variables that it sets, exported or not, on the output's last line.
+    # All variables that it sets, exported or not; what it prints itself goes elsewhere.
     script = 'set -euo pipefail; set -a; source "$0" >&2; env -0'
     done = subprocess.run(["bash", "-c", script, str(file.resolve())], capture_output=True, text=True)
     if done.returncode:

@@ -12,7 +12,7 @@ import huggingface_hub
 from rich.filesize import decimal
 
 from moe_dit.checkpoint_files import tensors_of
-from moe_dit.cluster.site import DEFAULT, Site
+from moe_dit.cluster.site import Site
 from moe_dit.cluster.sizes import check_nodes
 from moe_dit.data import check_manifest
 from moe_dit.lineage import named_by_latest
@@ -145,14 +145,16 @@ def check_run(run: Path) -> None:
 # --- what is submitted ------------------------------------------------------------------------------------------------
 
 
-def fill(template: str, options: Mapping[str, str | None], arguments: Sequence[str], site: Path) -> str:
+def fill(
+    template: str, options: Mapping[str, str | None], arguments: Sequence[str], environment: Mapping[str, str]
+) -> str:
     """A job script with its values and arguments filled in.
 
     Args:
         template: text of a script of jobs/slurm.
         options: sbatch's, without dashes; None removes one. What the template lacks is added.
         arguments: what else would stand behind the script on sbatch's command line.
-        site: the site's file, where that is not the default.
+        environment: variables that the script sets.
     """
     lines, left = [], dict(options)
     for line in template.splitlines():
@@ -166,8 +168,7 @@ def fill(template: str, options: Mapping[str, str | None], arguments: Sequence[s
     last = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
     added = [f"#SBATCH --{key}={value}" for key, value in left.items() if value is not None]
     added += ["", f"set -- {shlex.join(arguments)}"]
-    if site != DEFAULT:
-        added.append(f"export SITE={shlex.quote(str(site.resolve()))}")
+    added += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     return "\n".join([*lines[: last + 1], *added, *lines[last + 1 :]]) + "\n"
 
 

@@ -54,7 +54,8 @@ def run(main: Callable[[], int | None]) -> None:
             console.print(f"{kind}{where}{error}", markup=False, soft_wrap=True)
         elif this.size > 1:
             time.sleep(2)  # launchers end every rank as soon as one exits, and rank 0 must speak first
-        if error.ends_torchrun if isinstance(error, Interrupted) else everywhere and may_restart():
+        ends = error.ends_torchrun if isinstance(error, Interrupted) else everywhere and may_restart()
+        if ends:
             end_torchrun(this.local_rank)
     except KeyboardInterrupt:
         status = 130
