@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from helpers import ENV, ROOT, finish, last_step, losses, records, start_training, told, wait_for
+from helpers import ENV, ROOT, finish, last_step, losses, start_training, told, wait_for
 from slurm import Slurm, missing
 
 pytestmark = [
@@ -103,55 +103,57 @@ def test_the_chain_finishes_in_order(slurm, latents, tmp_path):
     assert scores["num_samples"] == 40 and scores["fid"] > 0
 
 
-# Large enough for a minute's limit to fall into a run, whose steps a start does not outweigh.
-MEDIUM = ["--set", "checkpoint.every=50", "--set", "global_batch_size=64", "--set", "model.depth=4"]
+STEPS = 80
 
 
-def uninterrupted(run: Path, latents: Path, steps: int) -> list[float]:
-    """The losses of the same run under DeepSpeed's launcher, without SLURM."""
-    finish(start_training(2, "zero2_ep2", latents, run, "--steps", str(steps), *MEDIUM), run, 900)
+def a_step_a_second(every: int) -> list[str]:
+    """On however fast a machine: a save waits for the one before, whose 15.9 MB take as many seconds as steps."""
+    return ["--set", f"checkpoint.every={every}", "--set", f"checkpoint.write_gb_per_second={0.0159 / every}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(latents, tmp_path_factory) -> list[float]:
+    """The losses of the same run on two ranks under DeepSpeed's launcher, without SLURM."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    finish(start_training(2, "zero2_ep2", latents, run, "--steps", str(STEPS), *SMALL, launcher="deepspeed"), run)
     return losses(run)
 
 
-def test_a_job_of_one_minute_goes_on_until_its_steps_are_done(slurm, latents, tmp_path):
-    """It is told in time, saves, and queues itself again; as many steps as do not fit into what SLURM gives it."""
-    limited, whole = tmp_path / "limited", tmp_path / "whole"
-    uninterrupted(whole, latents, 40)
-    pace = sorted(record["images_per_second"] for record in records(whole))[20] / 64  # steps a second
-    steps = 40 + round(35 * pace)
-    expected = uninterrupted(whole, latents, steps)
-    job = train_job(slurm, limited, latents, steps, "--time=1", "--signal=B:USR1@10", more=MEDIUM)
-    assert slurm.wait(job, 1800) == "COMPLETED", Path(f"{limited}.out").read_text()[-6000:]
-    assert told(limited)[0] == "started" and told(limited)[-1] == "done"
-    assert {"stopped", "requeued"} <= set(told(limited)) and "gave up" not in told(limited)
+def test_a_job_of_one_minute_goes_on_until_its_steps_are_done(slurm, latents, uninterrupted, tmp_path):
+    """It is told in time, saves, and queues itself again: 45 steps of a second and a start do not fit into 50 s."""
+    run = tmp_path / "run"
+    job = train_job(slurm, run, latents, 45, "--time=1", "--signal=B:USR1@10", more=a_step_a_second(1))
+    assert slurm.wait(job, 900) == "COMPLETED", Path(f"{run}.out").read_text()[-6000:]
+    assert told(run)[0] == "started" and told(run)[-1] == "done"
+    assert {"stopped", "requeued"} <= set(told(run)) and "gave up" not in told(run)
     assert slurm.show(job)["Restarts"] != "0"
-    assert losses(limited) == pytest.approx(expected, rel=1e-6)
+    assert losses(run) == pytest.approx(uninterrupted[:45], rel=1e-6)
 
 
-def test_a_job_that_is_stopped_in_every_way_ends_as_if_nobody_had(slurm, latents, tmp_path):
+def test_a_job_that_is_stopped_in_every_way_ends_as_if_nobody_had(slurm, latents, uninterrupted, tmp_path):
     """It meets scancel with a signal, scontrol requeue, and a slurmd that is killed."""
-    unlucky = tmp_path / "unlucky"
-    job = train_job(slurm, unlucky, latents, 300, "--time=60", more=MEDIUM)
-    log = Path(f"{unlucky}.out")
+    run = tmp_path / "run"
+    job = train_job(slurm, run, latents, STEPS, "--time=60", more=a_step_a_second(4))
+    log = Path(f"{run}.out")
 
-    wait_for(lambda: last_step(unlucky) > 20, "step 20", log)
+    wait_for(lambda: last_step(run) > 5, "step 5", log)
     slurm.run("scancel", "--signal=USR1", job)
-    wait_for(lambda: told(unlucky)[:3] == ["started", "stopped", "requeued"], "a requeue", log)
-    saved = int((unlucky / "checkpoints/latest").read_text().strip().removeprefix("step_"))
-    wait_for(lambda: told(unlucky).count("started") == 2 and last_step(unlucky) > saved + 20, "a second start", log)
+    wait_for(lambda: told(run)[:3] == ["started", "stopped", "requeued"], "a requeue", log)
+    saved = int((run / "checkpoints/latest").read_text().strip().removeprefix("step_"))
+    wait_for(lambda: told(run).count("started") == 2 and last_step(run) > saved + 5, "a second start", log)
 
     slurm.run("scontrol", "requeue", job)
-    wait_for(lambda: told(unlucky).count("started") == 3, "a third start", log)
-    before = last_step(unlucky)
-    wait_for(lambda: last_step(unlucky) > before + 20, "20 steps more", log)
+    wait_for(lambda: told(run).count("started") == 3, "a third start", log)
+    before = last_step(run)
+    wait_for(lambda: last_step(run) > before + 5, "5 steps more", log)
 
     slurm.kill_node("n2")
     slurm.until_node("n2", "DOWN")
     slurm.start_node("n2")  # what ran there is ended, for the job has lost the node
-    wait_for(lambda: told(unlucky).count("started") == 4, "a fourth start", log)
+    wait_for(lambda: told(run).count("started") == 4, "a fourth start", log)
 
     assert slurm.wait(job, 900) == "COMPLETED", log.read_text()[-6000:]
-    assert losses(unlucky) == pytest.approx(uninterrupted(tmp_path / "whole", latents, 300), rel=1e-6)
+    assert losses(run) == pytest.approx(uninterrupted, rel=1e-6)
 
 
 def test_ranks_that_srun_starts_find_each_other(slurm, latents, tmp_path):
@@ -184,5 +186,8 @@ def test_a_job_that_is_cancelled_stays_so(slurm, latents, tmp_path):
     wait_for(lambda: last_step(run) > 3, "step 3", Path(f"{run}.out"))
     slurm.run("scancel", job)
     assert slurm.wait(job) == "CANCELLED"
-    wait_for(lambda: told(run) == ["started", "stopped"], "a save", Path(f"{run}.out"))
+    log = Path(f"{run}.out")
+    wait_for(lambda: "ends, as SLURM was asked to" in log.read_text(), "the script's end", log)
+    wait_for(lambda: "stopped" in told(run), "a save", log)
+    assert told(run) == ["started", "stopped"]
     assert slurm.show(job)["Restarts"] == "0"

@@ -48,12 +48,20 @@ nodes_alive() {
     wait
 }
 
+# Ends here where SLURM itself ends this job (scancel, scontrol requeue): then nothing is left to decide.
+end_if_ended() {
+    local state
+    state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) || return 0
+    [ "$state" != RUNNING ] || return 0
+    say "ends, as SLURM was asked to"
+    exit 0
+}
+
 # Queues this job again, which ends it.
 requeue() {
+    end_if_ended
     [ -z "$telling" ] || kill "$telling" 2>/dev/null || true # the job's next start is not meant
-    if [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)" != RUNNING ]; then
-        say "ends, as SLURM was asked to"
-    elif scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$SLURM_JOB_ID"; then
         say "queued again"
         sleep 60 # until SLURM ends it
     else
@@ -115,6 +123,7 @@ train() {
         fi
         status=0
         finish $! || status=$?
+        [ -z "$leaving" ] || end_if_ended
         next=$("${IN[@]}" python -m moe_dit.cluster.job end --run "${start[2]}" --began "$began" --status "$status" \
             --attempt "$ATTEMPT" $leaving)
         case $next in
