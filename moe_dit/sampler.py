@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers import UniPCMultistepScheduler
 
 METHODS = ("euler", "heun", "unipc")
 
@@ -42,6 +41,8 @@ def integrate(
 
 def _unipc(velocity: Callable[[torch.Tensor, float], torch.Tensor], z: torch.Tensor, steps: int) -> torch.Tensor:
     """Diffusers' sigma is 1 - t, and its velocity goes from data to noise; it never asks for the one at t = 1."""
+    from diffusers import UniPCMultistepScheduler  # brings in scipy.stats: over a second, which training need not wait
+
     flow: Any = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
     scheduler: Any = UniPCMultistepScheduler(**flow)
     scheduler.set_timesteps(steps)

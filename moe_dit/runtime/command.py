@@ -1,6 +1,8 @@
 """The top of every command: exit status, the one line of bad input, --help with examples."""
 
 import argparse
+import atexit
+import gc
 import os
 import socket
 import sys
@@ -73,4 +75,6 @@ def run(main: Callable[[], int | None]) -> None:
 
             ranks.stop()
         limit.cancel()
+        # Else the very last collection visits all that torch and DeepSpeed made: 2 s, and launchers wait for it.
+        atexit.register(gc.freeze)
     sys.exit(status)
