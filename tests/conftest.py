@@ -72,5 +72,5 @@ def two_ranks(latents, tmp_path_factory):
     """An uninterrupted run on 2 expert-parallel ranks."""
     run = tmp_path_factory.mktemp("train") / "two"
     flags = ["--steps", str(STEPS), "--set", "checkpoint.every=4"]
-    finish(start_training(2, "zero2_ep2", latents, run, *flags), run)
+    finish(start_training(2, "zero2_ep2", latents, run, *flags, launcher="deepspeed"), run)
     return run

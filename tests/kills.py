@@ -33,7 +33,7 @@ TRAINING = 4.0  # seconds after the first step in which they fall
 
 
 def start(data: Path, run: Path, steps: int) -> subprocess.Popen:
-    return start_training(2, "zero2_ep2", data, run, *SMALL, "--steps", str(steps))
+    return start_training(2, "zero2_ep2", data, run, *SMALL, "--steps", str(steps), launcher="deepspeed")
 
 
 def wait_for_new_step(run: Path, saved: int, process: subprocess.Popen) -> None:

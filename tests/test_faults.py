@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(latents, tmp
 
 def test_a_rank_that_dies_takes_the_others_down(latents, tmp_path):
     run = tmp_path / "run"
-    launcher = start_training(2, "zero2_ep2", latents, run, "--steps", "2000")
+    launcher = start_training(2, "zero2_ep2", latents, run, "--steps", "2000", launcher="deepspeed")
     try:
         wait_for_step(run, 1, launcher)
         ranks = ranks_of(launcher)

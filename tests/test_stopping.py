@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers import ENV, ROOT, STEPS, free_port, kill, losses, ranks_of, wait_for_step
+from tasks import environments
 
 TERM, USR1, INT, HUP, KILL = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGKILL
 
@@ -24,21 +25,20 @@ def start(launcher: str, latents: Path, run: Path, workers: int) -> list[subproc
     flags = ["--ds", "ds_configs/zero2_ep2.json", "--recipe", "digits", "--data", str(latents), "--out", str(run)]
     flags += ["--steps", "5000", "--set", "checkpoint.every=4000", "--set", f"data.workers={workers}"]
     port = str(free_port())
-    environments = [ENV]
+    each = [ENV]
     if launcher == "deepspeed":
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
     elif launcher == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     else:
         command = [sys.executable]
-        slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environments = [ENV | slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+        each = environments(2, int(port), ENV)
     with open(f"{run}.log", "a") as log:
         return [
             subprocess.Popen(
                 [*command, "jobs/train.py", *flags], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True
             )
-            for env in environments
+            for env in each
         ]
 
 

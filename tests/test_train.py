@@ -29,7 +29,7 @@ def test_expert_parallel_training_is_plain_training(plain, two_ranks, tmp_path):
 @pytest.mark.slow
 def test_eight_ranks_are_the_same_run(plain, latents, tmp_path):
     run = tmp_path / "run"
-    finish(start_training(8, "zero2_ep8", latents, run, "--steps", "2"), run)
+    finish(start_training(8, "zero2_ep8", latents, run, "--steps", "2", launcher="deepspeed"), run)
     assert losses(run) == pytest.approx(plain[0][:2], rel=1e-5)
 
 
