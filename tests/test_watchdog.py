@@ -187,6 +187,7 @@ run = Path("run")
 run.mkdir(exist_ok=True)
 with RankLog(run, torch.device("cpu")) as log:
     watch = Watchdog(log, lambda *told: print(*told, flush=True), 2.0, False)
+    torch.distributed.barrier()  # a rank that comes seconds later than the other is not silent
     watch.sign("the check before the first step", ends=True)
     time.sleep(100) if rank == 1 else torch.distributed.all_reduce(torch.ones(1))
 """
