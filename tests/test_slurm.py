@@ -103,7 +103,7 @@ def test_the_chain_finishes_in_order(slurm, latents, tmp_path):
     assert scores["num_samples"] == 40 and scores["fid"] > 0
 
 
-STEPS = 80
+STEPS = 100
 
 
 def a_step_a_second(every: int) -> list[str]:
