@@ -175,6 +175,7 @@ def test_a_run_that_fails_twice_in_the_same_way_stops(slurm, latents, tmp_path):
     job = train_job(slurm, run, latents, 20, nodes=1, ds="zero1_ep1", more=more)
     assert slurm.wait(job) == "FAILED"
     assert told(run) == ["started", "failed", "restarted", "started", "failed", "gave up"]
+    assert slurm.show(job)["Restarts"] == "0"  # the second time was in the same allocation
     log = Path(f"{run}.out").read_text()
     assert re.search(r"give up: failed twice in the same way at step \d+: Stop: the (loss|gradient) is", log), log
 

@@ -40,9 +40,9 @@ nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 
 # The nodes that answer, a line each; a dead one does not within the time.
 nodes_alive() {
-    local node
+    local node no_gpus=${SLURM_GPUS_ON_NODE:+--gres=none} # which SLURM 22.05 refuses where it knows of no GPUs
     for node in $(nodes); do
-        { timeout 30 srun --overlap --no-kill --nodes=1 --ntasks=1 --nodelist="$node" --gres=none true >/dev/null &&
+        { timeout 30 srun --overlap --no-kill --nodes=1 --ntasks=1 --nodelist="$node" $no_gpus true >/dev/null &&
             echo "$node" || say "$node does not answer"; } &
     done
     wait
@@ -51,6 +51,7 @@ nodes_alive() {
 # Ends here where SLURM itself ends this job (scancel, scontrol requeue): then nothing is left to decide.
 end_if_ended() {
     local state
+    [ -z "$telling" ] || kill "$telling" 2>/dev/null || true # the job's next start is not meant
     state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) || return 0
     [ "$state" != RUNNING ] || return 0
     say "ends, as SLURM was asked to"
@@ -60,7 +61,6 @@ end_if_ended() {
 # Queues this job again, which ends it.
 requeue() {
     end_if_ended
-    [ -z "$telling" ] || kill "$telling" 2>/dev/null || true # the job's next start is not meant
     if scontrol requeue "$SLURM_JOB_ID"; then
         say "queued again"
         sleep 60 # until SLURM ends it
