@@ -57,13 +57,11 @@ def start_training(
     if launcher == "deepspeed":
         command += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", port]
     elif ranks > 1:
-        command += ["tests/tasks.py", str(ranks), sys.executable]
+        command += ["tests/tasks.py", str(ranks), port, sys.executable]
     file = ds if isinstance(ds, Path) else f"ds_configs/{ds}.json"
     command += ["jobs/train.py", "--ds", str(file), "--recipe", "digits", "--data", str(shards), "--out", str(run)]
     with open(f"{run}.log", "a") as log:
-        return subprocess.Popen(
-            [*command, *flags], cwd=ROOT, env=ENV | {"PORT": port}, stdout=log, stderr=log, start_new_session=True
-        )
+        return subprocess.Popen([*command, *flags], cwd=ROOT, env=ENV, stdout=log, stderr=log, start_new_session=True)
 
 
 def finish(process: subprocess.Popen, run: Path, timeout: float = 300) -> str:

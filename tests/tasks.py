@@ -1,6 +1,6 @@
 """Starts a command's ranks as srun starts tasks, in a third of the time that DeepSpeed's launcher takes:
 
-    python tests/tasks.py RANKS COMMAND...
+    python tests/tasks.py RANKS PORT COMMAND...
 
 Where a rank fails the others are told to end, as by `srun --kill-on-bad-exit`; exits with its status.
 """
@@ -14,16 +14,16 @@ import time
 GRACE = 60.0  # seconds that ranks have to end when told to
 
 
-def environments(ranks: int, port: int, env: dict[str, str]) -> list[dict[str, str]]:
+def environments(ranks: int, port: str, env: dict[str, str]) -> list[dict[str, str]]:
     """What each rank sees, beside an environment."""
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    step["MASTER_PORT"] = str(port)
+    step["MASTER_PORT"] = port
     return [env | step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(ranks)]
 
 
 def main() -> int:
-    seen = environments(int(sys.argv[1]), int(os.environ["PORT"]), dict(os.environ))
-    ranks = [subprocess.Popen(sys.argv[2:], env=env) for env in seen]
+    size, port, *command = sys.argv[1:]
+    ranks = [subprocess.Popen(command, env=env) for env in environments(int(size), port, dict(os.environ))]
     while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
         time.sleep(0.05)
     status = next((rank.returncode for rank in ranks if rank.returncode), 0)

@@ -32,7 +32,7 @@ def start(launcher: str, latents: Path, run: Path, workers: int) -> list[subproc
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     else:
         command = [sys.executable]
-        each = environments(2, int(port), ENV)
+        each = environments(2, port, ENV)
     with open(f"{run}.log", "a") as log:
         return [
             subprocess.Popen(
