@@ -8,8 +8,9 @@ moves last. Which one a run continues from: moe_dit/lineage.py.
 """
 
 import shutil
-import threading
+import traceback
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -124,7 +125,10 @@ class Checkpointer:
         self.group: Any = tree_group()
         _connect(self.group)
         self._pace = None if write_gb_per_second is None else Pace(write_gb_per_second * 1e9 / world().size)
-        self._writer: threading.Thread | None = None
+        # One for all saves: glibc (2.36) may give each thread that starts an arena of its own, here of half a megabyte,
+        # up to eight for each core, and none goes back.
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future | None = None
         self._error: Stop | None = None
 
     def save(self, engine: Engine, step: int, hurry: bool = False) -> None:
@@ -154,8 +158,7 @@ class Checkpointer:
         }
         # A save has failed until it is done, whatever may keep its thread from saying so.
         self._error = Stop(f"checkpoint {self.folder / name_of(step)} was not written to its end", everywhere=True)
-        self._writer = threading.Thread(target=self._write, args=(state, description, engine.device), name="checkpoint")
-        self._writer.start()
+        self._writing = self._thread.submit(self._write, state, description, engine.device)
 
     def wait(self) -> None:
         """Wait until the last save is complete.
@@ -163,21 +166,22 @@ class Checkpointer:
         Raises:
             Stop: it failed, on every rank alike; names the cause and the newest complete checkpoint.
         """
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+        if self._writing is not None:
+            failure = self._writing.exception()  # when it is done
+            self._writing = None
+            if failure is not None:  # in its handling of an error
+                traceback.print_exception(failure)
         if self._error is not None:
             raise self._error
 
     def failed(self) -> bool:
         """Whether a save has failed on this rank, without waiting for one that is under way."""
-        under_way = self._writer is not None and self._writer.is_alive()
+        under_way = self._writing is not None and not self._writing.done()
         return not under_way and self._error is not None
 
     def close(self) -> None:
         """Wait for a save under way to end, on every way out of a run; whether it failed is :meth:`wait`'s to tell."""
-        if self._writer is not None:
-            self._writer.join()
+        self._thread.shutdown()
 
     def confirm(self, step: int) -> Path:
         """Make sure, before a run says that it is done, that the checkpoint of its last step is there and whole.

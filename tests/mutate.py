@@ -252,6 +252,13 @@ MUTATIONS = [
         "tests/test_steps.py::test_the_first_step_of_one_rank",
     ),
     Mutation(
+        "a-thread-a-save",
+        "moe_dit/checkpoint.py",
+        "self._thread.submit(",
+        "ThreadPoolExecutor(1).submit(",
+        "tests/test_checkpoint.py::test_all_saves_are_of_one_thread",
+    ),
+    Mutation(
         "adam-begins-anew",
         "moe_dit/checkpoint.py",
         "engine.set_step(step)",

@@ -151,14 +151,14 @@ def engine_of(device: torch.device) -> SimpleNamespace:
     )
 
 
-def test_a_save_has_failed_until_it_is_done(one_rank, tmp_path, monkeypatch):
-    """Even where the thread ends without a word: here, in the middle of its own handling of an error."""
-    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+def test_a_save_has_failed_until_it_is_done(one_rank, tmp_path, monkeypatch, capsys):
+    """Even where it ends in the middle of its own handling of an error; that error is told too."""
     monkeypatch.setattr("moe_dit.checkpoint.cause_of", lambda error: 1 / 0)
     checkpointer = Checkpointer(tmp_path, keep=1)
     checkpointer.save(engine_of(torch.device("cpu")), 3)  # a checkpoint without tensors is not complete
     with pytest.raises(Stop, match=r"step_00000003 was not written to its end"):
         checkpointer.wait()
+    assert "ZeroDivisionError" in capsys.readouterr().err
     assert checkpointer.failed()
     with pytest.raises(Stop, match="was not written"):
         checkpointer.save(engine_of(torch.device("cpu")), 4)
@@ -193,10 +193,21 @@ def test_the_checkpoint_thread_works_on_its_ranks_gpu(one_rank, tmp_path, monkey
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append((threading.current_thread(), device)))
     checkpointer = Checkpointer(tmp_path, keep=1)
     checkpointer.save(engine_of(torch.device("cuda", 3)), 1)
-    thread = checkpointer._writer
     with pytest.raises(Stop):
         checkpointer.wait()
-    assert calls == [(thread, torch.device("cuda", 3))]
+    ((thread, device),) = calls
+    assert thread is not threading.main_thread() and device == torch.device("cuda", 3)
+
+
+def test_all_saves_are_of_one_thread(one_rank, tmp_path):
+    """glibc gives a new thread memory that does not go back (tests/test_weeks.py sees it in thousands of steps)."""
+    threads = []
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer._publish = lambda *arguments: threads.append(threading.current_thread())
+    for step in (1, 2, 3):
+        checkpointer.save(engine_of(torch.device("cpu")), step)
+    checkpointer.wait()
+    assert len(threads) == 3 and set(threads) == {threads[0]} and threads[0] is not threading.main_thread()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
