@@ -146,6 +146,8 @@ def test_a_job_that_is_stopped_in_every_way_ends_as_if_nobody_had(slurm, latents
     wait_for(lambda: told(run).count("started") == 3, "a third start", log)
     before = last_step(run)
     wait_for(lambda: last_step(run) > before + 5, "5 steps more", log)
+    # No agent started its ranks once more before SLURM ended it.
+    assert told(run) == ["started", "stopped", "requeued", "started", "stopped", "started"]
 
     slurm.kill_node("n2")
     slurm.until_node("n2", "DOWN")

@@ -73,6 +73,10 @@ requeue() {
 
 # Ranks that train hear signals themselves. Their launchers must not: SLURM ends a step whose first process has ended.
 deaf=(bash -c 'trap "" USR1 TERM; exec "$@"' launcher)
+# Nor may an elastic agent; but where SLURM ends the step itself, it must end with its ranks, which it would start again.
+# It passes SIGHUP on to them, and waits.
+passing=(bash -c 'trap "" USR1 TERM; "$@" & agent=$!; trap "kill -HUP $agent" TERM
+    while :; do wait $agent; status=$?; kill -0 $agent 2>/dev/null || exit $status; done' launcher)
 
 # on_nodes LEAST MOST COMMAND...: a rank a GPU on LEAST to MOST nodes, under torchrun's elastic agents. An agent starts
 # its ranks again where some die, and goes on with fewer nodes, or with ones to spare, where a node does. Flags of
@@ -105,7 +109,7 @@ address() { scontrol show node "$1" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\)
 # train ARGUMENTS...: jobs/train.py with these, until its steps are done.
 train() {
     local began status next start
-    local before=("${deaf[@]}") agent=(--signals-to-handle=SIGHUP,SIGINT --shutdown-timeout=300)
+    local before=("${passing[@]}") agent=(--signals-to-handle=SIGHUP,SIGINT --shutdown-timeout=300)
     alive=$(nodes)
     for ((ATTEMPT = 1; ; ATTEMPT++)); do
         # Least and most nodes, and the run's folder, a line each.
