@@ -166,13 +166,15 @@ class Checkpointer:
         Raises:
             Stop: it failed, on every rank alike; names the cause and the newest complete checkpoint.
         """
-        if self._writing is not None:
-            failure = self._writing.exception()  # when it is done
-            self._writing = None
-            if failure is not None:  # in its handling of an error
-                traceback.print_exception(failure)
+        self._finish()
         if self._error is not None:
             raise self._error
+
+    def _finish(self) -> None:
+        """Wait until no save is under way; tell where one failed in its own handling of an error."""
+        if self._writing is not None and (failure := self._writing.exception()) is not None:
+            traceback.print_exception(failure)
+        self._writing = None
 
     def failed(self) -> bool:
         """Whether a save has failed on this rank, without waiting for one that is under way."""
@@ -181,6 +183,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for a save under way to end, on every way out of a run; whether it failed is :meth:`wait`'s to tell."""
+        self._finish()
         self._thread.shutdown()
 
     def confirm(self, step: int) -> Path:

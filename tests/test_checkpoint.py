@@ -164,6 +164,15 @@ def test_a_save_has_failed_until_it_is_done(one_rank, tmp_path, monkeypatch, cap
         checkpointer.save(engine_of(torch.device("cpu")), 4)
 
 
+def test_a_save_that_nobody_waits_for_tells_of_its_failure(one_rank, tmp_path, monkeypatch, capsys):
+    """A run that ends for another reason closes what saves, and no more."""
+    monkeypatch.setattr("moe_dit.checkpoint.cause_of", lambda error: 1 / 0)
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(engine_of(torch.device("cpu")), 3)
+    checkpointer.close()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_a_checkpoint_at_a_pace_has_the_same_bytes(one_rank, tmp_path):
     slept: list[float] = []
     for name, pace in (("free", None), ("paced", Pace(1e6, lambda: 0.0, slept.append))):
