@@ -74,9 +74,9 @@ requeue() {
 # Ranks that train hear signals themselves. Their launchers must not: SLURM ends a step whose first process has ended.
 deaf=(bash -c 'trap "" USR1 TERM; exec "$@"' launcher)
 # Nor may an elastic agent; but where SLURM ends the step itself, it must end with its ranks, which it would start again.
-# It passes SIGHUP on to them, and waits.
-passing=(bash -c 'trap "" USR1 TERM; "$@" & agent=$!; trap "kill -HUP $agent" TERM
-    while :; do wait $agent; status=$?; kill -0 $agent 2>/dev/null || exit $status; done' launcher)
+# It hears of that once, as SIGHUP, which it passes on to them: another would end it while they still save.
+passing=(bash -c "$(declare -f finish)"'
+    trap "" USR1 TERM; "$@" & agent=$!; trap "trap : TERM; kill -HUP $agent" TERM; finish $agent' launcher)
 
 # on_nodes LEAST MOST COMMAND...: a rank a GPU on LEAST to MOST nodes, under torchrun's elastic agents. An agent starts
 # its ranks again where some die, and goes on with fewer nodes, or with ones to spare, where a node does. Flags of
