@@ -31,6 +31,7 @@ EXAMPLES = """\
   torchrun --nproc_per_node 8 jobs/bench.py --recipe dsmoe_b_e16 --ds ds_configs/zero2_ep8.json
   python jobs/bench.py --recipe dsmoe_s_e16 --ds ds_configs/zero2_ep8.json --count       without a GPU"""
 COUNTED_BATCH = 64
+STEADY = 20  # steps that a GPU is given without waiting for each
 CPU_BATCH = 16
 KINDS = {"cpu": time.process_time, "wall": time.perf_counter}
 
@@ -84,7 +85,8 @@ def main() -> None:
             manifest = bench.made_up_shards(recipe, Path(scratch), 2 * recipe.global_batch_size)
         say(f"{recipe.name}: batch {recipe.global_batch_size} on {device.type}, {args.pairs} pairs of steps")
         clock = bench.Clock(device, KINDS[args.clock])
-        result = bench.bench(recipe, parallelism, manifest, clock, args.pairs, args.against == "published")
+        steady = STEADY if device.type == "cuda" else 0
+        result = bench.bench(recipe, parallelism, manifest, clock, args.pairs, args.against == "published", steady)
         result["clock"] = args.clock
     if ranks.world().rank == 0:
         show(result)
@@ -189,6 +191,8 @@ def show(result: dict[str, Any]) -> None:
         f"sampling {result['sampling_images_per_second']:,.3f} images/s at {result['sampling_evaluations']} "
         f"evaluations an image"
     )
+    if "steady_seconds" in result:
+        console.print(f"{result['steady_seconds'] * 1e3:,.1f} ms a step where none is waited for")
     if "all_to_all_bytes_per_second" in result:
         console.print(f"all-to-all {result['all_to_all_bytes_per_second'] / 1e9:,.2f} GB/s that a rank sends")
 

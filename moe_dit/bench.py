@@ -3,7 +3,8 @@
 Both train in one process, step by step in turns, so that what disturbs one disturbs the other: ours through the engine,
 with data, draws, optimizer and averages; the published form (:mod:`moe_dit.reference.loop`) in float32 (TF32 on GPUs)
 with torch's draws, torch's AdamW and a loop of averages. Between them stands the fastest square matrix product, which
-says what the machine gives at that moment. Before anything is timed both take the same first step, and must agree.
+says what the machine gives at that moment. Before anything is timed both take the same first step, and must agree: from
+weights that are moved off their initial values, whose gates and last layer are zero and give experts no gradient.
 """
 
 import re
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import webdataset
 
-from moe_dit.build import build_model
+from moe_dit.build import build_model, to_compute
 from moe_dit.data import Latents, batches, training_inputs
 from moe_dit.engine import Engine
 from moe_dit.flow import build_flow
@@ -27,6 +28,7 @@ from moe_dit.manifest import FORMAT, MANIFEST, Manifest
 from moe_dit.models.dropout import dropouts
 from moe_dit.parallel.deepspeed_config import Parallelism
 from moe_dit.plan import most_images_per_second, training_flops
+from moe_dit.randomness import fill_weight
 from moe_dit.recipe import Recipe
 from moe_dit.reference.loop import published_form
 from moe_dit.runtime import ranks
@@ -40,7 +42,7 @@ PARTS = ("data and draws", "forward", "backward", "optimizer", "averages", "othe
 WARM_UP = 2  # steps of each before timing, the one that is compared among them
 SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of the square products that give the matrix peak
 TOLERANCE = 1e-3  # of the first step's loss and gradient norm, in float32
-SAMPLING_STEPS = 2  # that are timed, of the recipe's own number
+MOVED = 0.02  # standard deviation of what is added to initial weights
 
 
 class Clock:
@@ -149,6 +151,14 @@ def made_up_shards(recipe: Recipe, folder: Path, samples: int) -> Manifest:
     return Manifest(folder, **values)
 
 
+@torch.no_grad()
+def move(name: str, start: int, weight: torch.Tensor) -> None:
+    """Add noise to the elements of a logical weight from ``start`` on: the same, however it is cut into slices."""
+    noise = torch.empty(weight.shape, device=weight.device)
+    fill_weight(noise, 1, name, start, "normal", MOVED)
+    weight += noise
+
+
 class Ours:
     """The engine's step."""
 
@@ -156,6 +166,9 @@ class Ours:
         self.clock = clock
         self.recipe = recipe
         self.engine = Engine(recipe, parallelism, clock.device)
+        for piece in self.engine.pieces():
+            move(piece.name, piece.start, piece.tensors["weight"])
+        self.engine.set_step(0)
         self.latents = Latents.of(recipe, manifest)
         eats = partial(most_images_per_second, recipe, clock.device.type)
         self.stream = batches(recipe, manifest, parallelism.micro_batch_size, 0, ranks.world(), eats)
@@ -194,7 +207,10 @@ class Published:
         self.clock = clock
         self.recipe = recipe
         self.flow = build_flow(recipe)
-        self.network: Any = published_form(build_model(recipe, clock.device))
+        network = build_model(recipe, clock.device)
+        for name, weight in network.named_parameters():
+            move(name, 0, weight)
+        self.network: Any = published_form(network)
         self.model = self.network
         if parallelism.world_size > 1:
             self.model = torch.nn.parallel.DistributedDataParallel(self.network, find_unused_parameters=True)
@@ -297,7 +313,13 @@ class MatrixPeak:
 
 
 def bench(
-    recipe: Recipe, parallelism: Parallelism, manifest: Manifest, clock: Clock, pairs: int, published: bool
+    recipe: Recipe,
+    parallelism: Parallelism,
+    manifest: Manifest,
+    clock: Clock,
+    pairs: int,
+    published: bool,
+    steady: int = 0,
 ) -> dict[str, Any]:
     """Time a recipe's training step.
 
@@ -308,11 +330,13 @@ def bench(
         clock: on the device that computes.
         pairs: steps of each that are timed.
         published: whether the published form is timed beside ours.
+        steady: steps of ours that follow one another without waiting, as in training; 0: "steady_seconds" is left out.
 
     Returns:
         What was measured: numbers under their names, "ours" and "published" with their seconds (:class:`Spread`),
         seconds by part, share of the peak and bytes of memory; "pairs", seconds of ours and of the published form, and
-        the matrix peak in FLOP/s, for each pair. Images a second, FLOPs and memory are this rank's.
+        the matrix peak in FLOP/s, for each pair; "steady_seconds", a step's. Images a second, FLOPs and memory are this
+        rank's.
 
     Raises:
         Stop: the two forms do not compute the same.
@@ -366,10 +390,12 @@ def bench(
         "flops_per_image": flops / batch,
         "matrix_peak": statistics.median(peaks),
         "images_per_second": batch / statistics.median(seconds[ours]),
-        **_sampling(ours, batch),
+        **_sampling(recipe, clock, batch),
         "ours": told(ours),
         "pairs": [[seconds[side][i] for side in sides] + [peaks[i]] for i in range(pairs)],
     }
+    if steady:
+        result["steady_seconds"] = clock.seconds(lambda: [ours.step() for _ in range(steady)]) / steady
     if theirs is not None:
         ratios = Spread.of([b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)])
         result |= {"speedup": ratios.median, "speedup_spread": ratios.to_dict(), "published": told(theirs)}
@@ -404,23 +430,22 @@ def _warm_up(ours: Ours, theirs: Published | None) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def _sampling(ours: Ours, batch: int) -> dict[str, float]:
-    """Images a second that the averaged weights would sample, by the recipe's own settings."""
-    engine, settings = ours.engine, ours.recipe.sampling
-    flow = build_flow(ours.recipe)
-    counted = _Counted(engine.model)
-    model = ours.recipe.model
+def _sampling(recipe: Recipe, clock: Clock, batch: int) -> dict[str, float]:
+    """Images a second that eval.sample makes on a rank, by the recipe's own settings: it runs the plain network."""
+    settings, model = recipe.sampling, recipe.model
+    flow = build_flow(recipe)
+    network: Any = to_compute(build_model(recipe, clock.device), recipe, clock.device)
+    counted = _Counted(network)
     shape = (model.in_channels, model.input_size, model.input_size)
     label = torch.zeros(1, dtype=torch.int64)
     low, high = settings.cfg_interval
     how: Any = {"method": settings.method, "cfg_scale": settings.cfg_scale, "cfg_interval": (low, high)}
     flow.sample(counted, torch.zeros(1, *shape), label, steps=settings.steps, **how)
     n = batch * (2 if settings.cfg_scale != 1 else 1)  # both halves of guidance at once
-    z = torch.randn(n, *shape, device=ours.clock.device)
-    t = torch.rand(n, device=ours.clock.device)
-    y = torch.arange(n, device=ours.clock.device) % model.num_classes
-    with engine.averaged_weights() as network:
-        spent = min(ours.clock.seconds(lambda: flow.velocity(network, z, t, y)) for _ in range(3))
+    z = torch.randn(n, *shape, device=clock.device)
+    t = torch.rand(n, device=clock.device)
+    y = torch.arange(n, device=clock.device) % model.num_classes
+    spent = min(clock.seconds(lambda: flow.velocity(network, z, t, y)) for _ in range(3))
     return {"sampling_evaluations": counted.samples, "sampling_images_per_second": n / spent / counted.samples}
 
 

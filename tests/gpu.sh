@@ -1,24 +1,44 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: the tests of tests/gpu, and the speed of S, B and L beside the published code's loop.
-# Where there is no GPU it says so and ends well. Under 8 minutes of measuring; the numbers go to OUT.
-#   bash tests/gpu.sh [OUT]            sets .venv up, as tests/run.sh does
-#   bash tests/gpu.sh --here [OUT]     in the current environment, as on a machine without network that was given wheels
+# Everything that needs a GPU, in one command under one time budget; results come as they are found.
+#   bash tests/gpu.sh [--here] [--dry] [--seconds 420] [--only PART,PART] [OUT]
+# OUT (runs/gpu) gets results.jsonl, a line a check or figure, summary.md, and log. `python tests/gpu/publish.py OUT`
+# takes them into docs/ and README.md.
+#   --here   in the current environment, as on a machine without network: what it lacks is taken from .gpu/wheels
+#   --dry    the same parts, tiny, on a CPU
+# Exits 0 where a GPU was used and all checks hold, 1 where one does not, 2 on wrong flags, 3 where there is no GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-here=
-[ "${1:-}" = --here ] && here=1 && shift
-out=${1:-runs/gpu}
+GPU_SH_COMMAND="bash tests/gpu.sh $*"
+export GPU_SH_COMMAND
+here='' dry='' rest=()
+for word in "$@"; do
+    case $word in
+        --here) here=1 ;;
+        --dry) dry=1 && rest+=("$word") ;;
+        *) rest+=("$word") ;;
+    esac
+done
+sees_gpu() { nvidia-smi -L >/dev/null 2>&1 || compgen -G '/dev/nvidia[0-9]*' >/dev/null; }
+if [ -z "$dry" ] && ! sees_gpu; then
+    echo "tests/gpu.sh: there is no GPU here; --dry tries the same on a CPU" >&2
+    exit 3
+fi
 if [ -z "$here" ]; then
-    source jobs/setup.sh dev
+    source jobs/setup.sh
 fi
-python=$(command -v python || command -v python3)
+python=$(command -v python3 || command -v python)
 export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "no GPU here: nothing to test"
-    exit 0
+if [ -n "$here" ] && ! "$python" -c 'import deepspeed, diffusers, pydantic, torch_fidelity, webdataset' 2>/dev/null; then
+    compgen -G '.gpu/wheels/*.whl' >/dev/null || { echo "tests/gpu.sh: packages are missing, and .gpu/wheels has" \
+        "none: make it with 'python tests/gpu/pack.py --wheels'" >&2 && exit 1; }
+    rm -rf .gpu/site
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
+        --root-user-action ignore --target .gpu/site .gpu/wheels/*.whl
 fi
-mkdir -p "$out"
-status=0
-"$python" -m pytest tests/gpu -m gpu -p no:cacheprovider || status=$?
-"$python" tests/gpu/measure.py "$out" || status=$?
-exit "$status"
+[ -d .gpu/site ] && [ -n "$here" ] && export PYTHONPATH="$PYTHONPATH:$PWD/.gpu/site"
+if [ -z "$dry" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "tests/gpu.sh: there is a GPU here, and torch does not see it" >&2
+    exit 1
+fi
+[ -f .gpu/curve.json ] || "$python" tests/gpu/pack.py
+exec "$python" tests/gpu/run.py ${rest[@]+"${rest[@]}"}

@@ -1,0 +1,1 @@
+"""What tests/gpu.sh runs: a module a part, each with run(context)."""

@@ -1,0 +1,145 @@
+"""The digits: through the engine beside a CPU's curve, saved and loaded, and by the commands that people run."""
+
+import json
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from moe_dit.checkpoint import Checkpointer
+from moe_dit.data import Latents, batches, training_inputs
+from moe_dit.engine import Engine
+from moe_dit.manifest import Manifest, read_manifest
+from moe_dit.recipe import Recipe
+from moe_dit.recipe_file import load_recipe
+from moe_dit.runtime import ranks
+from parts.context import ONE_RANK, PACKED, Context
+
+STEPS = 20
+# Of each step's loss, relative, beside the CPU's float32. In bf16 tokens choose other experts now and then.
+CURVE = {"fp32": 2e-3, "bf16": 5e-2}
+
+
+def run(context: Context) -> None:
+    command = start_command(context)
+    manifest = read_manifest(PACKED / "shards")
+    want = json.loads((PACKED / "curve.json").read_text())["loss"]
+    for precision, most in CURVE.items():
+        with context.attempt(f"20 steps, {precision}"):
+            recipe = digits(precision)
+            engine = Engine(recipe, context.parallelism(recipe), context.device)
+            losses = train(engine, manifest, 0, STEPS)
+            worst = max(abs(a - b) / b for a, b in zip(losses, want, strict=True))
+            context.check(f"{precision}: 20 losses beside the CPU's, largest relative difference", worst, most)
+            context.tell(f"{precision}: last loss", losses[-1], note=f"the CPU's {want[-1]:.4f}")
+            del engine
+    with context.attempt("save and load"):
+        save_and_load(context, manifest)
+    finish_command(context, *command)
+
+
+def digits(precision: str) -> Recipe:
+    """What the curve is of."""
+    return load_recipe("digits", [f"precision={precision}", "compile=none", "data.workers=0"])
+
+
+def train(engine: Engine, manifest: Manifest, first: int, last: int) -> list[float]:
+    """The losses of some steps."""
+    stream = batches(engine.recipe, manifest, engine.parallelism.micro_batch_size, first, ranks.world())
+    latents = Latents.of(engine.recipe, manifest)
+    losses = []
+    for step, batch in enumerate(islice(stream, last - first), first):
+        there = {key: value.to(engine.device, non_blocking=True) for key, value in batch.items()}
+        losses.append(engine.train_step(step, [training_inputs(engine.recipe, there, latents)])["terms"][0])
+    stream.close()
+    return torch.stack(losses).tolist()
+
+
+def save_and_load(context: Context, manifest: Manifest) -> None:
+    """A run that is saved, goes on while it is written, and is continued by another engine."""
+    recipe = digits("bf16")
+    run = context.scratch("saved")
+    engine = Engine(recipe, context.parallelism(recipe), context.device)
+    checkpointer = Checkpointer(run, keep=3)
+    train(engine, manifest, 0, 4)
+    for step in (4, 8):  # the first takes memory
+        if context.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        checkpointer.save(engine, step)
+        context.tell(
+            f"training stands for a save, the {'first' if step == 4 else 'second'}", time.perf_counter() - start, "s"
+        )
+        want = train(engine, manifest, step, step + 4)
+    checkpointer.wait()
+    second = Engine(recipe, context.parallelism(recipe), context.device)
+    again = Checkpointer(run, keep=3)
+    for step in (4, 8):
+        found = again.load(second, run / "checkpoints" / f"step_{step:08d}")
+        context.check(f"step that was loaded, less {step}", abs(found - step), 0)
+    got = train(second, manifest, 8, 12)
+    worst = max(abs(a - b) / b for a, b in zip(got, want, strict=True))
+    context.check("losses after loading, largest relative difference", worst, 1e-6)
+    for each in (checkpointer, again):
+        each.close()
+
+
+def start_command(context: Context) -> tuple[subprocess.Popen, Path]:
+    """Begin jobs/train.py as people start it: loader processes, compiled blocks, looks, saves."""
+    run = context.scratch("run")
+    steps = 6 if context.dry else 300
+    flags = [
+        "--ds",
+        ONE_RANK,
+        "--recipe",
+        "digits",
+        "--data",
+        str(PACKED / "shards"),
+        "--out",
+        str(run),
+        "--steps",
+        str(steps),
+    ]
+    changes = [f"checkpoint.every={steps // 2}", f"looks.every={steps}", "looks.samples=20", "data.workers=2"]
+    changes += [f"data.vae={PACKED / 'vae'}"]
+    changes += ["sampling.steps=2"] if context.dry else []
+    command = [sys.executable, "jobs/train.py", *flags, *(word for change in changes for word in ("--set", change))]
+    return subprocess.Popen(command, env=context.environment), run
+
+
+def finish_command(context: Context, process: subprocess.Popen, run: Path) -> None:
+    """What jobs/train.py left; then the commands that make samples of it."""
+    with context.attempt("jobs/train.py"):
+        try:
+            status = process.wait(max(1.0, context.left() + (60 if context.dry else 0)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            steps = len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
+            context.tell("jobs/train.py", "skipped", note=f"not done when its time was over: {steps} steps")
+            return
+        context.check("jobs/train.py: exit status", status, 0)
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        first, last = (sum(r["loss"] for r in part) / len(part) for part in (records[:5], records[-20:]))
+        context.tell("jobs/train.py: loss of the first and the last steps", f"{first:.4f}, {last:.4f}")
+        if not context.dry:
+            context.check("jobs/train.py: last loss over the first", last / first, 0.75)
+        speeds = sorted(r["images_per_second"] for r in records if r.get("images_per_second"))
+        context.tell("jobs/train.py: median speed", speeds[len(speeds) // 2], "images/s")
+        context.check_least("jobs/train.py: grids of samples", len(list((run / "looks").glob("*.png"))), 1)
+        if not context.time_for("export and eval.sample", 25):
+            return
+        model, samples = context.scratch("model"), context.scratch("samples")
+        more = ["--vae", str(PACKED / "vae"), *(["--steps", "2"] if context.dry else ["--capture"])]
+        number = "8" if context.dry else "100"
+        for command in (
+            ["jobs/export.py", str(run), "--weights", "ema", "--out", str(model)],
+            ["-m", "eval.sample", "--model", str(model), "-n", number, "--out", str(samples), *more],
+        ):
+            done = subprocess.run(
+                [sys.executable, *command], env=context.environment, timeout=max(20.0, context.left() + 20)
+            )
+            context.check(f"{command[0] if command[0] != '-m' else command[1]}: exit status", done.returncode, 0)
+        context.check_least("images sampled", len(list((samples / "images").glob("*.png"))), int(number))

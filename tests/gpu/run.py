@@ -1,0 +1,169 @@
+"""Runs the parts of tests/gpu.sh in as few processes as survive what a GPU can do to one, under one time budget.
+
+This process imports no torch and touches no GPU. A worker (worker.py) runs parts one after another; where one hangs it
+is killed, where it dies or its CUDA context is broken, a new worker goes on with the next part.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from results import AHEAD, BESIDE, FRESH, SECONDS, Line, failures, parsed, read, share, write, write_summary
+
+HERE = Path(__file__).parent
+PACKED = HERE.parents[1] / ".gpu"
+LEAST = 3.0  # seconds under which no part is begun
+OVER = 1.5  # a part may take so much more than its share before it counts as hung ...
+GRACE = 5.0  # ... and so many seconds
+START = 60.0  # seconds a worker may take until a part begins
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests/gpu.sh", description="Everything that needs a GPU, in one command.")
+    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/gpu"), help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=420, help="for everything (default: %(default)s)")
+    parser.add_argument("--only", default=",".join(SECONDS), metavar="PARTS", help="some parts (default: %(default)s)")
+    parser.add_argument("--dry", action="store_true", help="the same parts, tiny, on a CPU")
+    args = parser.parse_args()
+    asked = args.only.split(",")
+    for part in asked:
+        if part not in SECONDS:
+            parser.error(f"--only {part}: choose of {', '.join(SECONDS)}")
+    if not args.seconds > 0:
+        parser.error(f"--seconds {args.seconds:g}: it should be above 0")
+    args.out.mkdir(parents=True, exist_ok=True)
+    parts = [part for part in SECONDS if part in asked]
+    with tempfile.TemporaryDirectory(prefix="moe_dit_gpu_") as scratch, compiled_code(args.out, args.dry) as compiled:
+        os.environ |= {
+            "TMPDIR": scratch,
+            "TORCHINDUCTOR_CACHE_DIR": str(compiled),
+            "TRITON_CACHE_DIR": f"{compiled}/triton",
+        }
+        Run(args.out, time.time() + args.seconds, args.dry).all(parts)
+    wrong = [line for line in failures(read(args.out)) if line.part in parts]
+    print(f"{args.out / 'summary.md'}: {len(wrong)} checks do not hold")
+    return 1 if wrong else 0
+
+
+@contextlib.contextmanager
+def compiled_code(out: Path, dry: bool) -> Iterator[Path]:
+    """Where compiled kernels are kept: .gpu/compiled, which .gpu/compiled.tar.gz fills where it is not there yet.
+
+    They leave as OUT/compiled.tar.gz. Compiling is most of a first run; carried along, they save it to the next.
+    """
+    folder, packed = PACKED / "compiled", PACKED / "compiled.tar.gz"
+    if not folder.exists() and packed.exists():
+        subprocess.run(["tar", "xzf", str(packed), "-C", str(PACKED)], check=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        if not dry:
+            subprocess.run(["tar", "czf", str(out / "compiled.tar.gz"), "-C", str(PACKED), "compiled"], check=True)
+
+
+class Run:
+    """Workers, one after another, until every part is settled."""
+
+    def __init__(self, out: Path, deadline: float, dry: bool):
+        self.out = out
+        self.deadline = deadline
+        self.dry = dry
+        self._ahead: subprocess.Popen | None = None
+        self._read = (out / "results.jsonl").stat().st_size if (out / "results.jsonl").exists() else 0
+
+    def all(self, todo: list[str]) -> None:
+        """Run these parts in their order."""
+        try:
+            while todo:
+                if time.time() > self.deadline - LEAST:
+                    self._settle(todo.pop(0), "skipped", "no time was left")
+                    continue
+                end = next((i for i, part in enumerate(todo) if i and part in FRESH), len(todo))
+                todo = todo[self._watch(todo[:end], todo) :]
+                write_summary(self.out)
+        finally:
+            self._compile_ahead(None, [])
+        self._new_lines()
+
+    def _compile_ahead(self, part: str | None, todo: list[str]) -> None:
+        """As a part begins: what speed compiles is compiled beside parts that measure no time, and only there."""
+        if part in BESIDE and self._ahead is None and "speed" in todo:
+            self._ahead = self._start([AHEAD], [AHEAD])
+        if part not in BESIDE and self._ahead is not None:
+            _end(self._ahead)
+            self._ahead = None
+
+    def _start(self, parts: list[str], todo: list[str]) -> subprocess.Popen:
+        """A worker in a process group of its own; what it prints goes to OUT/log."""
+        command = [sys.executable, str(HERE / "worker.py"), str(self.out), ",".join(parts), ",".join(todo)]
+        command += [str(self.deadline), *(["--dry"] if self.dry else [])]
+        with open(self.out / "log", "a") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def _watch(self, parts: list[str], todo: list[str]) -> int:
+        """Have a worker run some parts, the first of those to do; how many of them that settled."""
+        worker = self._start(parts, todo)
+        settled = 0
+        limit = began = time.time()
+        limit += START
+        while settled < len(parts):
+            ended = worker.poll() is not None  # before its last lines are read
+            for line in self._new_lines():
+                if line.name != "state" or line.part != parts[settled]:
+                    continue
+                if line.value == "begun":
+                    began = time.time()
+                    self._compile_ahead(line.part, todo)
+                    limit = began + OVER * share(line.part, todo, self.deadline - began) + GRACE
+                else:
+                    settled += 1
+                    write_summary(self.out)
+                    limit = time.time() + START
+                    if settled == len(parts):
+                        break
+            if settled < len(parts) and (ended or time.time() > min(limit, self.deadline)):
+                _end(worker)
+                why = f"its process ended with status {worker.returncode}" if ended else "it did not end by itself"
+                write(self.out, Line(parts[settled], "the part", "ends", bound="by itself", ok=False, note=why))
+                self._settle(parts[settled], "failed" if ended else "hung", f"{why}, {time.time() - began:.0f} s")
+                return settled + 1
+            time.sleep(0.1)
+        _end(worker)
+        return settled
+
+    def _settle(self, part: str, state: str, note: str) -> None:
+        write(self.out, Line(part, "state", state, note=note))
+
+    def _new_lines(self) -> list[Line]:
+        """The whole lines that have come since the last time; they are shown."""
+        file = self.out / "results.jsonl"
+        if not file.exists():
+            return []
+        with open(file, "rb") as results:
+            results.seek(self._read)
+            text = results.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read += len(whole)
+        lines = [parsed(line) for line in whole.decode().splitlines()]
+        for line in lines:
+            print(line, flush=True)
+        return lines
+
+
+def _end(worker: subprocess.Popen) -> None:
+    """Kill a worker and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
