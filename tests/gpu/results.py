@@ -42,9 +42,10 @@ class Line:
 
     def __str__(self) -> str:
         value = f"{self.value:.5g}" if isinstance(self.value, float) else str(self.value)
-        asked = "" if self.bound is None else f" ({self.bound})"
+        asked = "" if self.bound is None else f"({self.bound})"
         sign = {None: "   ", True: "ok ", False: "OFF"}[self.ok]
-        return f"{sign} {self.part}: {self.name}: {value} {self.unit}{asked} {self.note}".rstrip()
+        words = (sign, f"{self.part}: {self.name}:", value, self.unit, asked, self.note)
+        return " ".join(word for word in words if word)
 
 
 def write(out: Path, line: Line) -> None:

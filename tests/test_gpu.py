@@ -1,0 +1,131 @@
+"""tests/gpu.sh without a GPU: every part runs, what hangs, raises or dies stops no other, and results become docs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ENV, ROOT
+
+PARTS = ["machine", "correctness", "training", "products", "speed", "profile", "3b", "sampling"]
+
+
+def gpu(*flags: str, **more: str) -> subprocess.CompletedProcess:
+    command = ["bash", "tests/gpu.sh", "--here", *flags]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        command, cwd=ROOT, env=ENV | {"PATH": path} | more, capture_output=True, text=True, timeout=600
+    )
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def ended(out: Path) -> dict[str, str]:
+    return {line["part"]: line["value"] for line in lines(out) if line["name"] == "state" and line["part"] in PARTS}
+
+
+@pytest.mark.slow
+def test_every_part_reports(tmp_path):
+    done = gpu("--dry", "--seconds", "500", str(tmp_path))
+    assert done.returncode == 0, done.stdout + (tmp_path / "log").read_text()[-3000:]
+    assert ended(tmp_path) == dict.fromkeys(PARTS, "done")
+    found = lines(tmp_path)
+    assert {line["part"] for line in found if line["ok"] is not None} >= {"correctness", "training", "speed", "3b"}
+    assert all(line["ok"] for line in found if line["bound"] is not None)
+    text = (tmp_path / "summary.md").read_text()
+    assert all(f"### {part}\n" in text for part in PARTS) and "**off**" not in text
+
+
+@pytest.mark.slow
+def test_a_part_that_hangs_or_raises_or_dies_stops_no_other(tmp_path):
+    broken = {"BREAK_PARTS": "raise:machine,hang:products,die:profile"}
+    flags = ["--dry", "--seconds", "40", "--only", "machine,products,profile,sampling", str(tmp_path)]
+    done = gpu(*flags, **broken)
+    assert done.returncode == 1
+    want = {"machine": "failed", "products": "hung", "profile": "failed", "sampling": "done"}
+    assert ended(tmp_path) == want
+    text = (tmp_path / "summary.md").read_text()
+    assert "- machine: failed, 0 s, RuntimeError: broken as asked" in text
+    assert "- products: hung, it did not end by itself" in text
+    assert "- profile: failed, its process ended with status -6" in text
+    assert "| VAE, float32 |" in text
+    # A part that is repeated counts by its last run.
+    assert gpu("--dry", "--only", "machine,profile,products", str(tmp_path)).returncode == 0
+    text = (tmp_path / "summary.md").read_text()
+    assert "broken as asked" not in text and "- machine: done" in text and "| VAE, float32 |" in text
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="there is a GPU")
+def test_without_a_gpu_the_status_says_so(tmp_path):
+    done = gpu(str(tmp_path / "out"))
+    assert done.returncode == 3 and "there is no GPU here" in done.stderr
+    assert not (tmp_path / "out").exists()
+    for flags, line in (
+        (["--only", "speeed"], "--only speeed: choose of machine, "),
+        (["--seconds", "0"], "--seconds 0"),
+    ):
+        done = gpu("--dry", *flags)
+        assert done.returncode == 2 and line in done.stderr
+
+
+def test_a_gpu_that_torch_does_not_see_is_a_failure(tmp_path):
+    """As where torch is of another CUDA than the driver, or cannot be imported."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
+    smi.chmod(0o755)
+    done = gpu(
+        str(tmp_path / "out"),
+        PATH=f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert done.returncode == 1 and "torch does not see it" in done.stderr
+
+
+def test_results_become_docs(tmp_path):
+    """The page, the table and README's box, in a copy of the files that they stand in."""
+    copy = tmp_path / "tree"
+    (copy / "tests" / "gpu").mkdir(parents=True)
+    (copy / "docs").mkdir()
+    for name in ("tests/gpu/publish.py", "tests/gpu/results.py", "docs/performance.md", "README.md"):
+        (copy / name).write_text((ROOT / name).read_text())
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def write(*found: dict) -> None:
+        empty = {"unit": "", "bound": None, "ok": None, "note": "", "time": 0.0}
+        (out / "results.jsonl").write_text("".join(json.dumps(empty | line) + "\n" for line in found))
+
+    def publish() -> subprocess.CompletedProcess:
+        command = [sys.executable, "tests/gpu/publish.py", str(out)]
+        return subprocess.run(command, cwd=copy, capture_output=True, text=True)
+
+    facts = {"gpu": "NVIDIA H100 80GB HBM3", "date": "2026-11-27", "torch": "2.11.0", "commit": "0123456789abcdef"}
+    told = [{"part": "machine", "name": name, "value": value} for name, value in facts.items()]
+    command = {"part": "machine", "name": "command", "value": "bash tests/gpu.sh --dry out"}
+    write(*told)
+    assert publish().returncode == 2
+    write(*told, command)
+    assert publish().returncode == 2
+    rows = [
+        command | {"value": "bash tests/gpu.sh out"},
+        {"part": "machine", "name": "state", "value": "done"},
+        {"part": "speed", "name": "S, 64 images: a step", "value": 14.04, "unit": "ms"},
+        {"part": "speed", "name": "S, 64 images: speed", "value": 4558.4, "unit": "images/s"},
+        {"part": "speed", "name": "S, 64 images: share of the sheet's 989 TFLOP/s", "value": 0.1934},
+        {"part": "speed", "name": "a check", "value": 3.0, "bound": "<= 1", "ok": False},
+        {"part": "speed", "name": "state", "value": "done"},
+    ]
+    for _ in range(2):  # again: what was there is replaced
+        write(*told, *rows)
+        done = publish()
+        assert done.returncode == 0, done.stderr
+    page = "2026-11-27-nvidia-h100-80gb-hbm3.md"
+    assert "- OFF speed: a check: 3 (<= 1)" in (copy / "docs" / "gpu" / page).read_text()
+    assert (copy / "docs" / "performance.md").read_text().count("| S, 64 images | 14.0 ms | 4,558 | 19.3% |  |  |") == 1
+    readme = (copy / "README.md").read_text()
+    assert readme.count(f"parts machine, speed; 0 of 1 checks hold ([results](docs/gpu/{page})).") == 1
+    assert "Not done there: correctness, training, products, profile, 3b, sampling." in readme
