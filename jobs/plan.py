@@ -56,7 +56,7 @@ def _size(n: float) -> str:
 
 
 def print_plan(args) -> None:
-    from moe_dit.plan import GPUS, LAUNCH, UTILISATION, best_mode, images_per_second, make_plan, measure_activations
+    from moe_dit.plan import GPUS, best_mode, images_per_second, make_plan, measure_activations, step_seconds
 
     recipe = load_recipe(args.recipe, args.set)
     parallelism = load_parallelism(args.ds, recipe, args.gpus)
@@ -73,18 +73,22 @@ def print_plan(args) -> None:
     sends = Table("each step it sends", "bytes", "")
     for kind, size in plan.sends.items():
         sends.add_row(kind, f"{size:,.0f}", _size(size))
+    notes = {
+        "products": f"{plan.flops / 1e9:,.0f} GFLOP an image, with attention's",
+        "pointwise": "all else of the network",
+        "optimizer": "from the gradients to the averages",
+        "launches": f"about {plan.launches:,.0f} kernels, beside the GPU's work",
+        "waits": "of the host for the GPU",
+        "overlapped": "traffic beside the network",
+        "traffic": "that is waited for",
+        "step": f"{images_per_second(plan, args.gpu, parallelism):,.0f} images/s in all",
+    }
+    takes = Table("each step takes, an estimate, not measured", "ms", "")
+    for part, seconds in step_seconds(plan, args.gpu, parallelism).items():
+        takes.add_row(part, f"{seconds * 1e3:,.2f}", notes.get(part, ""))
     console = Console(width=110, highlight=False)
-    console.print(holds)
-    console.print(sends)
-    speed = images_per_second(plan, args.gpu, parallelism)
-    console.print(
-        f"arithmetic {plan.flops / 1e9:,.0f} GFLOP an image; about {plan.launches:,.0f} kernels a step, which take at "
-        f"least {plan.launches * LAUNCH * 1e3:,.0f} ms to launch"
-    )
-    console.print(
-        f"an estimate, not measured: {speed:,.0f} images/s in all, at {UTILISATION:.0%} of the peak (or the launches' "
-        f"time, where longer) and full bandwidth"
-    )
+    for table in (holds, sends, takes):
+        console.print(table)
     best = best_mode(plan, args.gpu)
     if best is None:
         console.print(

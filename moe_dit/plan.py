@@ -2,8 +2,8 @@
 
 Weights and optimizer state are exact: the same rules of partition and padding as DeepSpeed 0.19.8's, applied to the
 network on the meta device. Activations are measured on two small depths of the real network on the CPU and extended
-along the depth. Traffic is counted from the algorithms, and the speed estimated from arithmetic, traffic and the time
-that it takes to launch a step's kernels.
+along the depth. Traffic is counted from the algorithms. The speed is an estimate: arithmetic and the memory touched at
+the rates that large products and copies reach, traffic, the time it takes to launch a step's kernels, and host waits.
 """
 
 from collections.abc import Iterator
@@ -22,25 +22,28 @@ from moe_dit.recipe import Recipe
 
 @dataclass(frozen=True)
 class GPU:
-    """From the vendor's data sheet: bytes of memory, dense bf16 FLOP/s, bytes/s of NVLink in one direction."""
+    """From the vendor's data sheet: bytes of memory, dense bf16 FLOP/s, bytes/s of memory, and of NVLink one way."""
 
     memory: float
     flops: float
+    bandwidth: float
     nvlink: float
 
 
 GPUS = {
-    "a100-40g": GPU(40e9, 312e12, 300e9),
-    "a100-80g": GPU(80e9, 312e12, 300e9),
-    "h100-80g": GPU(80e9, 989e12, 450e9),
-    "h200-141g": GPU(141e9, 989e12, 450e9),
-    "b200-192g": GPU(192e9, 2250e12, 900e9),
+    "a100-40g": GPU(40e9, 312e12, 1.555e12, 300e9),
+    "a100-80g": GPU(80e9, 312e12, 2.039e12, 300e9),
+    "h100-80g": GPU(80e9, 989e12, 3.35e12, 450e9),
+    "h200-141g": GPU(141e9, 989e12, 4.8e12, 450e9),
+    "b200-192g": GPU(192e9, 2250e12, 8e12, 900e9),
 }
 NODE = 8  # GPUs that NVLink joins
 NETWORK = 50e9  # bytes/s of a GPU's share of the network between nodes: 400 Gb/s
-UTILISATION = 0.35  # share of the peak that training of this kind commonly reaches
+ARITHMETIC = 790 / 989  # share of the sheet's FLOP/s that large bf16 products reach on an H100
+COPIES = 3.0 / 3.35  # share of the sheet's bytes/s that copies reach there
 RESERVED = 3e9  # CUDA context, communication buffers and the allocator's slack
 LAUNCH = 8e-6  # seconds of host time an operation of torch takes, autograd and launch; an estimate, not measured here
+WAIT = 30e-6  # seconds a GPU idles where the host waits for it: a number's copy, its reading, the next launch; as rough
 MODES = ("none", "experts", "blocks")  # of activation checkpointing, from the fastest to the smallest
 
 ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: flat groups are padded to a multiple of this times the ranks
@@ -54,6 +57,12 @@ LAUNCHES_MOE = (210 + 280 + 105 + 85 + 75) / 5, (70 + 65) / 5  # router, tokens'
 LAUNCHES_DENSE = 50 / 5, 0  # a dense block's MLP
 LAUNCHES_HOOK = 173 / 126  # a parameter's gradient into its bucket
 LAUNCHES_STEP = 144 / 126  # a parameter, once a step: norm and optimizer
+WAITS_STEP = 1  # for the gradient's norm
+
+# Bytes touched in bf16 outside products and attention, by a token, block and channel, counted likewise at 64 images and
+# EP 1. Eager it is 291 for DiffMoE and 1,001 for JiT; compiled 203 for S-E48, 234 and 199.
+POINTWISE = 431, 203
+POINTWISE_SENT = 2.01 / 0.44  # by a byte of tokens sent to other ranks' experts, sorted and copied on its way, at EP 8
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,11 @@ class Plan:
     activations: dict[str, float]  # by activation_checkpointing mode
     sends: dict[str, float]
     flops: float  # of one image, forward and backward
+    attention: float  # of these, attention's
+    touched: dict[str, float]  # read and written each step, by part: products, attention, pointwise, optimizer
     images: int  # a step, on this rank
     launches: float  # kernels a step
+    waits: int  # of the host for the GPU, each step
     overlapped: frozenset[str]  # kinds of collective that travel during arithmetic
 
     def total(self, mode: str) -> float:
@@ -89,7 +101,8 @@ def make_plan(
     """
     parallelism = parallelism.in_precision(bf16)
     model = build_model(recipe, device="meta")
-    experts = {id(p) for m in model.modules() if isinstance(m, MoE) for p in m.experts.parameters()}
+    expert_layers = [m.experts for m in model.modules() if isinstance(m, MoE)]
+    experts = {id(p) for layer in expert_layers for p in layer.parameters()}
     world = parallelism.world_size
     ep = parallelism.ep_size
     dense_sizes = [p.numel() for p in model.parameters() if id(p) not in experts]
@@ -115,16 +128,29 @@ def make_plan(
             gradients = sum(_padded(sum(sizes), ALIGNMENT * ranks) for sizes, ranks in groups) if apart else local
     states = len(optimizer_kind(recipe.optimizer.name).state) + len(recipe.ema.decays)
     kept = kept or dict.fromkeys(MODES, 0.0)
+    images = parallelism.micro_batch_size * parallelism.accumulation
+    sends = _traffic(recipe, parallelism, sum(dense_sizes), sum(expert_sizes), size, gradient_size)
+    touched = {
+        "products": size * (images * _operands(recipe, model) + 3 * parallelism.accumulation * local),
+        # forward q, k, v and the result; backward these, the result's gradient and three more
+        "attention": size * images * 12.0 * recipe.model.tokens * recipe.model.hidden_size * recipe.model.depth,
+        "pointwise": _pointwise(recipe, parallelism, size) + POINTWISE_SENT * sends["all-to-all"],
+        "optimizer": _optimizer_bytes(recipe, parallelism, local, masters, size, gradient_size),
+    }
+    exchanges = len(expert_layers) if ep > 1 else 0  # each waits for the sizes of what it receives
     return Plan(
         weights=weights * size,
         gradients=gradients * gradient_size,
         master=masters * 4 if stage else 0,
         state=masters * 4 * states,
         activations={mode: n * parallelism.micro_batch_size * size / 4 for mode, n in kept.items()},
-        sends=_traffic(recipe, parallelism, sum(dense_sizes), sum(expert_sizes), size, gradient_size),
+        sends=sends,
         flops=training_flops(recipe, model),
-        images=parallelism.micro_batch_size * parallelism.accumulation,
+        attention=_attention_flops(recipe),
+        touched=touched,
+        images=images,
         launches=launches(recipe, model, parallelism.accumulation, parallelism.zero_stage),
+        waits=parallelism.accumulation * exchanges + WAITS_STEP,
         overlapped=_overlapped(parallelism),
     )
 
@@ -180,30 +206,92 @@ def _split(sizes: list[int]) -> list[list[int]]:
 
 
 def training_flops(recipe: Recipe, model: torch.nn.Module) -> float:
-    """Floating-point operations to train on one image: 6 a weight and token, and attention's 12 T^2 D a block."""
-    tokens = recipe.model.tokens
-    flops = 12.0 * tokens**2 * recipe.model.hidden_size * recipe.model.depth
-    for name, weight, share in _weights(recipe, model):
-        # Conditioning is computed once a sample, the rest once a token.
-        per_sample = "adaLN" in name or "c_embedder" in name
-        flops += 6.0 * weight.numel() * share * (1 if per_sample else tokens)
-    return flops
+    """Floating-point operations to train on one image: 6 a weight and row that it meets, and attention's."""
+    return _attention_flops(recipe) + sum(
+        6.0 * weight.numel() * share * rows for _, weight, share, rows in _weights(recipe, model)
+    )
+
+
+def _attention_flops(recipe: Recipe) -> float:
+    """Of one image: 12 T^2 D a block."""
+    return 12.0 * recipe.model.tokens**2 * recipe.model.hidden_size * recipe.model.depth
+
+
+def _operands(recipe: Recipe, model: torch.nn.Module) -> float:
+    """Numbers of one image, beside weights, that products with weights read and write: for outputs and both gradients.
+
+    Narrow layers' products take as long to fetch their rows as to multiply them, so the two times are added.
+    """
+    numbers = 0.0
+    for name, weight, share, rows in _weights(recipe, model):
+        met = 1.0
+        if ".experts." in name:  # a stack, of which a row meets some
+            met = share * len(weight)
+            weight = weight[0]
+        if weight.ndim in (2, 4):  # no biases and positions
+            numbers += 3 * rows * met * sum(weight.flatten(1).shape)
+    return numbers
+
+
+def _pointwise(recipe: Recipe, parallelism: Parallelism, size: int) -> float:
+    """Bytes a step that the network touches outside products and attention."""
+    images = parallelism.micro_batch_size * parallelism.accumulation
+    form = int(recipe.compiled("cuda", parallelism.zero_stage) == "blocks")
+    return POINTWISE[form] * size / 2 * images * recipe.model.tokens * recipe.model.depth * recipe.model.hidden_size
+
+
+def _optimizer_bytes(
+    recipe: Recipe, parallelism: Parallelism, local: int, owned: int, size: int, gradient_size: int
+) -> float:
+    """Bytes a step that gradients' way to the optimizer, the optimizer and the averages touch.
+
+    Read off DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py; ZeRO 3 and BF16_Optimizer do about as much. A parameter of
+    one bf16 rank: gradient to a bucket 4, divided 4; then, of what the rank owns, taken from the bucket 4, norm 2,
+    flattened 4, to float32 6, AdamW 28, average 12, to bf16 6.
+
+    Args:
+        local: numbers in the rank's weights; the gradient of each passes through the bucket.
+        owned: of these, what ZeRO leaves the rank to step.
+        size: bytes of a weight that computes.
+        gradient_size: bytes of a number in sums of gradients.
+    """
+    stage = parallelism.zero_stage
+    apart = gradient_size > size  # float32 sums of bf16 gradients
+    copy = 2 * gradient_size  # read and written
+    # To a bucket and divided; between ranks also made one tensor. One rank without ZeRO steps gradients where they are.
+    passes = 3 if parallelism.world_size > 1 else 2 if stage else 0
+    bucket = passes * copy * local
+    if stage:
+        bucket += (copy + gradient_size * apart) * owned  # taken from the bucket, or added to the sums
+    reduces = 1 if stage < 2 else parallelism.accumulation
+    sums = parallelism.accumulation * (size + copy) * local if apart else 0
+    states = len(optimizer_kind(recipe.optimizer.name).state)
+    step = gradient_size + 4 * (3 + 2 * states) + 12 * len(recipe.ema.decays)  # norm; gradient, weight, state; averages
+    if recipe.optimizer.clip_grad_norm:
+        step += 8
+    if stage:
+        step += 4 + size  # to the weights that compute
+        if gradient_size == 2:
+            step += copy + 6  # flattened, and to float32
+    return reduces * bucket + sums + step * owned
 
 
 def parameters(recipe: Recipe) -> tuple[int, int]:
     """Of the network: in all, and those that a token meets."""
-    found = [(weight.numel(), share) for _, weight, share in _weights(recipe, build_model(recipe, device="meta"))]
+    found = [(weight.numel(), share) for _, weight, share, _ in _weights(recipe, build_model(recipe, device="meta"))]
     return sum(count for count, _ in found), round(sum(count * share for count, share in found))
 
 
-def _weights(recipe: Recipe, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, float]]:
-    """A network's weights by name, and the share of each that a token meets."""
+def _weights(recipe: Recipe, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, float, int]]:
+    """A network's weights by name, the share of each that a row meets, and an image's rows."""
     moe = getattr(recipe.model, "moe", None)
     for name, weight in model.named_parameters():
         share = 1.0
         if ".experts." in name and moe is not None:
             share = (getattr(moe, "top_k", None) or moe.capacity) / moe.num_experts
-        yield name, weight, share
+        # Conditioning is computed once a sample, the rest once a token.
+        per_sample = "adaLN" in name or "c_embedder" in name
+        yield name, weight, share, 1 if per_sample else recipe.model.tokens
 
 
 def most_images_per_second(recipe: Recipe, device_type: str) -> float:
@@ -281,22 +369,38 @@ def _traffic(
     return {"all-to-all": all_to_all, **gradients, "all-gather": share * size * gathers}
 
 
-def images_per_second(plan: Plan, gpu: str, parallelism: Parallelism) -> float:
-    """An estimate of what all GPUs together should reach.
+def step_seconds(plan: Plan, gpu: str, parallelism: Parallelism) -> dict[str, float]:
+    """An estimate of a step's time, and of its parts: without recomputing, reading data, looks and saves.
 
-    Arithmetic at a common utilisation, or launching kernels where that takes longer; what overlaps travels meanwhile,
-    the rest and the tokens' all-to-all is waited for. Reading data, looks and saves are left out.
+    Returns:
+        Seconds of the GPU's work: "products", "attention", "pointwise" (all else of the network) and "optimizer" (with
+        gradients on their way there and averages); "launches" of all kernels by the host, which run beside that work;
+        "waits" of the host; "overlapped", traffic beside the network, and "traffic" that is waited for; and "step", the
+        whole.
     """
     card = GPUS[gpu]
-    compute = max(plan.images * plan.flops / (card.flops * UTILISATION), plan.launches * LAUNCH)
+    flops = {"products": plan.flops - plan.attention, "attention": plan.attention}
+    parts = {
+        part: plan.images * flops.get(part, 0) / (card.flops * ARITHMETIC) + size / (card.bandwidth * COPIES)
+        for part, size in plan.touched.items()
+    }
+    network = parts["products"] + parts["attention"] + parts["pointwise"]
 
     def seconds(kind: str) -> float:
         ranks = parallelism.ep_size if kind == "all-to-all" else parallelism.world_size
         return plan.sends[kind] / (card.nvlink if ranks <= NODE else NETWORK)
 
-    overlapped = sum(seconds(kind) for kind in plan.sends if kind in plan.overlapped)
-    waited = sum(seconds(kind) for kind in plan.sends if kind not in plan.overlapped)
-    return plan.images * parallelism.world_size / (max(compute, overlapped) + waited)
+    parts["launches"] = plan.launches * LAUNCH
+    parts["waits"] = plan.waits * WAIT
+    parts["overlapped"] = sum(seconds(kind) for kind in plan.sends if kind in plan.overlapped)
+    parts["traffic"] = sum(seconds(kind) for kind in plan.sends if kind not in plan.overlapped)
+    work = max(network, parts["overlapped"]) + parts["optimizer"]
+    return parts | {"step": max(work, parts["launches"]) + parts["waits"] + parts["traffic"]}
+
+
+def images_per_second(plan: Plan, gpu: str, parallelism: Parallelism) -> float:
+    """An estimate of what all GPUs together should reach (:func:`step_seconds`)."""
+    return plan.images * parallelism.world_size / step_seconds(plan, gpu, parallelism)["step"]
 
 
 def best_mode(plan: Plan, gpu: str) -> str | None:

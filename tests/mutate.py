@@ -672,6 +672,42 @@ MUTATIONS = [
         "' '.join(arguments)",
         "tests/test_cluster.py::test_a_template_is_filled_in",
     ),
+    # What a plan estimates.
+    Mutation(
+        "the-plan-forgets-the-optimizer",
+        "moe_dit/plan.py",
+        'max(network, parts["overlapped"]) + parts["optimizer"]',
+        'max(network, parts["overlapped"])',
+        "tests/test_plan.py::test_a_step_on_one_h100_is_that_of_another_reckoning",
+    ),
+    Mutation(
+        "the-plan-forgets-operands",
+        "moe_dit/plan.py",
+        "images * _operands(recipe, model) + ",
+        "",
+        "tests/test_plan.py::test_a_step_on_one_h100_is_that_of_another_reckoning",
+    ),
+    Mutation(
+        "the-plan-steps-what-others-own",
+        "moe_dit/plan.py",
+        "sums + step * owned",
+        "sums + step * local",
+        "tests/test_plan.py::test_what_the_optimizer_touches",
+    ),
+    Mutation(
+        "the-plan-knows-one-average",
+        "moe_dit/plan.py",
+        "12 * len(recipe.ema.decays)",
+        "12",
+        "tests/test_plan.py::test_what_the_optimizer_touches",
+    ),
+    Mutation(
+        "the-plan-never-waits",
+        "moe_dit/plan.py",
+        'parts["launches"]) + parts["waits"] + ',
+        'parts["launches"]) + ',
+        "tests/test_plan.py::test_the_host_waits_for_each_exchange_and_once_a_step",
+    ),
 ]
 
 
