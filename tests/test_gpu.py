@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 from helpers import ENV, ROOT
 
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 PARTS = ["machine", "correctness", "training", "products", "speed", "profile", "3b", "sampling"]
 
 
 def gpu(*flags: str, **more: str) -> subprocess.CompletedProcess:
     command = ["bash", "tests/gpu.sh", "--here", *flags]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return subprocess.run(
-        command, cwd=ROOT, env=ENV | {"PATH": path} | more, capture_output=True, text=True, timeout=600
-    )
+    env = ENV | {"PATH": PATH} | more
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 def lines(out: Path) -> list[dict]:
@@ -79,7 +78,7 @@ def test_a_gpu_that_torch_does_not_see_is_a_failure(tmp_path):
     smi.chmod(0o755)
     done = gpu(
         str(tmp_path / "out"),
-        PATH=f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        PATH=f"{tmp_path}:{PATH}",
         CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 1 and "torch does not see it" in done.stderr

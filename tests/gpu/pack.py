@@ -17,19 +17,10 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 ROOT = Path(__file__).parents[2]
 PACKED = ROOT / ".gpu"
 # What DeepSpeed, diffusers, webdataset and torch-fidelity need beside torch and timm; all are published as wheels.
-WHEELS = (
-    *(
-        "pydantic",
-        "annotated-types",
-        "typing-inspection",
-        "typing-extensions",
-        "diffusers",
-        "webdataset",
-        "braceexpand",
-    ),
-    *("hjson", "einops", "msgpack", "ninja", "psutil", "py-cpuinfo", "regex", "requests", "certifi", "urllib3", "idna"),
-    *("charset-normalizer", "importlib-metadata", "zipp", "tqdm", "packaging"),
-)
+WHEELS = """
+    pydantic annotated-types typing-inspection typing-extensions diffusers webdataset braceexpand hjson einops msgpack ninja
+    psutil py-cpuinfo regex requests certifi urllib3 idna charset-normalizer importlib-metadata zipp tqdm packaging
+"""
 PLATFORM = ["--python-version", "3.12", "--implementation", "cp"]
 for _platform in ("2_28", "2_27", "2_17"):
     PLATFORM += ["--platform", f"manylinux_{_platform}_x86_64"]
@@ -105,7 +96,7 @@ def make_wheels() -> None:
 
     wanted = (ROOT / "requirements.txt").read_text().splitlines()
     pinned = {line.split("==")[0]: line.split(" ")[0] for line in wanted if "==" in line}
-    download(*WHEELS, pinned["torch-fidelity"])
+    download(*WHEELS.split(), pinned["torch-fidelity"])
     wheel = next(folder.glob("pydantic-*.whl"))
     # It takes one exact pydantic-core.
     metadata = subprocess.check_output(["unzip", "-p", str(wheel), "*/METADATA"], text=True)

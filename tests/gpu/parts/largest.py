@@ -7,7 +7,7 @@ import torch
 from moe_dit.build import build_model
 from moe_dit.plan import training_flops
 from parts.context import Context
-from parts.speed import SHEET, tell_memory
+from parts.speed import SHEET, tell_memory, tell_plan
 
 BATCH, STEPS = 16, 3
 
@@ -41,6 +41,7 @@ def measure(context: Context, what: str, mode: str) -> None:
     context.check(f"{what}: loss is finite", float(not torch.isfinite(loss)), 0)
     context.tell(f"{what}: a step", seconds * 1e3, "ms")
     context.tell(f"{what}: speed", recipe.global_batch_size / seconds, "images/s")
+    tell_plan(context, what, recipe, seconds)
     flops = training_flops(recipe, build_model(recipe, device="meta")) * recipe.global_batch_size
     context.tell(f"{what}: share of the sheet's 989 TFLOP/s", flops / seconds / SHEET)
     if on_gpu:

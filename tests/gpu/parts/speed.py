@@ -1,7 +1,7 @@
 """Speed and memory of the real training step, beside the published form and the plan."""
 
 from moe_dit import bench
-from moe_dit.plan import make_plan, measure_activations
+from moe_dit.plan import make_plan, measure_activations, step_seconds
 from moe_dit.recipe import Recipe
 from parts.context import Context
 
@@ -45,6 +45,7 @@ def measure(context: Context, what: str, recipe: Recipe, published: bool) -> Non
         context.tell(f"{what}: {part}", spent * 1e3, "ms")
     context.tell(f"{what}: the square product beside it", result["matrix_peak"] / 1e12, "TFLOP/s")
     context.tell(f"{what}: eval's plain network", result["sampling_images_per_second"], "images/s")
+    tell_plan(context, what, recipe, seconds)
     tell_memory(context, what, recipe, ours["memory_peak"])
     if published:
         context.tell(f"{what}: published form, a step", result["published"]["seconds"]["median"] * 1e3, "ms")
@@ -56,6 +57,14 @@ def measure(context: Context, what: str, recipe: Recipe, published: bool) -> Non
         for quantity, (mine, other) in result["agreement"].items():
             name = f"{what}: {quantity} beside the published form, relative"
             context.check(name, abs(mine - other) / abs(other), 5e-2, note=f"{mine:.5g}, {other:.5g}")
+
+
+def tell_plan(context: Context, what: str, recipe: Recipe, seconds: float) -> None:
+    """A step's time over the plan's, which reckons with an H100."""
+    parallelism = context.parallelism(recipe)
+    parts = step_seconds(make_plan(recipe, parallelism), "h100-80g", parallelism)
+    note = ", ".join(f"{part} {spent * 1e3:.1f}" for part, spent in parts.items() if spent)
+    context.tell(f"{what}: a step over the plan's", seconds / parts["step"], note=f"planned ms: {note}")
 
 
 def tell_memory(context: Context, what: str, recipe: Recipe, peak: float) -> None:
