@@ -41,4 +41,5 @@ if [ -z "$dry" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.i
     exit 1
 fi
 [ -f .gpu/curve.json ] || "$python" tests/gpu/pack.py
+[ -z "$dry" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two processes at a time, of little work
 exec "$python" tests/gpu/run.py ${rest[@]+"${rest[@]}"}
