@@ -181,8 +181,10 @@ class Ours:
         ):
             clock.watch(owner, method, part)
 
-    def inputs(self) -> dict[str, torch.Tensor]:
-        batch = {key: value.to(self.clock.device, non_blocking=True) for key, value in next(self.stream).items()}
+    def inputs(self, batch: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Of the next batch, or of one that was read before."""
+        batch = next(self.stream) if batch is None else batch
+        batch = {key: value.to(self.clock.device, non_blocking=True) for key, value in batch.items()}
         return training_inputs(self.recipe, batch, self.latents)
 
     def step(self) -> dict[str, torch.Tensor]:
@@ -330,7 +332,8 @@ def bench(
         clock: on the device that computes.
         pairs: steps of each that are timed.
         published: whether the published form is timed beside ours.
-        steady: steps of ours that follow one another without waiting, as in training; 0: "steady_seconds" is left out.
+        steady: steps of ours that follow one another without waiting, as in training, of one batch that is read
+            before: in training other processes read; 0: "steady_seconds" is left out.
 
     Returns:
         What was measured: numbers under their names, "ours" and "published" with their seconds (:class:`Spread`),
@@ -395,7 +398,7 @@ def bench(
         "pairs": [[seconds[side][i] for side in sides] + [peaks[i]] for i in range(pairs)],
     }
     if steady:
-        result["steady_seconds"] = clock.seconds(lambda: [ours.step() for _ in range(steady)]) / steady
+        result["steady_seconds"] = _steady(ours, steady)
     if theirs is not None:
         ratios = Spread.of([b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)])
         result |= {"speedup": ratios.median, "speedup_spread": ratios.to_dict(), "published": told(theirs)}
@@ -403,6 +406,17 @@ def bench(
     if parallelism.world_size > 1:
         result["all_to_all_bytes_per_second"] = _all_to_all(recipe, ours, clock)
     return result
+
+
+def _steady(ours: Ours, steps: int) -> float:
+    """Seconds a step, where none is waited for."""
+    batch = next(ours.stream)
+
+    def work() -> None:
+        for _ in range(steps):
+            ours.first(ours.inputs(batch))
+
+    return ours.clock.seconds(work) / steps
 
 
 def _warm_up(ours: Ours, theirs: Published | None) -> dict[str, list[float]]:

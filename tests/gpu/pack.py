@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[2]
 PACKED = ROOT / ".gpu"
 # What DeepSpeed, diffusers, webdataset and torch-fidelity need beside torch and timm; all are published as wheels.
 WHEELS = """
-    pydantic annotated-types typing-inspection typing-extensions diffusers webdataset braceexpand hjson einops msgpack
-    ninja psutil py-cpuinfo regex requests certifi urllib3 idna charset-normalizer importlib-metadata zipp tqdm packaging
+    pydantic annotated-types typing-inspection typing-extensions diffusers webdataset braceexpand hjson einops
+    msgpack ninja psutil py-cpuinfo regex requests certifi urllib3 idna charset-normalizer importlib-metadata
+    zipp tqdm packaging
 """
 PLATFORM = ["--python-version", "3.12", "--implementation", "cp"]
 for _platform in ("2_28", "2_27", "2_17"):

@@ -36,7 +36,8 @@ def main() -> None:
         seconds = left if part == AHEAD else share(part, todo, left)
         context = Context(part, args.out, time.time() + seconds, args.dry)
         print(f"== {part}, {seconds:.0f} s", flush=True)
-        write(args.out, Line(part, "state", "begun"))
+        if part != AHEAD:
+            write(args.out, Line(part, "state", "begun"))
         began = time.time()
         state, note = "done", ""
         try:
@@ -50,7 +51,8 @@ def main() -> None:
                 write(args.out, Line(part, "state", state, note=note))
                 os._exit(BROKEN)
         spent = f"{time.time() - began:.0f} s"
-        write(args.out, Line(part, "state", state, note=f"{spent}, {note}" if note else spent))
+        if part != AHEAD:
+            write(args.out, Line(part, "state", state, note=f"{spent}, {note}" if note else spent))
         sys.stdout.flush()
     os._exit(0)  # what is left, DeepSpeed's groups among it, would take seconds to put away
 

@@ -1,6 +1,7 @@
 """Where the time of a step goes, by kernel, and what the host launches and waits for."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile
@@ -24,6 +25,13 @@ def run(context: Context) -> None:
                 look(context, what, name, batch)
 
 
+def is_work(event: Any, on_gpu: bool) -> bool:
+    """Whether an event is a kernel or a copy (on a CPU: an operation), not a name that code gave to a stretch of time."""
+    named = getattr(event, "is_user_annotation", False)
+    named = named or event.name.startswith(("ProfilerStep", "##", "Torch-Compiled"))
+    return (event.device_type == DeviceType.CUDA) == on_gpu and not named
+
+
 def look(context: Context, what: str, name: str, batch: int) -> None:
     """Profile two steps."""
     recipe = context.recipe(name, "precision=bf16", batch=batch)
@@ -40,11 +48,7 @@ def look(context: Context, what: str, name: str, batch: int) -> None:
             engine.train_step(step, [inputs])
         if on_gpu:
             torch.cuda.synchronize()
-    kernels = [
-        e
-        for e in seen.events()
-        if (e.device_type == DeviceType.CUDA) == on_gpu and not e.name.startswith("ProfilerStep")
-    ]
+    kernels = [event for event in seen.events() if is_work(event, on_gpu)]
     table = Counter[str]()
     counts = Counter[str]()
     for event in kernels:
