@@ -26,7 +26,7 @@ def run(context: Context) -> None:
 
 
 def is_work(event: Any, on_gpu: bool) -> bool:
-    """Whether an event is a kernel or a copy (on a CPU: an operation), not a name that code gave to a stretch of time."""
+    """Whether an event is a kernel or a copy (on a CPU: an operation), not a name that code gave to some time."""
     named = getattr(event, "is_user_annotation", False)
     named = named or event.name.startswith(("ProfilerStep", "##", "Torch-Compiled"))
     return (event.device_type == DeviceType.CUDA) == on_gpu and not named
