@@ -47,6 +47,24 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", cate
 deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
 
 
+def _mask_not_finite(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
+    """DeepSpeed's function of the same purpose, which in 0.19.8 makes a tensor of -1 on the GPU for each group of weights.
+
+    The host waits for such a copy; a number goes with the kernel.
+    """
+    norm.masked_fill_(norm.isinf().logical_or_(norm.isnan()), val)
+
+
+for module in (deepspeed.runtime.utils, deepspeed.runtime.zero.stage_1_and_2, deepspeed.runtime.zero.stage3):
+    assert callable(module.mask_nan_or_inf_with_val_inplace)
+    module.mask_nan_or_inf_with_val_inplace = _mask_not_finite
+# Where ZeRO 1 and 2 clip, and in float32, 0.19.8 waits for the norm to see whether it is a number. The norm is infinite
+# where it is none (combine_grad_norm_groups), which clips to the same; and a run whose norm is not finite ends
+# (train.py), as it does in bf16, where DeepSpeed does not look.
+assert callable(deepspeed.runtime.zero.stage_1_and_2.is_invalid_grad_norm)
+deepspeed.runtime.zero.stage_1_and_2.is_invalid_grad_norm = lambda norm: False
+
+
 def start_ranks() -> None:
     """Join the ranks through DeepSpeed (NCCL on GPUs, gloo on CPUs); every process group hangs off this."""
     # DeepSpeed 0.19.8 compiles a shared-memory op for CPU inference whenever it starts on CPUs: 20 s of a compiler
