@@ -59,9 +59,9 @@ def sin_cos_2d(width: int, side: int) -> torch.Tensor:
 class PatchConv2d(nn.Conv2d):
     """A convolution whose stride is its kernel, as the one matrix product that it is.
 
-    On GPUs cuDNN would compute it in TF32 where all else is float32 (torch's default). Its result [N, D, h, w] lies with
-    the channels last, so that tokens made of it are contiguous: every sum in a network keeps the strides of its first
-    operand, and each norm would copy its input.
+    On GPUs cuDNN would compute it in TF32 where all else is float32, which is torch's default. Its result [N, D, h, w]
+    lies with the channels last, so that tokens made of it are contiguous: every sum in a network keeps the strides of
+    its first operand, and each norm would copy its input.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
