@@ -48,9 +48,10 @@ deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False:
 
 
 def _mask_not_finite(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
-    """DeepSpeed's function of the same purpose, which in 0.19.8 makes a tensor of -1 on the GPU for each group of weights.
+    """DeepSpeed's function of the same purpose, without its wait.
 
-    The host waits for such a copy; a number goes with the kernel.
+    In 0.19.8 it makes a tensor of -1 on the GPU for each group of weights, a copy that the host waits for; a number
+    goes with the kernel.
     """
     norm.masked_fill_(norm.isinf().logical_or_(norm.isnan()), val)
 
@@ -158,6 +159,7 @@ class Engine:
         self.ema = EMA(masters, recipe.ema.decays)
         self._state_of = self._state_by_flat_weight()
         self._gradient_norm: torch.Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
         self._mark: Callable[[str], None] | None = None
 
     @property
@@ -215,6 +217,8 @@ class Engine:
             self.deepspeed_engine.backward(losses["loss"])
             if parallelism.zero_stage == 0 and self.deepspeed_engine.is_gradient_accumulation_boundary():
                 self._clip_without_zero()
+            if self.deepspeed_engine.is_gradient_accumulation_boundary():
+                self.before_change()
             self.deepspeed_engine.step()
             parts.append(torch.stack([loss.detach() for loss in losses.values()]))
             if thresholds:
@@ -315,6 +319,7 @@ class Engine:
         masters = [weight.detach() for weight in self.ema.weights]
         kept = [weight.clone() for weight in masters]
         counters = [(layer.tokens_per_expert, layer.tokens_per_expert.clone()) for layer in self.layers]
+        self.before_change()
         with torch.no_grad():
             torch._foreach_copy_(masters, self.ema.averages[name])
             self._copy_master_to_model()
@@ -328,6 +333,16 @@ class Engine:
                 self._copy_master_to_model()
                 for counter, value in counters:
                     counter.copy_(value)
+
+    def keep_until(self, copied: torch.cuda.Event) -> None:
+        """Leave the tensors of :meth:`pieces` as they are until this has happened on the GPU: a save copies them."""
+        self._copied = copied
+
+    def before_change(self) -> None:
+        """What the GPU is told from here on, and may change them, it does when a save has copied them."""
+        if self._copied is not None:
+            self._copied.wait()
+            self._copied = None
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Persistent buffers (balance biases), alike on all ranks, by logical name."""
