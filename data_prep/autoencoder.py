@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.precision import exact_float32
 
 PROBE = 512  # side of the images that a network is measured with, a multiple of every factor in use
 DECODE_BATCH = 16  # latents decoded at once ...
@@ -149,14 +150,16 @@ def encode(vae: Any, images: torch.Tensor) -> torch.Tensor:
         Neither shifted nor scaled, [N, 2 C, h, w]: the posterior's moments, cat(mean, log variance); or [N, C, h, w]:
         the latents, where there is no posterior.
     """
-    return _stored(vae.encode(images))
+    with exact_float32():
+        return _stored(vae.encode(images))
 
 
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Images [N, 3, H, W] in [-1, 1], not clamped, of latents [N, C, h, w] that are neither shifted nor scaled."""
     pixels = (latents.shape[-1] * latent_space(vae).factor) ** 2
     batch = min(DECODE_BATCH, max(1, DECODE_PIXELS // pixels))
-    return torch.cat([vae.decode(part).sample for part in latents.split(batch)])
+    with exact_float32():
+        return torch.cat([vae.decode(part).sample for part in latents.split(batch)])
 
 
 def hash_weights(vae: Any) -> str:

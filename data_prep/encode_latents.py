@@ -123,9 +123,6 @@ def main() -> None:
     vae.to(device)
     if precision == "bf16":
         vae.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
-    # The same kernels each time, so that a continued run writes the bytes an uninterrupted one would.
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
     side = args.size // space.factor
     write_shards(
         args,

@@ -27,6 +27,7 @@ from eval.metrics import Moments, Sums
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file
+from moe_dit.runtime.precision import exact_float32
 from moe_dit.runtime.progress import say, task
 
 PUBLISHED_INCEPTION = "6726825d"  # start of the SHA-256 of the weights, the TensorFlow ones of 2015-12-05
@@ -243,12 +244,8 @@ class Extractor:
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Arrays [N, width] by name, float32 on the CPU, of images [N, 3, H, W] in [0, 255]."""
         images = images.to(self.device)
-        # Convolutions in TF32, torch's default on GPUs, would move features in the third digit.
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            return self._arrays(images)
-
-    def _arrays(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = {name: array for network in self.networks for name, array in network(images).items()}
+        with exact_float32():
+            found = {name: array for network in self.networks for name, array in network(images).items()}
         return {name: array.float().cpu() for name, array in found.items()}
 
 

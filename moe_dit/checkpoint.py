@@ -9,7 +9,7 @@ moves last. Which one a run continues from: moe_dit/lineage.py.
 
 import shutil
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -38,8 +38,11 @@ from moe_dit.lineage import State, named_by_latest, newest, set_latest, superflu
 from moe_dit.runtime.errors import InputError, Stop
 from moe_dit.runtime.files import publish_folder, remove_folder, wait_until_seen
 from moe_dit.runtime.pace import Pace, PacedFile
+from moe_dit.runtime.progress import say
 from moe_dit.runtime.ranks import from_rank_0, world
 from moe_dit.runtime.tree import tree_group
+
+BLOCK = 2**28  # numbers of host memory that are taken at once: a gigabyte
 
 
 class FlatSlice(torch.Tensor):
@@ -75,6 +78,64 @@ class FlatSlice(torch.Tensor):
         raise NotImplementedError(f"{function} of a FlatSlice: it only carries a slice to or from a checkpoint")
 
 
+class _Staging:
+    """The host memory that a rank's state is copied to when it is saved, kept from save to save.
+
+    On a GPU it is pinned, and a stream of its own copies at the bus's speed while training goes on. Where the system
+    refuses to pin so much memory, which one line says, the rest is plain memory, and training stands for its copies.
+
+    Attributes:
+        copies: float32 tensors, of what was copied last.
+    """
+
+    def __init__(self) -> None:
+        self.copies: list[torch.Tensor] = []
+        self._stream: torch.cuda.Stream | None = None
+
+    def copy(self, tensors: list[torch.Tensor]) -> torch.cuda.Event | None:
+        """Copy float32 tensors [n] of one device to :attr:`copies`, which nobody may be reading any more.
+
+        Returns:
+            What happens on the GPU when all are copied; until then they must not change. None: they are.
+        """
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        lengths = [len(tensor) for tensor in tensors]
+        if lengths != [len(copy) for copy in self.copies]:
+            self.copies = list(_host_memory(lengths, pinned=on_gpu))
+        if not on_gpu:
+            for copy, tensor in zip(self.copies, tensors, strict=True):
+                copy.copy_(tensor)
+            return None
+        device = tensors[0].device
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            for copy, tensor in zip(self.copies, tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
+                tensor.record_stream(self._stream)  # its memory is not given to others before, were it freed
+            return self._stream.record_event(torch.cuda.Event(blocking=True))
+
+
+def _host_memory(lengths: list[int], pinned: bool) -> Iterator[torch.Tensor]:
+    """float32 tensors of these lengths, in blocks: torch (2.11) rounds each that it pins up to a power of two bytes."""
+    blocks: list[list[int]] = []
+    room = 0
+    for n in lengths:
+        if n > room:
+            blocks.append([])
+            room = BLOCK
+        blocks[-1].append(n)
+        room -= n
+    for block in blocks:
+        try:
+            memory = torch.empty(sum(block), pin_memory=pinned)
+        except RuntimeError as error:
+            say(f"training stands while a checkpoint is copied: no pinned host memory ({cause_of(error)})")
+            pinned = False
+            memory = torch.empty(sum(block))
+        yield from memory.split(block)
+
+
 class _PacedFiles(FileSystem):
     """torch.distributed.checkpoint's files, written at a pace."""
 
@@ -91,7 +152,9 @@ class _Writer(FileSystemWriter):
     """Writes a rank's share, when the folder that rank 0 has made for it is seen on this node too."""
 
     def __init__(self, folder: Path, pace: Pace | None):
-        super().__init__(folder)
+        # All is on the host already. By default torch's writer (2.14) would wait, each ten megabytes, for the GPU's
+        # current stream, where training computes.
+        super().__init__(folder, per_thread_copy_ahead=0)
         if pace is not None:
             self.fs = _PacedFiles(pace)
 
@@ -103,8 +166,8 @@ class _Writer(FileSystemWriter):
 class Checkpointer:
     """Saves and loads the state of an engine in RUN/checkpoints.
 
-    A save copies this rank's pieces to the CPU and returns; a thread writes them, over a gloo group of its own, while
-    training goes on.
+    A save starts to copy this rank's pieces to host memory of its own (:class:`_Staging`) and returns; a thread writes
+    them, over a gloo group of its own, while training goes on.
 
     Args:
         run: the run's folder.
@@ -128,11 +191,12 @@ class Checkpointer:
         # One for all saves: glibc (2.36) may give each thread that starts an arena of its own, here of half a megabyte,
         # up to eight for each core, and none goes back.
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._staging = _Staging()
         self._writing: Future | None = None
         self._error: Stop | None = None
 
     def save(self, engine: Engine, step: int, hurry: bool = False) -> None:
-        """Start saving the state after ``step`` steps; waits for the save before it.
+        """Start saving the state after ``step`` steps; waits for the save before it, whose copies are overwritten.
 
         Args:
             hurry: this save, and one that is under way, need not keep to a bandwidth: a run that was told to stop has
@@ -141,11 +205,17 @@ class Checkpointer:
         if hurry and self._pace is not None:
             self._pace.hurry()
         self.wait()
-        state: dict[str, Any] = {}
-        for piece in engine.pieces(owned_only=True):
-            for kind, tensor in piece.tensors.items():
-                state[f"{kind}/{piece.name}"] = FlatSlice(tensor.to("cpu", copy=True), piece.start, piece.numel)
-        if world().rank == 0:
+        pieces = list(engine.pieces(owned_only=True))
+        copied = self._staging.copy([tensor for piece in pieces for tensor in piece.tensors.values()])
+        if copied is not None:
+            engine.keep_until(copied)
+        copies = iter(self._staging.copies)
+        state: dict[str, Any] = {
+            f"{kind}/{piece.name}": FlatSlice(next(copies), piece.start, piece.numel)
+            for piece in pieces
+            for kind in piece.tensors
+        }
+        if world().rank == 0:  # few numbers, which the next forward pass may change
             state |= {f"buffer/{name}": value.to("cpu", copy=True) for name, value in engine.buffers().items()}
         description = {
             "step": step,
@@ -158,7 +228,7 @@ class Checkpointer:
         }
         # A save has failed until it is done, whatever may keep its thread from saying so.
         self._error = Stop(f"checkpoint {self.folder / name_of(step)} was not written to its end", everywhere=True)
-        self._writing = self._thread.submit(self._write, state, description, engine.device)
+        self._writing = self._thread.submit(self._write, state, copied, description, engine.device)
 
     def wait(self) -> None:
         """Wait until the last save is complete.
@@ -208,13 +278,21 @@ class Checkpointer:
             raise Stop(f"step {step} was reached, but it is not saved: {error}", everywhere=True) from None
         return checkpoint
 
-    def _write(self, state: dict[str, Any], description: dict[str, Any], device: torch.device) -> None:
+    def _write(
+        self,
+        state: dict[str, Any],
+        copied: torch.cuda.Event | None,
+        description: dict[str, Any],
+        device: torch.device,
+    ) -> None:
         final = self.folder / name_of(description["step"])
         temporary = self.folder / f".{final.name}.tmp"
         try:
             if device.type == "cuda":
                 # A thread begins on GPU 0, whichever is its rank's, and torch's writer looks at the current one.
                 torch.cuda.set_device(device)
+            if copied is not None:
+                copied.synchronize()
             from_rank_0(lambda: _make_empty(temporary), self.group)
             dcp.save(state, storage_writer=_Writer(temporary, self._pace), process_group=self.group)
             from_rank_0(lambda: self._publish(description, temporary, final), self.group)
@@ -265,6 +343,7 @@ class Checkpointer:
         buffers = engine.buffers()
         plain = {f"buffer/{name}": torch.empty_like(value, device="cpu") for name, value in buffers.items()}
         read_state({**targets, **plain}, checkpoint, self.group, index)
+        engine.before_change()
         with torch.no_grad():
             for piece in pieces:
                 for kind, tensor in piece.tensors.items():

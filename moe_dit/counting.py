@@ -12,7 +12,8 @@ What is counted, and how near it is to a GPU:
 - A compiled graph counts the nodes that inductor's scheduler keeps after fusion: fused loops and calls of libraries.
   They are those of a CPU, whose fusions differ from a GPU's here and there.
 - Triton kernels (:mod:`moe_dit.kernels`) count as the one launch that they are on a GPU; here their torch twins run.
-- Synchronisations are reads of a tensor's value by the host (``_local_scalar_dense``) and the one of an exchange
+- Synchronisations are reads of a tensor's value by the host (``_local_scalar_dense``), tensors that are made of the
+  host's numbers (``lift_fresh``, of torch.tensor: a copy to a GPU that the host waits for), and the one of an exchange
   between expert-parallel ranks (split sizes).
 - Bytes are those of every launch's tensor arguments and results, but of matrix products, convolutions and attention
   (:data:`PRODUCTS`). They are counted at two and four samples and continued linearly to ``samples``.
@@ -39,10 +40,10 @@ from moe_dit.recipe import Recipe
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "convolution", "convolution_backward", "scaled_dot_product")
 FREE = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "alias",
-        "lift_fresh", "set_", "resize_", "_reshape_alias", "is_same_size"}  # fmt: skip
+        "set_", "resize_", "_reshape_alias", "is_same_size"}  # fmt: skip
 # Counted by hand in DeepSpeed 0.19.8 for S at EP 8 under ZeRO 2, without check_grad_overflow and overlap_comm: hooks of
-# gradients 173, the step 144; the host waits for the gradient's norm once. Their bytes were not counted.
-DEEPSPEED = (173 + 144, 1)
+# gradients 173, the step 144; nothing waits (moe_dit/engine.py has what did). Their bytes were not counted.
+DEEPSPEED = (173 + 144, 0)
 SMALL = (2, 4)  # samples that are run; costs are linear in them
 
 
@@ -138,10 +139,10 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if self.hidden or func.is_view or name in FREE or func.namespace in ("prim", "c10d"):
-            return out
-        if name == "_local_scalar_dense":
+        if not self.hidden and name in ("_local_scalar_dense", "lift_fresh"):
             self.add(synchronisations=1, name=name)
+            return out
+        if self.hidden or func.is_view or name in FREE or func.namespace in ("prim", "c10d"):
             return out
         product = any(name.startswith(p) or name.startswith("_" + p) for p in PRODUCTS)
         self.add(1, 0, 0 if product else _bytes((args, kwargs, out)), name)

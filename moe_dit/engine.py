@@ -47,6 +47,25 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*deprecated", cate
 deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
 
 
+def _mask_not_finite(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
+    """DeepSpeed's function of the same purpose, without its wait.
+
+    In 0.19.8 it makes a tensor of -1 on the GPU for each group of weights, a copy that the host waits for; a number
+    goes with the kernel.
+    """
+    norm.masked_fill_(norm.isinf().logical_or_(norm.isnan()), val)
+
+
+for module in (deepspeed.runtime.utils, deepspeed.runtime.zero.stage_1_and_2, deepspeed.runtime.zero.stage3):
+    assert callable(module.mask_nan_or_inf_with_val_inplace)
+    module.mask_nan_or_inf_with_val_inplace = _mask_not_finite
+# Where ZeRO 1 and 2 clip, and in float32, 0.19.8 waits for the norm to see whether it is a number. The norm is infinite
+# where it is none (combine_grad_norm_groups), which clips to the same; and a run whose norm is not finite ends
+# (train.py), as it does in bf16, where DeepSpeed does not look.
+assert callable(deepspeed.runtime.zero.stage_1_and_2.is_invalid_grad_norm)
+deepspeed.runtime.zero.stage_1_and_2.is_invalid_grad_norm = lambda norm: False
+
+
 def start_ranks() -> None:
     """Join the ranks through DeepSpeed (NCCL on GPUs, gloo on CPUs); every process group hangs off this."""
     # DeepSpeed 0.19.8 compiles a shared-memory op for CPU inference whenever it starts on CPUs: 20 s of a compiler
@@ -140,6 +159,7 @@ class Engine:
         self.ema = EMA(masters, recipe.ema.decays)
         self._state_of = self._state_by_flat_weight()
         self._gradient_norm: torch.Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
         self._mark: Callable[[str], None] | None = None
 
     @property
@@ -197,6 +217,8 @@ class Engine:
             self.deepspeed_engine.backward(losses["loss"])
             if parallelism.zero_stage == 0 and self.deepspeed_engine.is_gradient_accumulation_boundary():
                 self._clip_without_zero()
+            if self.deepspeed_engine.is_gradient_accumulation_boundary():
+                self.before_change()
             self.deepspeed_engine.step()
             parts.append(torch.stack([loss.detach() for loss in losses.values()]))
             if thresholds:
@@ -297,6 +319,7 @@ class Engine:
         masters = [weight.detach() for weight in self.ema.weights]
         kept = [weight.clone() for weight in masters]
         counters = [(layer.tokens_per_expert, layer.tokens_per_expert.clone()) for layer in self.layers]
+        self.before_change()
         with torch.no_grad():
             torch._foreach_copy_(masters, self.ema.averages[name])
             self._copy_master_to_model()
@@ -310,6 +333,16 @@ class Engine:
                 self._copy_master_to_model()
                 for counter, value in counters:
                     counter.copy_(value)
+
+    def keep_until(self, copied: torch.cuda.Event) -> None:
+        """Leave the tensors of :meth:`pieces` as they are until this has happened on the GPU: a save copies them."""
+        self._copied = copied
+
+    def before_change(self) -> None:
+        """What the GPU is told from here on, and may change them, it does when a save has copied them."""
+        if self._copied is not None:
+            self._copied.wait()
+            self._copied = None
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Persistent buffers (balance biases), alike on all ranks, by logical name."""

@@ -22,9 +22,10 @@ from helpers import ENV, ROOT, export
 from PIL import Image
 
 from data_prep import encode_latents, pack_pixels
-from data_prep.autoencoder import LatentSpace, decode, latent_space, load_vae
+from data_prep.autoencoder import LatentSpace, decode, encode, latent_space, load_vae
 from data_prep.images import center_crop, list_images
 from eval import sample
+from eval.features import Extractor
 from eval.generate import generate, image_size, load_decoder, resolve
 from moe_dit import build_model, load_recipe
 from moe_dit.data import Latents, ShardReader, batches, check_manifest, training_inputs
@@ -199,6 +200,50 @@ def test_large_images_are_decoded_a_few_at_once():
     with torch.no_grad():
         torch.testing.assert_close(decode(model, z), model.decode(z).sample, rtol=0, atol=1e-5)
     assert seen == [4, 1, 5]
+
+
+def float32_means() -> tuple:
+    """What torch would compute float32 convolutions and products in, on a GPU."""
+    backends = torch.backends
+    return (
+        backends.cudnn.allow_tf32,
+        backends.cudnn.conv.fp32_precision,
+        backends.cuda.matmul.allow_tf32,
+        torch.get_float32_matmul_precision(),
+        backends.cudnn.deterministic,
+    )
+
+
+def features_of(model, images):
+    network = torch.nn.Sequential(model)
+    network.forward = lambda images: {"features": model(images).sample}
+    network.title = network.identity = "some"
+    return Extractor([network], torch.device("cpu"))(images)
+
+
+@pytest.mark.parametrize(
+    ("compute", "shape"), [(encode, (1, 3, 8, 8)), (decode, (1, 4, 4, 4)), (features_of, (1, 3, 8, 8))]
+)
+def test_float32_is_float32_while_a_vae_or_features_are_computed(compute, shape):
+    model, seen, before = kl(2).eval(), [], torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as some containers do
+    try:
+        outside = float32_means()
+        assert outside[0] and outside[2]  # TF32, or this test says nothing
+        convolution = next(module for module in model.decoder.modules() if isinstance(module, torch.nn.Conv2d))
+        if compute is encode:
+            convolution = next(module for module in model.encoder.modules() if isinstance(module, torch.nn.Conv2d))
+        hook = convolution.register_forward_hook(lambda *_: seen.append(float32_means()))
+        with torch.no_grad():
+            compute(model, torch.zeros(shape))
+        assert seen == [(False, "ieee", False, "highest", True)] and float32_means() == outside
+        hook.remove()
+        convolution.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compute(model, torch.zeros(shape))
+        assert float32_means() == outside
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(

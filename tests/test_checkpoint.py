@@ -14,15 +14,16 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from zlib import crc32
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import ENV, ROOT, finish, kill, losses, records, start_training, wait_for_step
+from helpers import ENV, ROOT, ds_file, finish, kill, losses, records, start_training, wait_for_step
 from test_older_runs import FLAGS, OLD
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, StorageMeta
 
-from moe_dit.checkpoint import Checkpointer, FlatSlice, _Writer
+from moe_dit.checkpoint import Checkpointer, FlatSlice, _host_memory, _Writer
 from moe_dit.checkpoint_files import (
     Attempt,
     Damaged,
@@ -34,6 +35,7 @@ from moe_dit.checkpoint_files import (
     step_of,
     write_description,
 )
+from moe_dit.engine import Piece
 from moe_dit.lineage import State, choose, common_step, complete_checkpoints, find_checkpoint, superfluous
 from moe_dit.metrics import Metrics
 from moe_dit.recipe_file import load_recipe
@@ -217,6 +219,99 @@ def test_all_saves_are_of_one_thread(one_rank, tmp_path):
         checkpointer.save(engine_of(torch.device("cpu")), step)
     checkpointer.wait()
     assert len(threads) == 3 and set(threads) == {threads[0]} and threads[0] is not threading.main_thread()
+
+
+def test_saves_right_after_each_other_do_not_mix(one_rank, tmp_path, monkeypatch):
+    """Each overwrites the host memory of the one before, and training the state, while that one would be written."""
+    monkeypatch.setattr("moe_dit.checkpoint.BLOCK", 1000)
+    lengths = {"a": 300, "b": 500, "c": 4000, "d": 600}  # two in a block, one that is larger, and one
+    state = {name: {kind: torch.zeros(n // 2) for kind in "xy"} for name, n in lengths.items()}
+    engine = engine_of(torch.device("cpu"))
+    engine.pieces = lambda owned_only: iter(Piece(name, 5000, 3, tensors) for name, tensors in state.items())
+    checkpointer, blocks, prepare = Checkpointer(tmp_path, keep=1), [], _Writer.prepare_local_plan
+    checkpointer._publish = lambda description, temporary, final: temporary.rename(final)
+    monkeypatch.setattr(_Writer, "prepare_local_plan", lambda self, plan: time.sleep(0.3) or prepare(self, plan))
+
+    def value(step: int, name: str, kind: str) -> torch.Tensor:
+        return torch.arange(len(state[name][kind])) + float(crc32(f"{step}{name}{kind}".encode()) % 1_000_000)
+
+    for step in (1, 2, 3):
+        for name, tensors in state.items():
+            for kind, tensor in tensors.items():
+                tensor.copy_(value(step, name, kind))
+        checkpointer.save(engine, step)
+        blocks.append([copy.untyped_storage().data_ptr() for copy in checkpointer._staging.copies])
+    for tensors in state.values():
+        torch._foreach_zero_(list(tensors.values()))
+    checkpointer.wait()
+    assert blocks[0] == blocks[1] == blocks[2] and len(set(blocks[0])) == 4
+    for step in (1, 2, 3):
+        for name, tensors in state.items():
+            for kind, tensor in tensors.items():
+                target = {f"{kind}/{name}": FlatSlice(torch.zeros(len(tensor)), 3, 5000)}
+                dcp.load(target, checkpoint_id=tmp_path / "checkpoints" / f"step_{step:08d}")
+                assert torch.equal(target[f"{kind}/{name}"].data_1d, value(step, name, kind)), (step, name, kind)
+
+
+def test_what_writes_a_checkpoint_does_not_wait_for_a_gpu(one_rank, tmp_path, monkeypatch):
+    """As torch's loader of tensors on GPUs would, for the stream in which training computes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dcp.filesystem, "_OverlappingCpuLoader", lambda *arguments, **options: 1 / 0)
+    dcp.save({"weight/a": FlatSlice(torch.arange(5.0), 0, 5)}, storage_writer=_Writer(tmp_path, None))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can pin memory")
+def test_memory_that_cannot_be_pinned_is_plain_and_told_once(monkeypatch, capsys):
+    monkeypatch.setattr("moe_dit.checkpoint.BLOCK", 10)
+    memory = list(_host_memory([4, 6, 7, 20], pinned=True))
+    assert [len(part) for part in memory] == [4, 6, 7, 20]
+    assert len({part.untyped_storage().data_ptr() for part in memory}) == 3
+    assert capsys.readouterr().err.count("no pinned host memory") == 1
+
+
+BESIDE_A_SAVE = """
+import sys, torch
+from moe_dit.engine import Engine, start_ranks
+from moe_dit.parallel.deepspeed_config import load_parallelism
+from moe_dit.recipe_file import load_recipe
+start_ranks()
+recipe = load_recipe("digits", ["global_batch_size=4", "max_micro_batch_size=2", "precision=" + sys.argv[2]])
+engine = Engine(recipe, load_parallelism(sys.argv[1], recipe, 1), torch.device("cpu"))
+batch = {"x": torch.ones(2, 4, 8, 8), "noise": torch.zeros(2, 4, 8, 8), "u": torch.full((2,), 0.5)}
+batch |= {"y": torch.arange(2), "position": torch.arange(2)}
+
+def state():
+    return torch.cat([tensor for piece in engine.pieces() for tensor in piece.tensors.values()])
+
+class Copied:  # in place of torch.cuda.Event
+    def __init__(self):
+        self.before, self.waited = state(), []
+    def wait(self):
+        boundary = engine.deepspeed_engine.is_gradient_accumulation_boundary()
+        self.waited.append((torch.equal(state(), self.before), boundary))
+    def changed(self):
+        return not torch.equal(state(), self.before)
+
+engine.train_step(0, [batch, batch])  # from here on all kinds of state change
+first = Copied()
+engine.keep_until(first)
+engine.train_step(1, [batch, batch])
+assert first.waited == [(True, True)] and first.changed(), first.waited  # after all forward and backward passes
+second = Copied()
+engine.keep_until(second)
+with engine.averaged_weights():
+    assert [same for same, _ in second.waited] == [True] and second.changed()
+engine.train_step(2, [batch, batch])
+assert len(first.waited) == len(second.waited) == 1
+print("well")
+"""
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16")])
+def test_nothing_changes_the_state_before_a_save_has_copied_it(tmp_path, stage, precision):
+    command = [sys.executable, "-c", BESIDE_A_SAVE, str(ds_file(tmp_path, stage, 1)), precision]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("well\n"), done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from moe_dit import build_model, load_model, load_recipe
+from moe_dit.counting import _Counter
 from moe_dit.kernels import places
 from moe_dit.models.initialization import initialize
-from moe_dit.models.layers import rope_2d, sin_cos_table, unpatchify
+from moe_dit.models.jit import BottleneckPatchEmbed
+from moe_dit.models.layers import PatchEmbed, rope_2d, sin_cos_table, unpatchify
 from moe_dit.models.moe import Choices, Experts, MoE
 from moe_dit.runtime.errors import InputError
 
@@ -243,3 +245,41 @@ def test_loading_what_is_no_model_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "UNet"}')
     with pytest.raises(InputError, match="should be one of DSMoE"):
         load_model(tmp_path)
+
+
+# --- patches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "channels", "patch", "bottleneck"), [(32, 4, 2, None), (256, 3, 16, 128)])
+def test_patches_become_tokens_as_by_convolution(side, channels, patch, bottleneck):
+    torch.manual_seed(0)
+    if bottleneck is None:
+        embed = PatchEmbed(side, patch, channels, 384).double()
+        convolutions = [(embed.proj, patch)]
+    else:
+        embed = BottleneckPatchEmbed(channels, patch, bottleneck, 768).double()
+        convolutions = [(embed.proj1, patch), (embed.proj2, 1)]
+    want = x = torch.randn(2, channels, side, side, dtype=torch.float64)
+    for layer, stride in convolutions:
+        want = F.conv2d(want, layer.weight, layer.bias, stride=stride)
+    want = want.flatten(2).transpose(1, 2)
+    weight = torch.randn_like(want)
+    with _Counter() as counter:
+        got = embed(x)
+        (got * weight).sum().backward()
+    assert got.is_contiguous() and not [name for _, name in counter.operations if "convolution" in name]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad((want * weight).sum(), list(embed.parameters()))
+    for parameter, gradient in zip(embed.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_diffmoe", "digits_pixels"])
+def test_a_network_has_no_convolution(name):
+    """On GPUs cuDNN computes float32 ones in TF32, by default."""
+    size = 32 if name == "digits_pixels" else 8
+    model = build_model(name)
+    with _Counter() as counter:
+        model(torch.zeros(1, model.in_channels, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    operations = {name for _, name in counter.operations}
+    assert "addmm" in operations and not [name for name in operations if "conv" in name]

@@ -17,6 +17,7 @@ from moe_dit.models.layers import (
     Blocks,
     ConditionEmbedder,
     FinalLayer,
+    PatchConv2d,
     moe_blocks,
     rms_norm,
     rope_2d,
@@ -61,16 +62,15 @@ class JiTConfig(NetworkConfig):
 
 
 class BottleneckPatchEmbed(nn.Module):
-    """Patches to tokens through a narrow linear layer: [N, C, side, side] -> [N, T, D]."""
+    """Patches to tokens through a narrow linear layer: [N, C, side, side] -> [N, T, D], contiguous."""
 
     def __init__(self, in_channels: int, patch_size: int, bottleneck_dim: int, hidden_size: int):
         super().__init__()
-        self.proj1 = nn.Conv2d(in_channels, bottleneck_dim, patch_size, stride=patch_size, bias=False)
-        self.proj2 = nn.Conv2d(bottleneck_dim, hidden_size, 1)
+        self.proj1 = PatchConv2d(in_channels, bottleneck_dim, patch_size, stride=patch_size, bias=False)
+        self.proj2 = PatchConv2d(bottleneck_dim, hidden_size, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Contiguous, or every norm after it would copy its input.
-        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2).contiguous()
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
 
 
 class JiT(Network):

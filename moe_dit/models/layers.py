@@ -56,15 +56,28 @@ def sin_cos_2d(width: int, side: int) -> torch.Tensor:
     return get_2d_sincos_pos_embed(width, side, base_size=side, device=torch.device("cpu"), output_type="pt").float()
 
 
-class PatchEmbed(TimmPatchEmbed):
-    """Patches to tokens by one linear map: [N, C, side, side] -> [N, T, D].
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose stride is its kernel, as the one matrix product that it is.
 
-    The tokens are contiguous. timm's are a transposed view, and every sum in a network keeps the strides of its first
-    operand: each norm would copy its input.
+    On GPUs cuDNN would compute it in TF32 where all else is float32, which is torch's default. Its result [N, D, h, w]
+    lies with the channels last, so that tokens made of it are contiguous: every sum in a network keeps the strides of
+    its first operand, and each norm would copy its input.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x).contiguous()
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[N, C, h * patch, w * patch] -> [N, D, h, w]."""
+        rows, columns = self.kernel_size
+        x_NChpwp = input.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+        patches = x_NChpwp.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class PatchEmbed(TimmPatchEmbed):
+    """Patches to tokens by one linear map: [N, C, side, side] -> [N, T, D], contiguous."""
+
+    def __init__(self, side: int, patch_size: int, channels: int, hidden_size: int):
+        super().__init__(side, patch_size, channels, hidden_size)
+        self.proj = PatchConv2d(channels, hidden_size, patch_size, stride=patch_size)
 
 
 class ConditionEmbedder(nn.Module):
