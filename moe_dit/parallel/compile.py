@@ -1,8 +1,8 @@
 """torch.compile of a network's blocks, applied from outside.
 
 A block with experts that ranks share is three graphs, before and after the exchange of tokens, whose shapes the routing
-decides, and the shared expert's, which computes while sizes travel; other blocks are one, or up to their experts. Blocks
-of a kind share their graphs, of which each kind has its own (:mod:`moe_dit.graphs`). Parameter names do not change.
+decides, and the shared expert's, which computes while sizes travel; other blocks are one, or up to their experts. All
+blocks of a kind share their graphs, and no two kinds do (:mod:`moe_dit.graphs`). Parameter names do not change.
 """
 
 from functools import cache, partial
