@@ -7,6 +7,7 @@ import sys
 from pkgutil import iter_modules
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,9 @@ def test_plain_torch_against_float64():
 
 
 def test_triton_against_float64():
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.6's interpreter makes a number of an array of one, as numpy does to 2.3")
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = ENV | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "tests/kernels.py"], cwd=ROOT, env=env, capture_output=True, text=True)
