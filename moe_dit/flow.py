@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moe_dit import sampler
+from moe_dit.graphs import compiled
 from moe_dit.recipe import Recipe
 
 
@@ -85,8 +86,8 @@ class Flow:
 
     def compile(self, backend: Any = "inductor") -> None:
         """Make one kernel of what comes before the network in :meth:`loss`, and one of what comes after it."""
-        compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
-        self._path, self._mean_square = compiled(self._path), compiled(self._mean_square)  # type: ignore[method-assign]
+        for name in ("_path", "_mean_square"):
+            setattr(self, name, partial(compiled(getattr(Flow, name), backend), self))
 
     def _path(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """z_t and the velocity there, shaped as x."""

@@ -43,6 +43,23 @@ def share(count: int) -> tuple[list[int], int]:
     return own + [0] * (-(-count // world.size) - len(own)), len(own)
 
 
+class _Evened:
+    """A network whose batches are filled up to a multiple of ``size`` with repetitions of their samples.
+
+    What is compiled then has graphs for two batch sizes, with guidance's doubled batches and without, where each count
+    of samples and its last batch asked for graphs of their own. It is not for networks that couple samples.
+    """
+
+    def __init__(self, network: Any, size: int):
+        self.network = network
+        self.size = size
+        self.num_classes = network.num_classes
+
+    def __call__(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        fill = torch.arange(-(-len(z) // self.size) * self.size, device=z.device) % len(z)
+        return self.network(z[fill], t[fill], y[fill])[: len(z)]
+
+
 class Looks:
     """What is looked at, made ready once.
 
@@ -50,7 +67,7 @@ class Looks:
         recipe: its section ``looks`` says what.
         run: pictures go to RUN/looks.
         device: where this rank computes.
-        micro_batch_size: samples computed at once.
+        micro_batch_size: samples computed at once, at most.
 
     Raises:
         InputError: the VAE, the held-out shards or the reference cannot be used.
@@ -60,8 +77,10 @@ class Looks:
         self.recipe = recipe
         self.folder = run / "looks"
         self.device = device
-        self.batch = micro_batch_size
         settings = recipe.looks
+        held_out = settings.held_out_samples if settings.held_out else 0
+        largest = max(held_out, settings.samples, settings.score_samples, 1)
+        self.batch = min(micro_batch_size, len(share(largest)[0]))
         self.sampling = Sampling.of_recipe(recipe, recipe.seed)
         self.vae: Any = None
         if settings.samples or settings.score_samples:
@@ -83,6 +102,8 @@ class Looks:
         if self.vae is not None:
             self.vae.to(self.device)
         with torch.no_grad(), engine.averaged_weights() as network:
+            if not network.couples_samples:
+                network = _Evened(network, self.batch)
             if self._held_out:
                 numbers |= self._held_out_loss(engine, network)
             if self.recipe.looks.samples:

@@ -106,19 +106,19 @@ def normal(seed: int, stream: Stream, positions: torch.Tensor, shape: tuple[int,
 
 
 def keep_mask(
-    seed: int, layer: int, positions: torch.Tensor, rows: torch.Tensor, channels: int, p: float
+    seed: int, layer: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, channels: int, p: float
 ) -> torch.Tensor:
     """What dropout keeps: bool [R, channels], False with probability p.
 
     Args:
-        layer: a 32-bit number of the layer that drops.
+        layer: a 32-bit number of the layer that drops, int64 [].
         positions: int64 [R], the sample that a row belongs to.
         rows: int64 [R], which of the sample's rows it is; rows * ceil(channels / 8) must stay below 2^32.
         channels: values in a row; each takes 16 bits, so p is met to 2^-17.
     """
     per_row = -(-channels // 8)
     c0 = rows[:, None] * per_row + torch.arange(per_row, device=rows.device)
-    c1 = torch.full_like(c0, layer)
+    c1 = layer.expand_as(c0)
     c2 = (positions & _MASK)[:, None].expand_as(c0)
     c3 = (positions >> 32)[:, None].expand_as(c0)
     words = torch.stack(philox([c0, c1, c2, c3], _key(seed, Stream.DROPOUT)), dim=-1)

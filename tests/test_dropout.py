@@ -25,7 +25,7 @@ def test_what_is_kept_is_16_bits_of_philox_a_value():
     for block in range(3):  # of eight values
         words = philox([row * 3 + block, layer, 7, 2], [5, 3 ^ DROPOUT])
         want += [half >= round(0.3 * 65536) for word in words for half in (word & 0xFFFF, word >> 16)]
-    got = keep_mask(seed, layer, torch.tensor([position]), torch.tensor([row]), channels, p)
+    got = keep_mask(seed, torch.tensor(layer), torch.tensor([position]), torch.tensor([row]), channels, p)
     assert got[0].tolist() == want[:21]
 
 

@@ -3,16 +3,25 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import ENV, ROOT, export, finish, losses, records, start_training
 from PIL import Image
+from test_compile import counting, one_rank
+from torchvision.utils import make_grid
 
+from eval.generate import generate
 from moe_dit.data import Latents, batches, training_inputs
+from moe_dit.flow import build_flow
+from moe_dit.looks import Looks
 from moe_dit.manifest import read_manifest
+from moe_dit.parallel.compile import compile_blocks
 from moe_dit.recipe_file import load_recipe
+from moe_dit.runtime import ranks
 from moe_dit.runtime.ranks import World
 
 COMMON = ["--steps", "4", "--set", "checkpoint.every=2", "--set", "sampling.steps=3", "--set", "global_batch_size=16"]
@@ -83,6 +92,63 @@ def test_the_grid_is_what_sampling_the_export_gives(looked, latents, tmp_path):
     assert sorted(path.name for path in (run / "looks").iterdir()) == ["step_00000002.png", "step_00000004.png"]
     last = records(run)[-1]
     assert 0 < last["look_fid"] < 1e4 and 1 <= last["look_inception_score"] <= 10 and 0 <= last["look_precision"] <= 1
+
+
+@pytest.fixture
+def alone():
+    """This process as the only rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+    ranks.cpu_group.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        # Micro-batches, and those that guidance doubles. Of 37, 10 and 11 samples the last ones are filled up ...
+        ("digits", {8, 16}),
+        ("digits_pixels", {8, 16}),
+        # ... but where samples compete with those of their batch: 37 = 4 * 8 + 5, 10 = 8 + 2, 11 = 8 + 3.
+        ("digits_diffmoe", {8, 5, 2, 3}),
+    ],
+)
+def test_a_look_asks_for_few_shapes(alone, request, tmp_path, name, sizes):
+    data = request.getfixturevalue("pixels" if name == "digits_pixels" else "latents")
+    settings = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "sampling.steps=3", "looks.samples=10"]
+    settings += [f"looks.held_out={data}", "looks.held_out_samples=37", "looks.time_buckets=4"]
+    settings += ["looks.score_samples=11", f"looks.reference={data.parent / 'images'}"]
+    if name == "digits_pixels":
+        settings += ["model.in_context_start=1"]
+    else:
+        settings += [f"data.vae={data.parent / 'vae'}", f"data.latent_scale={read_manifest(data).scale}"]
+    recipe = load_recipe(name, settings)
+    looks = Looks(recipe, tmp_path, torch.device("cpu"), 8)
+    found, seen = [], []
+    plain, model, flow = one_rank(recipe).eval(), one_rank(recipe).eval(), build_flow(recipe)
+    compile_blocks(model, backend=counting(found))
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    engine = SimpleNamespace(flow=flow, averaged_weights=lambda: nullcontext(model))
+    numbers, pictures = looks.look(engine, 1)
+    assert set(seen) == sizes
+    graphs = len(found)
+    assert looks.look(engine, 2)[0] == numbers and len(found) == graphs
+
+    # What was filled up is in no result: all at once or, where samples compete, in micro-batches.
+    micro = 8 if name == "digits_diffmoe" else 100
+    stored = [inputs for inputs, _ in looks._held_out]
+    given = [torch.cat([inputs[key] for inputs in stored]).split(micro) for key in ("x", "y", "noise", "u", "position")]
+    errors = []
+    with torch.no_grad():
+        for x, y, noise, u, position in zip(*given, strict=True):
+            errors.append(flow.errors(plain, x, y, noise, (position % 4 + u) / 4))
+    assert sum(map(len, errors)) == 37
+    assert numbers["held_out_loss"] == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
+    images = [generate(plain, recipe, looks.sampling, looks.vae, part) for part in torch.arange(10).split(micro)]
+    got = pictures["samples"].astype(int)
+    grid = make_grid(list(torch.cat(images)), nrow=got.shape[1] // 34, padding=2, pad_value=255)
+    assert got.std() > 20 and abs(got - grid.permute(1, 2, 0).numpy()).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from moe_dit.graphs import compiled
 from moe_dit.manifest import Manifest
 from moe_dit.randomness import Stream, normal, uniform
 from moe_dit.recipe import Recipe
@@ -104,8 +105,8 @@ def training_inputs(
     """
     of_latents = (latents.posterior, latents.shift, latents.scale) if recipe.data.kind == "latents" else None
     settings = _Settings(recipe.seed, recipe.model.num_classes, recipe.flow.label_dropout, of_latents)
-    compiled = batch["x"].is_cuda and recipe.compile != "none"
-    draw = _compiled(backend) if compiled or backend != "inductor" else _inputs
+    on_gpu = batch["x"].is_cuda and recipe.compile != "none"
+    draw = _compiled(settings, backend) if on_gpu or backend != "inductor" else _inputs
     x, y, noise, u = draw(settings, batch["x"], batch["y"], batch["position"])
     return {"x": x, "y": y, "noise": noise, "u": u, "position": batch["position"]}
 
@@ -130,5 +131,6 @@ def _inputs(settings: _Settings, x: torch.Tensor, y: torch.Tensor, position: tor
 
 
 @cache
-def _compiled(backend: Any) -> Any:
-    return torch.compile(_inputs, dynamic=False, fullgraph=True, backend=backend)
+def _compiled(settings: _Settings, backend: Any) -> Any:
+    """:func:`_inputs` for such settings, which its graphs hold as constants."""
+    return compiled(_inputs, backend)

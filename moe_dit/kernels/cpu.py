@@ -25,6 +25,8 @@ class Weights(NamedTuple):
     down_bias: torch.Tensor | None = None
 
 
+# Never part of a graph: it works in place (see the rule in kernels/rows.py), and its counts are numbers on the host.
+@torch.compiler.disable
 def expert_rows(x_ND: torch.Tensor, counts: Sequence[int], weights: Weights) -> torch.Tensor:
     """Apply expert e to its counts[e] rows, of rows that are sorted by expert: [N, D] -> [N, D].
 
@@ -33,6 +35,7 @@ def expert_rows(x_ND: torch.Tensor, counts: Sequence[int], weights: Weights) -> 
     return _Loop.apply(x_ND, None, None, tuple(counts), *weights)
 
 
+@torch.compiler.disable
 def expert_tokens(
     x_TD: torch.Tensor, token_N: torch.Tensor, weight_N: torch.Tensor, counts: Sequence[int], weights: Weights
 ) -> torch.Tensor:

@@ -7,6 +7,12 @@ to run, and nothing sorts indices or fills a float32 [T, K, D] tensor, as torch'
 CUDA tensors take the Triton kernels, and with TRITON_INTERPRET=1 (Triton's interpreter) all tensors do; otherwise, and
 where there is no Triton, the functions of :class:`Torch` compute the same. So does a graph that is compiled: inductor
 makes one kernel of a token's sum and what stands around it (residual, gate, shared expert), which no kernel here does.
+
+A rule for every autograd.Function that may be compiled, and what it calls: the forward pass does nothing in place to
+what it returns, and returns no alias of another tensor. A call that gives back its own argument (``to`` or ``float`` in
+the same dtype, ``index_copy_``) is two values to Dynamo but one tensor. Dynamo 2.11 returns every value that the
+forward pass made, hidden, beside the result, and autograd then takes the result for the hidden one: gradients are zero,
+and nothing says so (pytorch issue 180642).
 """
 
 import os
@@ -75,6 +81,11 @@ def swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
     return _SwiGLU.apply(gate_NF, up_NF)
 
 
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in ``dtype``, and x itself where it is: no second name for it (see above)."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 class Torch:
     """The kernels in plain torch; :mod:`moe_dit.kernels.triton_rows` has the same functions."""
 
@@ -84,7 +95,7 @@ class Torch:
         slots_TKD = rows_ND[place_TK].float()
         if weights_TK is not None:
             slots_TKD = slots_TKD * weights_TK[..., None]
-        return slots_TKD.sum(1).to(rows_ND.dtype)
+        return _rounded(slots_TKD.sum(1), rows_ND.dtype)
 
     @staticmethod
     def sum_rows_backward(
@@ -103,12 +114,12 @@ class Torch:
         expert_G = torch.arange(experts, device=rows_RD.device).repeat(sources)
         expert_R = expert_G.repeat_interleave(counts_SE.flatten(), output_size=len(rows_RD))
         order_R = expert_R.argsort(stable=True)
-        return torch.empty_like(rows_RD).index_copy_(0, order_R, rows_RD) if back else rows_RD[order_R]
+        return rows_RD.index_copy(0, order_R, rows_RD) if back else rows_RD[order_R]
 
     @staticmethod
     def swiglu(gate_NF: torch.Tensor, up_NF: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up in float32, in the arguments' precision."""
-        return (F.silu(gate_NF.float()) * up_NF.float()).to(gate_NF.dtype)
+        return _rounded(F.silu(gate_NF.float()) * up_NF.float(), gate_NF.dtype)
 
     @staticmethod
     def swiglu_backward(

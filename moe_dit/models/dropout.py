@@ -21,12 +21,12 @@ class DropoutDraws:
 
     Attributes:
         seed: the run's.
-        layer: a number of the module that drops.
+        layer: a number of the module that drops, int64 []; a tensor, so that layers of a kind can share a graph.
         positions: int64 [N], each sample's position in the run.
     """
 
     seed: int
-    layer: int
+    layer: torch.Tensor
     positions: torch.Tensor
 
 
@@ -79,4 +79,5 @@ def dropouts(model: nn.Module) -> dict[str, Dropout]:
 def set_dropout_draws(modules: dict[str, Dropout], seed: int, positions: torch.Tensor) -> None:
     """Say what the next forward pass drops by: the seed, and each sample's position in the run (int64 [N])."""
     for name, module in modules.items():
-        module.draws = DropoutDraws(seed, zlib.crc32(name.encode()), positions)
+        layer = positions.new_full((), zlib.crc32(name.encode()))  # made where it is used: no GPU waits for a copy
+        module.draws = DropoutDraws(seed, layer, positions)
