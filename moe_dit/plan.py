@@ -57,7 +57,6 @@ LAUNCHES_MOE = (210 + 280 + 105 + 85 + 75) / 5, (70 + 65) / 5  # router, tokens'
 LAUNCHES_DENSE = 50 / 5, 0  # a dense block's MLP
 LAUNCHES_HOOK = 173 / 126  # a parameter's gradient into its bucket
 LAUNCHES_STEP = 144 / 126  # a parameter, once a step: norm and optimizer
-WAITS_STEP = 1  # for the gradient's norm
 
 # Bytes touched in bf16 outside products and attention, by a token, block and channel, counted likewise at 64 images and
 # EP 1. Eager it is 291 for DiffMoE and 1,001 for JiT; compiled 203 for S-E48, 234 and 199.
@@ -150,7 +149,7 @@ def make_plan(
         touched=touched,
         images=images,
         launches=launches(recipe, model, parallelism.accumulation, parallelism.zero_stage),
-        waits=parallelism.accumulation * exchanges + WAITS_STEP,
+        waits=parallelism.accumulation * exchanges,
         overlapped=_overlapped(parallelism),
     )
 
