@@ -34,6 +34,7 @@ def run(context: Context) -> None:
         except importlib.metadata.PackageNotFoundError:
             context.tell(name, "not installed")
     context.tell("cores", found["cores"])
+    context.tell("products in float32 are allowed to be", torch.get_float32_matmul_precision())
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(0)
         context.tell("memory", properties.total_memory / 1e9, "GB")
