@@ -160,6 +160,28 @@ MUTATIONS = [
         "weights, decay)",
         "tests/test_optimizer.py::test_averages_follow_weights_that_change_in_place",
     ),
+    # What torch 2.11 loses gradients by, and what made graphs without end.
+    Mutation(
+        "alias-from-a-forward-pass",
+        "moe_dit/kernels/rows.py",
+        "return x if x.dtype == dtype else x.to(dtype)",
+        "return x.to(dtype)",
+        "tests/test_kernels.py::test_no_forward_pass_returns_an_alias",
+    ),
+    Mutation(
+        "shapes-share-a-code-object",
+        "moe_dit/graphs.py",
+        "function.__code__.replace()",
+        "function.__code__",
+        "tests/test_compile.py::test_no_number_of_shapes_is_too_many",
+    ),
+    Mutation(
+        "looks-not-filled-up",
+        "moe_dit/looks.py",
+        "if not network.couples_samples:",
+        "if False:",
+        "tests/test_looks.py::test_a_look_asks_for_few_shapes",
+    ),
     Mutation(
         "flow-sign",
         "moe_dit/flow.py",
