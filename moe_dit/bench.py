@@ -88,7 +88,8 @@ class Clock:
             torch.cuda.synchronize()
 
     def take(self) -> dict[str, float]:
-        """Seconds of each part since the last time; no work may be under way."""
+        """Seconds of each part since the last time, once the device has done them."""
+        self.wait()
         found: dict[str, float] = {}
         for name, start, end in self._marks:
             found[name] = found.get(name, 0.0) + seconds_between(start, end)
@@ -383,7 +384,7 @@ def bench(
             "memory_peak": side.held() + memory[side],
         }
 
-    result = {
+    result: dict[str, Any] = {
         "recipe": recipe.name,
         "batch": batch,
         "precision": "bf16" if ours.engine.bf16 else "fp32",
@@ -405,6 +406,7 @@ def bench(
         result |= {"agreement": agreement}
     if parallelism.world_size > 1:
         result["all_to_all_bytes_per_second"] = _all_to_all(recipe, ours, clock)
+    ours.engine.close()
     return result
 
 

@@ -167,6 +167,13 @@ class Engine:
         """The network inside DeepSpeed's engine."""
         return self.deepspeed_engine.module
 
+    def close(self) -> None:
+        """Train no more: what it holds is freed with the last reference, but under ZeRO 3.
+
+        DeepSpeed 0.19.8 frees nothing otherwise: hooks of gradients hold the weights, and so the hooks.
+        """
+        self.deepspeed_engine.destroy()
+
     def measure(self, mark: Callable[[str], None]) -> None:
         """Have ``mark`` called at moments of each step (:class:`moe_dit.times.StepTimes` has their names)."""
         self._mark = mark

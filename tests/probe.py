@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 import tempfile
+import weakref
 from functools import partial
 from pathlib import Path
 from zlib import crc32
@@ -56,8 +57,8 @@ def sums_over_ranks(captured: dict[str, torch.Tensor], engine: Engine) -> dict[s
     return captured
 
 
-def look(stage: int, ep: int, settings: list[str]) -> dict:
-    """One step in one case, and what became of its gradients."""
+def look(stage: int, ep: int, settings: list[str]) -> tuple[dict, weakref.ref]:
+    """One step in one case, and what became of its gradients; and some master weights of the engine, now closed."""
     recipe, world = load_recipe("digits", [*SETTINGS, *settings]), ranks.world()
     with tempfile.TemporaryDirectory() as folder:
         ds = Path(folder) / "ds.json"
@@ -112,8 +113,8 @@ def look(stage: int, ep: int, settings: list[str]) -> dict:
         want = truth[piece.name][start : start + len(got)]
         errors += torch.stack([(got - want).square().sum(), want.square().sum()])
     found["error"] = (errors[0] / errors[1]).sqrt().item()
-    engine.deepspeed_engine.destroy()
-    return found
+    engine.close()
+    return found, weakref.ref(engine.ema.weights[0])
 
 
 def main(out: str, *cases: str) -> None:
@@ -121,8 +122,9 @@ def main(out: str, *cases: str) -> None:
     results = []
     for case in cases:
         stage, ep, *settings = case.split(",")
-        results.append(look(int(stage), int(ep), settings))
+        found, masters = look(int(stage), int(ep), settings)
         gc.collect()
+        results.append(found | {"freed": masters() is None})
     Path(f"{out}.{ranks.world().rank}").write_text(json.dumps(results))
     ranks.stop()
 

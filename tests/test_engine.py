@@ -127,6 +127,13 @@ def test_gradients_take_the_memory_that_the_plan_says(probed, case):
 
 
 @pytest.mark.slow
+def test_what_a_closed_engine_held_is_freed(probed):
+    """But for ZeRO 3's, which DeepSpeed keeps."""
+    freed = {case: {found["freed"] for found in ranks} for case, ranks in probed.items()}
+    assert freed == {case: {not case.startswith("ZeRO 3")} for case in CASES}
+
+
+@pytest.mark.slow
 def test_tokens_are_counted_once_where_layers_are_computed_twice(probed):
     for found in (rank for case in probed.values() for rank in case):
         assert found["load"] == 16 * 16 * 2 * 3  # samples, tokens, top-k, layers

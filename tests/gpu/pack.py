@@ -2,7 +2,7 @@
 
 The digits as latent shards, their autoencoder, and a CPU's losses on them; with --wheels also the packages that a GPU
 machine without network is likely to lack (Python 3.12, x86-64; torch, torchvision and timm are taken to be there).
-Some MB, which git ignores: carry the folder along with the tree. commit says which code it was made of.
+Some MB, which git ignores: carry the folder along with the tree. code.json says of which commit the code is.
 """
 
 import argparse
@@ -34,10 +34,12 @@ def main() -> None:
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
     os.chdir(ROOT)
+    from results import digest
+
     from moe_dit.runtime.machine import commit
 
     PACKED.mkdir(exist_ok=True)
-    (PACKED / "commit").write_text(f"{commit() or 'unknown'}\n")
+    (PACKED / "code.json").write_text(json.dumps({"commit": commit(), "digest": digest(ROOT)}))
     if not (PACKED / "curve.json").exists():
         make_shards()
         make_curve()

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from results import AHEAD, BESIDE, FRESH, SECONDS, Line, failures, parsed, read, share, write, write_summary
@@ -40,33 +39,13 @@ def main() -> int:
         parser.error(f"--seconds {args.seconds:g}: it should be above 0")
     args.out.mkdir(parents=True, exist_ok=True)
     parts = [part for part in SECONDS if part in asked]
-    with tempfile.TemporaryDirectory(prefix="moe_dit_gpu_") as scratch, compiled_code(args.out, args.dry) as compiled:
-        os.environ |= {
-            "TMPDIR": scratch,
-            "TORCHINDUCTOR_CACHE_DIR": str(compiled),
-            "TRITON_CACHE_DIR": f"{compiled}/triton",
-        }
+    with tempfile.TemporaryDirectory(prefix="moe_dit_gpu_") as scratch:
+        # Compiled kernels stay: the next run on this machine need not make them again.
+        os.environ |= {"TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": str(PACKED / "compiled")}
         Run(args.out, time.time() + args.seconds, args.dry).all(parts)
     wrong = [line for line in failures(read(args.out)) if line.part in parts]
     print(f"{args.out / 'summary.md'}: {len(wrong)} checks do not hold")
     return 1 if wrong else 0
-
-
-@contextlib.contextmanager
-def compiled_code(out: Path, dry: bool) -> Iterator[Path]:
-    """Where compiled kernels are kept: .gpu/compiled, which .gpu/compiled.tar.gz fills where it is not there yet.
-
-    They leave as OUT/compiled.tar.gz. Compiling is most of a first run; carried along, they save it to the next.
-    """
-    folder, packed = PACKED / "compiled", PACKED / "compiled.tar.gz"
-    if not folder.exists() and packed.exists():
-        subprocess.run(["tar", "xzf", str(packed), "-C", str(PACKED)], check=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield folder
-    finally:
-        if not dry:
-            subprocess.run(["tar", "czf", str(out / "compiled.tar.gz"), "-C", str(PACKED), "compiled"], check=True)
 
 
 class Run:

@@ -8,6 +8,5 @@ def run(context: Context) -> None:
     for name, batch, _, _ in CASES:
         with context.attempt(f"{name}, {batch} images"):
             recipe = context.recipe(name, "precision=bf16", batch=batch)
-            engine = context.engine(recipe)
-            engine.train_step(0, [context.inputs(recipe, recipe.global_batch_size)])
-            del engine
+            with context.engine(recipe) as engine:
+                engine.train_step(0, [context.inputs(recipe, recipe.global_batch_size)])

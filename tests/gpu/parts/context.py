@@ -31,6 +31,8 @@ ONE_RANK = "ds_configs/zero1_ep1.json"
 TINY = {"dsmoe": "digits", "jitmoe": "digits_pixels", "diffmoe": "digits_diffmoe"}
 TINY_CHANGES = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2"]
 
+LEFT = 1e8  # bytes of the GPU that what is over may still hold: workspaces of libraries
+
 
 class Broken(Exception):
     """The process's CUDA context can no longer be used."""
@@ -50,7 +52,7 @@ class Context:
         self.out = out
         self.dry = dry
         self.tests = Path(__file__).parents[2]
-        self.device = torch.device("cpu" if dry else "cuda")
+        self.device = torch.device("cpu") if dry else torch.device("cuda", 0)
         self._deadline = deadline
 
     def left(self) -> float:
@@ -88,6 +90,7 @@ class Context:
             Broken: no CUDA call can work any more.
         """
         began = time.perf_counter()
+        held = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         try:
             yield
         except Exception as error:
@@ -101,6 +104,9 @@ class Context:
         finally:
             self.clear()
             print(f"{self.part}: {name}: {time.perf_counter() - began:.1f} s", flush=True)
+            if self.device.type == "cuda" and torch.cuda.memory_allocated() > held + LEFT:
+                more = (torch.cuda.memory_allocated() - held) / 1e9
+                self.check(f"{name}: memory that is not given back", more, LEFT / 1e9, "GB")
 
     def wait(self) -> None:
         """Wait until the device has done what it was given."""
@@ -143,9 +149,14 @@ class Context:
         start_ranks()
         return load_parallelism(ONE_RANK, recipe, 1)
 
-    def engine(self, recipe: Recipe) -> Engine:
-        """The engine of one rank."""
-        return Engine(recipe, self.parallelism(recipe), self.device)
+    @contextmanager
+    def engine(self, recipe: Recipe) -> Iterator[Engine]:
+        """The engine of one rank, in the block alone."""
+        engine = Engine(recipe, self.parallelism(recipe), self.device)
+        try:
+            yield engine
+        finally:
+            engine.close()
 
     def one_rank(self, recipe: Recipe, dtype: torch.dtype) -> Any:
         """The network as one rank trains it, without an engine around it, its weights moved off their first values."""

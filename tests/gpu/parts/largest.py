@@ -5,7 +5,9 @@ import time
 import torch
 
 from moe_dit.build import build_model
+from moe_dit.engine import Engine
 from moe_dit.plan import training_flops
+from moe_dit.recipe import Recipe
 from parts.context import Context
 from parts.speed import SHEET, tell_memory, tell_plan
 
@@ -21,11 +23,17 @@ def run(context: Context) -> None:
 
 
 def measure(context: Context, what: str, mode: str) -> None:
+    """One way of keeping activations."""
     recipe = context.recipe("dsmoe_3b_e16", "precision=bf16", f"activation_checkpointing={mode}", batch=BATCH)
-    on_gpu = context.device.type == "cuda"
     start = time.perf_counter()
-    engine = context.engine(recipe)
-    context.tell(f"{what}: seconds until the engine is there", time.perf_counter() - start, "s")
+    with context.engine(recipe) as engine:
+        train(context, what, recipe, engine, time.perf_counter() - start)
+
+
+def train(context: Context, what: str, recipe: Recipe, engine: Engine, began: float) -> None:
+    """Steps of an engine that has just begun; ``began``: the seconds that it took."""
+    on_gpu = context.device.type == "cuda"
+    context.tell(f"{what}: seconds until the engine is there", began, "s")
     inputs = context.inputs(recipe, recipe.global_batch_size)
     start = time.perf_counter()
     engine.train_step(0, [inputs])

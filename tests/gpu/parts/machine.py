@@ -1,15 +1,18 @@
 """What computes: versions, and the rates that everything else is held against."""
 
 import importlib.metadata
+import json
 import os
 import shlex
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from results import digest
 
 from moe_dit.runtime.machine import commit, machine
 from parts.context import PACKED, Context
@@ -20,12 +23,10 @@ PACKAGES = ("triton", "torchvision", "deepspeed", "diffusers", "timm", "webdatas
 def run(context: Context) -> None:
     device = context.device
     found = machine(device)
-    packed = PACKED / "commit"
     context.tell("gpu", found["machine"])
     context.tell("date", found["date"])
     context.tell("torch", torch.__version__)
-    # A copy of the tree without .git has what pack.py noted.
-    context.tell("commit", commit() or (packed.read_text().strip() if packed.exists() else "unknown"))
+    context.tell("commit", packed_commit(context.tests.parent) or commit() or "unknown")
     context.tell("command", os.environ.get("GPU_SH_COMMAND", shlex.join(sys.argv)))
     context.tell("python", sys.version.split()[0])
     for name in PACKAGES:
@@ -49,6 +50,13 @@ def run(context: Context) -> None:
     for what in (copies, host_copies, products, launches):
         with context.attempt(what.__name__):
             what(context)
+
+
+def packed_commit(root: Path) -> str | None:
+    """The commit of this code, if pack.py saw just this code: where it was copied to, .git may be absent or older."""
+    file = PACKED / "code.json"
+    packed = json.loads(file.read_text()) if file.exists() else {}
+    return packed["commit"] if packed.get("digest") == digest(root) else None
 
 
 def copies(context: Context) -> None:

@@ -1,7 +1,9 @@
 """Speed and memory of the real training step, beside the published form and the plan."""
 
+import torch
+
 from moe_dit import bench
-from moe_dit.plan import make_plan, measure_activations, step_seconds
+from moe_dit.plan import GPUS, make_plan, measure_activations, step_seconds
 from moe_dit.recipe import Recipe
 from parts.context import Context
 
@@ -60,11 +62,13 @@ def measure(context: Context, what: str, recipe: Recipe, published: bool) -> Non
 
 
 def tell_plan(context: Context, what: str, recipe: Recipe, seconds: float) -> None:
-    """A step's time over the plan's, which reckons with an H100."""
+    """A step's time over the plan's."""
     parallelism = context.parallelism(recipe)
-    parts = step_seconds(make_plan(recipe, parallelism), "h100-80g", parallelism)
+    kind = torch.cuda.get_device_name() if context.device.type == "cuda" else ""
+    gpu = next((key for key in GPUS if key.split("-")[0].upper() in kind.upper()), "h100-80g")
+    parts = step_seconds(make_plan(recipe, parallelism), gpu, parallelism)
     note = ", ".join(f"{part} {spent * 1e3:.1f}" for part, spent in parts.items() if spent)
-    context.tell(f"{what}: a step over the plan's", seconds / parts["step"], note=f"planned ms: {note}")
+    context.tell(f"{what}: a step over the plan's", seconds / parts["step"], note=f"planned for a {gpu}, ms: {note}")
 
 
 def tell_memory(context: Context, what: str, recipe: Recipe, peak: float) -> None:

@@ -30,12 +30,11 @@ def run(context: Context) -> None:
     for precision, most in CURVE.items():
         with context.attempt(f"20 steps, {precision}"):
             recipe = digits(precision)
-            engine = Engine(recipe, context.parallelism(recipe), context.device)
-            losses = train(engine, manifest, 0, STEPS)
+            with context.engine(recipe) as engine:
+                losses = train(engine, manifest, 0, STEPS)
             worst = max(abs(a - b) / b for a, b in zip(losses, want, strict=True))
             context.check(f"{precision}: 20 losses beside the CPU's, largest relative difference", worst, most)
             context.tell(f"{precision}: last loss", losses[-1], note=f"the CPU's {want[-1]:.4f}")
-            del engine
     with context.attempt("save and load"):
         save_and_load(context, manifest)
     finish_command(context, *command)
@@ -62,7 +61,12 @@ def save_and_load(context: Context, manifest: Manifest) -> None:
     """A run that is saved, goes on while it is written, and is continued by another engine."""
     recipe = digits("bf16")
     run = context.scratch("saved")
-    engine = Engine(recipe, context.parallelism(recipe), context.device)
+    with context.engine(recipe) as engine, context.engine(recipe) as second:
+        save_and_load_into(context, manifest, run, engine, second)
+
+
+def save_and_load_into(context: Context, manifest: Manifest, run: Path, engine: Engine, second: Engine) -> None:
+    """Of one engine into another."""
     checkpointer = Checkpointer(run, keep=3)
     train(engine, manifest, 0, 4)
     for step in (4, 8):  # the first takes memory
@@ -75,7 +79,6 @@ def save_and_load(context: Context, manifest: Manifest) -> None:
         )
         want = train(engine, manifest, step, step + 4)
     checkpointer.wait()
-    second = Engine(recipe, context.parallelism(recipe), context.device)
     again = Checkpointer(run, keep=3)
     for step in (4, 8):
         found = again.load(second, run / "checkpoints" / f"step_{step:08d}")
@@ -90,7 +93,7 @@ def save_and_load(context: Context, manifest: Manifest) -> None:
 def start_command(context: Context) -> tuple[subprocess.Popen, Path]:
     """Begin jobs/train.py as people start it: loader processes, compiled blocks, looks, saves."""
     run = context.scratch("run")
-    steps = 6 if context.dry else 300
+    steps = 6 if context.dry else 200
     flags = [
         "--ds",
         ONE_RANK,
