@@ -301,4 +301,6 @@ def for_deepspeed(parallelism: Parallelism, recipe: Recipe, bf16: bool) -> dict[
         "bf16": {"enabled": bf16, "immediate_grad_update": bf16, "check_grad_overflow": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,  # progress and metrics are ours
+        # DeepSpeed 0.19.8 would wait for the GPU twice a step, to time it: seen on the first GPU that ran this.
+        "timers": {"throughput": {"enabled": False}},
     }
