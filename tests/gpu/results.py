@@ -14,14 +14,14 @@ from typing import Any
 
 # Parts in their order, most important first, and the seconds of a whole run that each is worth.
 SECONDS = {
-    "machine": 10,
-    "correctness": 125,
-    "training": 75,
-    "products": 10,
-    "speed": 110,
+    "machine": 8,
+    "correctness": 110,
+    "training": 85,
+    "products": 8,
+    "speed": 118,
     "profile": 25,
-    "3b": 45,
-    "sampling": 20,
+    "3b": 48,
+    "sampling": 18,
 }
 # Each begins in a new process: a clean memory for speed, and nearly all of a GPU's for 3b.
 FRESH = ("products", "3b")

@@ -43,6 +43,7 @@ def main() -> None:
         try:
             _break(part)
             importlib.import_module("parts." + MODULES.get(part, part)).run(context)
+            context.tell_memory()
         except Exception as error:
             traceback.print_exc()
             state, note = "failed", first_line(error)

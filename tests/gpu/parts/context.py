@@ -31,8 +31,6 @@ ONE_RANK = "ds_configs/zero1_ep1.json"
 TINY = {"dsmoe": "digits", "jitmoe": "digits_pixels", "diffmoe": "digits_diffmoe"}
 TINY_CHANGES = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2"]
 
-LEFT = 1e8  # bytes of the GPU that what is over may still hold: workspaces of libraries
-
 
 class Broken(Exception):
     """The process's CUDA context can no longer be used."""
@@ -90,7 +88,6 @@ class Context:
             Broken: no CUDA call can work any more.
         """
         began = time.perf_counter()
-        held = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         try:
             yield
         except Exception as error:
@@ -104,9 +101,6 @@ class Context:
         finally:
             self.clear()
             print(f"{self.part}: {name}: {time.perf_counter() - began:.1f} s", flush=True)
-            if self.device.type == "cuda" and torch.cuda.memory_allocated() > held + LEFT:
-                more = (torch.cuda.memory_allocated() - held) / 1e9
-                self.check(f"{name}: memory that is not given back", more, LEFT / 1e9, "GB")
 
     def wait(self) -> None:
         """Wait until the device has done what it was given."""
@@ -128,6 +122,12 @@ class Context:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def tell_memory(self) -> None:
+        """What the part has left behind, when all that it built should be gone."""
+        self.clear()
+        if self.device.type == "cuda":
+            self.tell("memory that is held at the end", torch.cuda.memory_allocated() / 1e9, "GB")
 
     # --- what parts build ---------------------------------------------------------------------------------------------
 

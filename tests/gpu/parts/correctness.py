@@ -41,14 +41,15 @@ def run(context: Context) -> None:
     scores(context)
     if context.device.type == "cuda":
         captures(context)
-    waits(context)
+    with context.attempt("waits of a step"):
+        waits(context)
     for name, dtype, seconds in (
-        ("dsmoe_s_e16", torch.bfloat16, 25),
-        ("dsmoe_s_e16", torch.float32, 20),  # the one in which torch 2.11 lost gradients
-        ("jitmoe_b_16_e16", torch.bfloat16, 25),
-        ("diffmoe_s_e16", torch.bfloat16, 20),
+        ("dsmoe_s_e16", torch.bfloat16, 18),
+        ("dsmoe_s_e16", torch.float32, 12),  # the one in which torch 2.11 lost gradients
+        ("diffmoe_s_e16", torch.bfloat16, 15),
+        ("jitmoe_b_16_e16", torch.bfloat16, 24),
         ("jitmoe_b_16_e16", torch.float32, 20),
-        ("diffmoe_s_e16", torch.float32, 20),
+        ("diffmoe_s_e16", torch.float32, 15),
     ):
         what = f"compiled blocks, {name}, {str(dtype)[6:]}"
         if context.time_for(what, seconds):
@@ -221,21 +222,21 @@ def noted_waits(found: Counter) -> Iterator[None]:
 def waits(context: Context) -> None:
     """A whole step of the engine at EP 1: where the host waits for the GPU."""
     recipe = context.recipe("dsmoe_s_e16", "model.depth=4", "compile=none", "precision=bf16", batch=8)
-    with context.attempt("waits of a step"), context.engine(recipe) as engine:
-        inputs = context.inputs(recipe, 8)
+    inputs = context.inputs(recipe, 8)
+    found: Counter = Counter()
+    with context.engine(recipe) as engine:
 
         def step(number: int) -> None:
             engine.train_step(number, [inputs])
             engine.gradient_norm()
 
-        for number in range(2):  # what is set up once may wait
+        for number in range(3):  # what is set up once may wait
             step(number)
-        found: Counter = Counter()
         with noted_waits(found) if context.device.type == "cuda" else contextlib.nullcontext():
-            step(2)
-        for place, count in found.most_common(8):
-            context.tell("the host waits at", count, "times a step", place)
-        context.check("waits of a step, EP 1, ZeRO 1, bf16", sum(found.values()), 0, measured=True)
+            step(3)
+    for place, count in found.most_common(8):
+        context.tell("the host waits at", count, "times a step", place)
+    context.check("waits of a step, EP 1, ZeRO 1, bf16", sum(found.values()), 0, measured=True)
 
 
 def compiled(context: Context, what: str, name: str, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ BATCH, STEPS = 16, 3
 
 
 def run(context: Context) -> None:
-    for mode, seconds in (("blocks", 30), ("none", 25)):
+    for mode, seconds in (("none", 33), ("blocks", 12)):
         what = f"dsmoe_3b_e16, {BATCH} images, recomputed: {mode}"
         if context.time_for(what, seconds):
             with context.attempt(what):

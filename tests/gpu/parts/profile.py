@@ -28,11 +28,17 @@ def run(context: Context) -> None:
         what = f"{name}, {batch} images"
         recipe = context.recipe(name, "precision=bf16", batch=batch)
         if context.time_for(what, 12):
-            with context.attempt(what), context.engine(recipe) as engine:
-                look(context, what, recipe, engine)
+            with context.attempt(what):
+                look(context, what, recipe)
 
 
-def look(context: Context, what: str, recipe: Recipe, engine: Engine) -> None:
+def look(context: Context, what: str, recipe: Recipe) -> None:
+    """Of one recipe."""
+    with context.engine(recipe) as engine:
+        look_at(context, what, recipe, engine)
+
+
+def look_at(context: Context, what: str, recipe: Recipe, engine: Engine) -> None:
     """Time some steps, and profile others."""
     inputs = context.inputs(recipe, recipe.global_batch_size)
 

@@ -29,9 +29,7 @@ def run(context: Context) -> None:
     want = json.loads((PACKED / "curve.json").read_text())["loss"]
     for precision, most in CURVE.items():
         with context.attempt(f"20 steps, {precision}"):
-            recipe = digits(precision)
-            with context.engine(recipe) as engine:
-                losses = train(engine, manifest, 0, STEPS)
+            losses = first_steps(context, manifest, precision)
             worst = max(abs(a - b) / b for a, b in zip(losses, want, strict=True))
             context.check(f"{precision}: 20 losses beside the CPU's, largest relative difference", worst, most)
             context.tell(f"{precision}: last loss", losses[-1], note=f"the CPU's {want[-1]:.4f}")
@@ -43,6 +41,12 @@ def run(context: Context) -> None:
 def digits(precision: str) -> Recipe:
     """What the curve is of."""
     return load_recipe("digits", [f"precision={precision}", "compile=none", "data.workers=0"])
+
+
+def first_steps(context: Context, manifest: Manifest, precision: str) -> list[float]:
+    """The losses that the curve has."""
+    with context.engine(digits(precision)) as engine:
+        return train(engine, manifest, 0, STEPS)
 
 
 def train(engine: Engine, manifest: Manifest, first: int, last: int) -> list[float]:
