@@ -25,6 +25,10 @@ fi
 # Two files at a time: much of a training test is starting processes, which keeps one core busy.
 python -m pytest -n 2 --dist loadfile "$@"
 
+if [ $# -eq 0 ]; then
+    echo "== GPU"
+    bash tests/gpu.sh --here || { [ $? -eq 3 ] && echo "tests/gpu.sh is skipped"; }
+fi
 if [ $long = yes ]; then
     echo "== pytest, oldest torch"
     source jobs/setup.sh oldest

@@ -1,12 +1,13 @@
 """Takes a run's results into the docs: python tests/gpu/publish.py OUT
 
-docs/gpu/DATE_GPU.md gets the summary, and between their markers docs/performance.md the figures of speed and README.md
-what has run on a GPU and what not. A dry run is not published.
+docs/gpu/DATE-GPU-COMMIT.md gets the summary, and between their markers docs/performance.md the figures of speed and
+README.md what has run on a GPU and what not. A dry run is not published.
 """
 
 import argparse
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from results import SECONDS, Line, facts, failures, read, states, summary
@@ -32,7 +33,7 @@ def main() -> int:
     if "--dry" in known["command"]:
         print(f"error: {args.out} is a dry run's, which says nothing of a GPU", file=sys.stderr)
         return 2
-    name = re.sub(r"[^a-z0-9]+", "-", f"{known['date']} {known['gpu']}".lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{known['date']} {known['gpu']} {known['commit'][:8]}".lower()).strip("-")
     page = ROOT / "docs" / "gpu" / f"{name}.md"
     page.parent.mkdir(exist_ok=True)
     page.write_text(f"# {known['gpu']}, {known['date']}\n\n{summary(lines)}")
@@ -80,10 +81,13 @@ def box(lines: list[Line], page: Path) -> str:
     checks = [line for line in lines if line.ok is not None]
     done = [part for part in SECONDS if part in ended and ended[part].value == "done"]
     others = [part for part in SECONDS if part not in done]
-    text = f"> Run on a GPU: {where(known)}: `tests/gpu.sh`, "
+    text = f"Run on a GPU: {where(known)}: `tests/gpu.sh`, "
     text += f"parts {', '.join(done)}; {len(checks) - len(failures(lines))} of {len(checks)} checks hold"
-    text += f" ([results](docs/gpu/{page.name}))."
-    return text + (f" Not done there: {', '.join(others)}.\n" if others else "\n")
+    text += f" ([results](docs/gpu/{page.name})"
+    text += ", [what became of the others](docs/gpu/README.md))." if failures(lines) else ")."
+    text += f" Not done there: {', '.join(others)}." if others else ""
+    quoted = {"initial_indent": "> ", "subsequent_indent": "> "}
+    return textwrap.fill(text, 120, **quoted, break_long_words=False, break_on_hyphens=False) + "\n> "
 
 
 if __name__ == "__main__":
