@@ -4,10 +4,12 @@ A line has part, name, value, unit, bound ("<= 2e-05"; null: a figure that nothi
 bound) and note. A part's states are lines too: name "state" with value "begun", "done", "failed", "hung" or "skipped".
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,19 +72,20 @@ def digest(root: Path) -> str:
     return found.hexdigest()
 
 
-def parsed(text: str) -> Line:
-    """A line of results.jsonl."""
-    values = json.loads(text)
-    del values["time"]
-    return Line(**values)
+def parsed(text: str) -> Iterator[Line]:
+    """The lines of a results.jsonl; one that a full disk or a kill has cut is passed over."""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            values = json.loads(line)
+            del values["time"]
+            yield Line(**values)
 
 
 def read(out: Path) -> list[Line]:
     """All lines; a part that was repeated counts by its last run."""
     file = out / "results.jsonl"
     lines: list[Line] = []
-    for text in file.read_text().splitlines() if file.exists() else ():
-        line = parsed(text)
+    for line in parsed(file.read_text()) if file.exists() else ():
         if line.name == "state" and line.value == "begun":
             lines = [old for old in lines if old.part != line.part]
         lines.append(line)

@@ -18,6 +18,7 @@ from results import AHEAD, BESIDE, FRESH, SECONDS, Line, failures, parsed, read,
 
 HERE = Path(__file__).parent
 PACKED = HERE.parents[1] / ".gpu"
+BUDGET = 420, 175  # seconds, and those of a dry run
 LEAST = 3.0  # seconds under which no part is begun
 OVER = 1.5  # a part may take so much more than its share before it counts as hung ...
 GRACE = 5.0  # ... and so many seconds
@@ -27,7 +28,7 @@ START = 60.0  # seconds a worker may take until a part begins
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/gpu.sh", description="Everything that needs a GPU, in one command.")
     parser.add_argument("out", type=Path, nargs="?", default=Path("runs/gpu"), help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=420, help="for everything (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, help="for everything (default: {}, dry {})".format(*BUDGET))
     parser.add_argument("--only", default=",".join(SECONDS), metavar="PARTS", help="some parts (default: %(default)s)")
     parser.add_argument("--dry", action="store_true", help="the same parts, tiny, on a CPU")
     args = parser.parse_args()
@@ -35,14 +36,21 @@ def main() -> int:
     for part in asked:
         if part not in SECONDS:
             parser.error(f"--only {part}: choose of {', '.join(SECONDS)}")
-    if not args.seconds > 0:
-        parser.error(f"--seconds {args.seconds:g}: it should be above 0")
-    args.out.mkdir(parents=True, exist_ok=True)
+    seconds = BUDGET[args.dry] if args.seconds is None else args.seconds
+    if not seconds > 0:
+        parser.error(f"--seconds {seconds:g}: it should be above 0")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "log").touch()
+    except OSError as error:
+        parser.error(f"{args.out} cannot be written: {error.strerror}; give another folder")
+    # Told to stop, it takes its workers along, which are in process groups of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parts = [part for part in SECONDS if part in asked]
     with tempfile.TemporaryDirectory(prefix="moe_dit_gpu_") as scratch:
         # Compiled kernels stay: the next run on this machine need not make them again.
         os.environ |= {"TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": str(PACKED / "compiled")}
-        Run(args.out, time.time() + args.seconds, args.dry).all(parts)
+        Run(args.out, time.time() + seconds, args.dry).all(parts)
     wrong = [line for line in failures(read(args.out)) if line.part in parts]
     print(f"{args.out / 'summary.md'}: {len(wrong)} checks do not hold")
     return 1 if wrong else 0
@@ -90,33 +98,39 @@ class Run:
     def _watch(self, parts: list[str], todo: list[str]) -> int:
         """Have a worker run some parts, the first of those to do; how many of them that settled."""
         worker = self._start(parts, todo)
-        settled = 0
-        limit = began = time.time()
-        limit += START
-        while settled < len(parts):
-            ended = worker.poll() is not None  # before its last lines are read
-            for line in self._new_lines():
-                if line.name != "state" or line.part != parts[settled]:
-                    continue
-                if line.value == "begun":
-                    began = time.time()
-                    self._compile_ahead(line.part, todo)
-                    limit = began + OVER * share(line.part, todo, self.deadline - began) + GRACE
-                else:
-                    settled += 1
-                    write_summary(self.out)
-                    limit = time.time() + START
-                    if settled == len(parts):
-                        break
-            if settled < len(parts) and (ended or time.time() > min(limit, self.deadline)):
-                _end(worker)
-                why = f"its process ended with status {worker.returncode}" if ended else "it did not end by itself"
-                write(self.out, Line(parts[settled], "the part", "ends", bound="by itself", ok=False, note=why))
-                self._settle(parts[settled], "failed" if ended else "hung", f"{why}, {time.time() - began:.0f} s")
-                return settled + 1
-            time.sleep(0.1)
-        _end(worker)
-        return settled
+        settled, begun = 0, False
+        began = time.time()
+        limit = began + START
+        try:
+            while settled < len(parts):
+                ended = worker.poll() is not None  # before its last lines are read
+                for line in self._new_lines():
+                    if settled == len(parts) or line.name != "state" or line.part != parts[settled]:
+                        continue
+                    began, begun = time.time(), line.value == "begun"
+                    limit = began + START
+                    if begun:
+                        self._compile_ahead(line.part, todo)
+                        limit = began + OVER * share(line.part, todo, self.deadline - began) + GRACE
+                    else:
+                        settled += 1
+                        write_summary(self.out)
+                if settled == len(parts) or (ended and not begun and settled):  # a context that broke: the rest anew
+                    break
+                if ended or time.time() > min(limit, self.deadline):
+                    self._fail(parts[settled], worker, began)
+                    return settled + 1
+                time.sleep(0.1)
+            return settled
+        finally:
+            _end(worker)
+
+    def _fail(self, part: str, worker: subprocess.Popen, began: float) -> None:
+        """Say that a part hangs, or has ended its worker."""
+        hangs = worker.poll() is None
+        why = "it did not end by itself" if hangs else f"its process ended with status {worker.returncode}"
+        write(self.out, Line(part, "the part", "ends", bound="by itself", ok=False, note=why))
+        self._settle(part, "hung" if hangs else "failed", f"{why}, {time.time() - began:.0f} s")
 
     def _settle(self, part: str, state: str, note: str) -> None:
         write(self.out, Line(part, "state", state, note=note))
@@ -131,7 +145,7 @@ class Run:
             text = results.read()
         whole = text[: text.rfind(b"\n") + 1]
         self._read += len(whole)
-        lines = [parsed(line) for line in whole.decode().splitlines()]
+        lines = list(parsed(whole.decode()))
         for line in lines:
             print(line, flush=True)
         return lines

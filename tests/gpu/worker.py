@@ -12,7 +12,7 @@ from results import AHEAD, Line, share, write
 
 ROOT = Path(__file__).parents[2]
 MODULES = {"3b": "largest"}  # where it is not called as the part
-BREAK = "BREAK_PARTS"  # of the environment, for the script's test: "hang:PART,raise:PART,die:PART"
+BREAK = "BREAK_PARTS"  # of the environment, for the script's test: "hang:PART,raise:PART,die:PART,broken:PART"
 BROKEN = 70  # this process's status where its CUDA context can no longer be used
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         began = time.time()
         state, note = "done", ""
         try:
-            _break(part)
+            break_as_asked(part)
             importlib.import_module("parts." + MODULES.get(part, part)).run(context)
             context.tell_memory()
         except Exception as error:
@@ -58,14 +58,18 @@ def main() -> None:
     os._exit(0)  # what is left, DeepSpeed's groups among it, would take seconds to put away
 
 
-def _break(part: str) -> None:
+def break_as_asked(part: str) -> None:
     """Fail as :data:`BREAK` asks for."""
+    from parts.context import Broken
+
     for asked in os.environ.get(BREAK, "").split(","):
         if asked == f"hang:{part}":
             while True:
                 time.sleep(1)
         elif asked == f"raise:{part}":
             raise RuntimeError("broken as asked")
+        elif asked == f"broken:{part}":
+            raise Broken("as asked")
         elif asked == f"die:{part}":
             os.abort()
 
