@@ -759,6 +759,20 @@ MUTATIONS = [
         "tests/test_plan.py::test_what_the_optimizer_touches",
     ),
     Mutation(
+        "deepspeed-times-each-step",
+        "moe_dit/parallel/deepspeed_config.py",
+        '"throughput": {"enabled": False}',
+        '"throughput": {"enabled": True}',
+        "tests/test_counting.py::test_a_whole_step_never_waits",
+    ),
+    Mutation(
+        "the-bench-begins-with-closed-gates",
+        "moe_dit/bench.py",
+        "    weight += noise\n",
+        "",
+        "tests/test_bench.py::test_moved_weights_give_every_expert_a_gradient",
+    ),
+    Mutation(
         "the-plan-never-waits",
         "moe_dit/plan.py",
         'parts["launches"]) + parts["waits"] + ',
