@@ -12,7 +12,7 @@ setup_venv() (
     }
     set -o pipefail
     cd "$1" || exit 2
-    # A sourced script without arguments sees its caller's, so anything else than dev is no error.
+    # A sourced script without arguments sees its caller's, so anything else than dev and oldest is no error.
     target=run venv=.venv
     [ "$2" = dev ] && target=dev
     [ "$2" = oldest ] && target=oldest venv=.venv-oldest

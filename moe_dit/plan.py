@@ -42,7 +42,9 @@ NETWORK = 50e9  # bytes/s of a GPU's share of the network between nodes: 400 Gb/
 ARITHMETIC = 790 / 989  # share of the sheet's FLOP/s that large bf16 products reach on an H100
 COPIES = 3.0 / 3.35  # share of the sheet's bytes/s that copies reach there
 RESERVED = 3e9  # CUDA context, communication buffers and the allocator's slack
-LAUNCH = 8e-6  # seconds of host time an operation of torch takes, autograd and launch; an estimate, not measured here
+# Seconds of host time an operation of torch takes, autograd and launch: an estimate. An H200's host took 40 to 55e-6,
+# with all that Python does around it (docs/gpu), so small batches are slower there than planned.
+LAUNCH = 8e-6
 WAIT = 30e-6  # seconds a GPU idles where the host waits for it: a number's copy, its reading, the next launch; as rough
 MODES = ("none", "experts", "blocks")  # of activation checkpointing, from the fastest to the smallest
 

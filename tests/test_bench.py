@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.utils
 from helpers import ENV, ROOT
 from torch import nn
 
@@ -68,9 +69,11 @@ def test_moved_weights_give_every_expert_a_gradient():
 
 def test_sampling_is_timed_by_the_plain_network_that_eval_runs():
     """No engine, whose blocks may be compiled; 25 Euler steps of the recipe with both halves of guidance."""
-    recipe = load_recipe("digits", SMALL)
+    torch._dynamo.utils.counters.clear()
+    recipe = load_recipe("digits", [*SMALL, "compile=blocks"])
     told = bench._sampling(recipe, bench.Clock(torch.device("cpu")), batch=2)
     assert told["sampling_evaluations"] == 50 and told["sampling_images_per_second"] > 0
+    assert not torch._dynamo.utils.counters["stats"]  # nothing was compiled
 
 
 def test_turning_pairs_as_complex_numbers_is_turning_them():

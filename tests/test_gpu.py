@@ -1,6 +1,7 @@
 """tests/gpu.sh without a GPU: every part runs, what hangs, raises or dies stops no other, and results become docs."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,8 +21,7 @@ def gpu(*flags: str, **more: str) -> subprocess.CompletedProcess:
 
 
 def lines(out: Path) -> list[dict]:
-    whole = [line for line in (out / "results.jsonl").read_text().splitlines() if line.endswith("}")]
-    return [json.loads(line) for line in whole]
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
 def ended(out: Path) -> dict[str, str]:
@@ -55,7 +55,7 @@ def test_a_part_that_hangs_or_raises_or_dies_stops_no_other(tmp_path):
     assert "| VAE, float32 |" in text
     # A part that is repeated counts by its last run; a CUDA context that broke ends its process, and no other part.
     with open(tmp_path / "results.jsonl", "a") as file:
-        file.write('{"part": "machine", "na\n')  # as a full disk leaves it
+        file.write('{"part": "machine", "na')  # as a full disk leaves it
     done = gpu("--dry", "--only", "machine,products,profile", str(tmp_path), BREAK_PARTS="broken:products")
     assert done.returncode == 1
     assert ended(tmp_path) == {"machine": "done", "products": "failed", "profile": "done", "sampling": "done"}
@@ -69,6 +69,9 @@ def test_without_a_gpu_the_status_says_so(tmp_path):
     done = gpu(str(tmp_path / "out"))
     assert done.returncode == 3 and "there is no GPU here" in done.stderr
     assert not (tmp_path / "out").exists()
+    for flags in (["--frobnicate"], ["--only", "speeed", "x"]):
+        assert gpu(*flags).returncode == 2
+    assert "--seconds" in gpu("--help").stdout
     for flags, line in (
         (["--only", "speeed"], "--only speeed: choose of machine, "),
         (["--seconds", "0"], "--seconds 0"),
@@ -76,6 +79,30 @@ def test_without_a_gpu_the_status_says_so(tmp_path):
     ):
         done = gpu("--dry", *flags)
         assert done.returncode == 2 and line in done.stderr
+
+
+def test_a_context_that_is_broken_ends_its_process(tmp_path, monkeypatch):
+    """As after a sticky CUDA error: every call fails from there on, those that clear up too."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "gpu"))
+    from parts.context import Broken, Context
+
+    def fails(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    for name in ("synchronize", "empty_cache", "memory_allocated"):
+        monkeypatch.setattr(f"torch.cuda.{name}", fails)
+    context = Context("speed", tmp_path, 0.0, dry=False)
+    with pytest.raises(Broken, match="a case: RuntimeError: CUDA error"), context.attempt("a case"):
+        fails()
+    assert [(line["name"], line["ok"]) for line in lines(tmp_path)] == [("a case", False)]
+
+
+def test_no_number_is_worse_than_any(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "gpu"))
+    from parts.context import worst
+
+    assert worst({"a": 0.1, "b": 0.3, "c": 0.2}) == ("b", 0.3)
+    assert worst({"a": 0.1, "b": math.nan, "c": 0.2})[0] == "b"
 
 
 def test_a_gpu_that_torch_does_not_see_is_a_failure(tmp_path):
@@ -116,6 +143,11 @@ def test_results_become_docs(tmp_path):
     assert publish().returncode == 2
     write(*told, command)
     assert publish().returncode == 2
+    told += [{"part": "run", "name": "code", "value": "0f"}]
+    write(*told, command | {"value": "bash tests/gpu.sh out"}, told[-1] | {"value": "0e"})
+    assert "several states of the code" in publish().stderr
+    write(*told, command | {"value": "bash tests/gpu.sh out"}, told[-1] | {"note": "dry"})
+    assert "a dry run" in publish().stderr
     rows = [
         command | {"value": "bash tests/gpu.sh out"},
         {"part": "machine", "name": "state", "value": "done"},

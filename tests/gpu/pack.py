@@ -2,7 +2,8 @@
 
 The digits as latent shards, their autoencoder, and a CPU's losses on them; with --wheels also the packages that a GPU
 machine without network is likely to lack (Python 3.12, x86-64; torch, torchvision and timm are taken to be there).
-Some MB, which git ignores: carry the folder along with the tree. code.json says of which commit the code is.
+Some MB, which git ignores: carry the folder along with the tree. What is there and of this code is not made again;
+code.json says which code that is.
 """
 
 import argparse
@@ -39,12 +40,16 @@ def main() -> None:
     from moe_dit.runtime.machine import commit
 
     PACKED.mkdir(exist_ok=True)
-    (PACKED / "code.json").write_text(json.dumps({"commit": commit(), "digest": digest(ROOT)}))
-    if not (PACKED / "curve.json").exists():
-        make_shards()
-        make_curve()
     if args.wheels:
         make_wheels()
+    code = PACKED / "code.json"
+    now = digest(ROOT)
+    if code.exists() and json.loads(code.read_text())["digest"] == now:
+        return  # all is there, and of this code
+    if not (PACKED / "shards" / "manifest.json").exists():
+        make_shards()
+    make_curve()
+    replace(code, {"commit": commit(), "digest": now})
     size = sum(file.stat().st_size for file in PACKED.rglob("*") if file.is_file() and "compiled" not in file.parts)
     print(f"{PACKED}: {size / 1e6:.1f} MB")
 
@@ -83,7 +88,14 @@ def make_curve() -> None:
     recipe = training.digits("fp32")
     engine = Engine(recipe, load_parallelism(training.ONE_RANK, recipe, 1), torch.device("cpu"))
     losses = training.train(engine, read_manifest(PACKED / "shards"), 0, training.STEPS)
-    (PACKED / "curve.json").write_text(json.dumps({"loss": losses, "torch": torch.__version__}))
+    replace(PACKED / "curve.json", {"loss": losses, "torch": torch.__version__})
+
+
+def replace(file: Path, value: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    new = file.with_name(f".{file.name}")
+    new.write_text(json.dumps(value))
+    new.replace(file)
 
 
 def make_wheels() -> None:

@@ -30,8 +30,12 @@ def main() -> int:
             f"error: {args.out / 'results.jsonl'} does not say its {missing[0]}; give a run's folder", file=sys.stderr
         )
         return 2
-    if "--dry" in known["command"]:
-        print(f"error: {args.out} is a dry run's, which says nothing of a GPU", file=sys.stderr)
+    runs = {(line.value, line.note) for line in lines if line.part == "run"}
+    if "--dry" in known["command"] or any(note == "dry" for _, note in runs):
+        print(f"error: {args.out} holds a dry run, which says nothing of a GPU", file=sys.stderr)
+        return 2
+    if len(runs) > 1:
+        print(f"error: {args.out} holds results of several states of the code; give a folder of one", file=sys.stderr)
         return 2
     name = re.sub(r"[^a-z0-9]+", "-", f"{known['date']} {known['gpu']} {known['commit'][:8]}".lower()).strip("-")
     page = ROOT / "docs" / "gpu" / f"{name}.md"
@@ -60,7 +64,8 @@ def performance(lines: list[Line], page: Path) -> str:
             cases.setdefault(case, {})[figure] = line
     text = f"{where(known)}; `{known['command']}`.\n"
     text += f"All results: [gpu/{page.name}](gpu/{page.name}).\n\n"
-    text += "| | a step | images/s | of 989 TFLOP/s | beside the published form | memory |\n|---|---|---|---|---|---|\n"
+    text += "| | a step | images/s | of 989 TFLOP/s | beside the published form (TF32) | memory |\n"
+    text += "|---|---|---|---|---|---|\n"
     for case, figures in cases.items():
         cells = [
             f"{figures[key].value * (100 if unit == '%' else 1):,.{digits}f}{unit}" if key in figures else ""
@@ -85,6 +90,8 @@ def box(lines: list[Line], page: Path) -> str:
     text += f"parts {', '.join(done)}; {len(checks) - len(failures(lines))} of {len(checks)} checks hold"
     text += f" ([results](docs/gpu/{page.name})"
     text += ", [what became of the others](docs/gpu/README.md))." if failures(lines) else ")."
+    skipped = [line.name for line in lines if line.value == "skipped" and line.name != "state"]
+    text += f" Skipped there: {'; '.join(skipped)}." if skipped else ""
     text += f" Not done there: {', '.join(others)}." if others else ""
     quoted = {"initial_indent": "> ", "subsequent_indent": "> "}
     return textwrap.fill(text, 120, **quoted, break_long_words=False, break_on_hyphens=False) + "\n> "

@@ -2,9 +2,13 @@
 
 A line has part, name, value, unit, bound ("<= 2e-05"; null: a figure that nothing is asked of), ok (null without a
 bound) and note. A part's states are lines too: name "state" with value "begun", "done", "failed", "hung" or "skipped".
+Each run begins with a line of part "run": the digest of its code, and whether it was dry.
 """
 
+from __future__ import annotations  # read by whatever Python is there, before .venv is
+
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -54,9 +58,14 @@ class Line:
 def write(out: Path, line: Line) -> None:
     """Add a line; it is on disk when this returns."""
     text = json.dumps(asdict(line) | {"time": round(time.time(), 2)}) + "\n"
-    file = os.open(out / "results.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(out / "results.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(file, text.encode())  # at once: several processes write, and each can be killed
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":  # a line that was cut takes no other along
+            text = "\n" + text
+        # At once: several processes write, and each can be killed.
+        if os.write(file, text.encode()) != len(text.encode()):
+            raise OSError(errno.ENOSPC, f"{out / 'results.jsonl'} cannot be written: the disk is full")
         os.fsync(file)
     finally:
         os.close(file)
@@ -86,7 +95,7 @@ def read(out: Path) -> list[Line]:
     file = out / "results.jsonl"
     lines: list[Line] = []
     for line in parsed(file.read_text()) if file.exists() else ():
-        if line.name == "state" and line.value == "begun":
+        if line.name == "state" and line.value in ("begun", "skipped"):
             lines = [old for old in lines if old.part != line.part]
         lines.append(line)
     return lines

@@ -14,12 +14,26 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import AHEAD, BESIDE, FRESH, SECONDS, Line, failures, parsed, read, share, write, write_summary
+from results import (
+    AHEAD,
+    BESIDE,
+    FRESH,
+    SECONDS,
+    Line,
+    digest,
+    failures,
+    parsed,
+    read,
+    share,
+    states,
+    write,
+    write_summary,
+)
 
 HERE = Path(__file__).parent
 PACKED = HERE.parents[1] / ".gpu"
 BUDGET = 420, 175  # seconds, and those of a dry run
-LEAST = 3.0  # seconds under which no part is begun
+LEAST = 10.0  # seconds under which no part is begun
 OVER = 1.5  # a part may take so much more than its share before it counts as hung ...
 GRACE = 5.0  # ... and so many seconds
 START = 60.0  # seconds a worker may take until a part begins
@@ -27,10 +41,12 @@ START = 60.0  # seconds a worker may take until a part begins
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/gpu.sh", description="Everything that needs a GPU, in one command.")
-    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/gpu"), help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, help="for everything (default: {}, dry {})".format(*BUDGET))
+    parser.add_argument("out", type=Path, nargs="?", help="folder of the results (default: runs/gpu, dry runs/gpu_dry)")
+    parser.add_argument("--here", action="store_true", help="in the current environment, not in .venv")
+    parser.add_argument("--seconds", type=float, help="for all parts (default: {}, dry {})".format(*BUDGET))
     parser.add_argument("--only", default=",".join(SECONDS), metavar="PARTS", help="some parts (default: %(default)s)")
     parser.add_argument("--dry", action="store_true", help="the same parts, tiny, on a CPU")
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # the flags, and nothing else
     args = parser.parse_args()
     asked = args.only.split(",")
     for part in asked:
@@ -39,21 +55,29 @@ def main() -> int:
     seconds = BUDGET[args.dry] if args.seconds is None else args.seconds
     if not seconds > 0:
         parser.error(f"--seconds {seconds:g}: it should be above 0")
+    if args.check:
+        return 0
+    args.out = args.out or Path("runs/gpu_dry" if args.dry else "runs/gpu")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "log").touch()
     except OSError as error:
         parser.error(f"{args.out} cannot be written: {error.strerror}; give another folder")
     # Told to stop, it takes its workers along, which are in process groups of their own.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     parts = [part for part in SECONDS if part in asked]
     with tempfile.TemporaryDirectory(prefix="moe_dit_gpu_") as scratch:
         # Compiled kernels stay: the next run on this machine need not make them again.
         os.environ |= {"TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": str(PACKED / "compiled")}
+        write(args.out, Line("run", "code", digest(HERE.parents[1]), note="dry" if args.dry else ""))
         Run(args.out, time.time() + seconds, args.dry).all(parts)
-    wrong = [line for line in failures(read(args.out)) if line.part in parts]
-    print(f"{args.out / 'summary.md'}: {len(wrong)} checks do not hold")
-    return 1 if wrong else 0
+    write_summary(args.out)
+    lines = read(args.out)
+    wrong = [line for line in failures(lines) if line.part in (*parts, AHEAD)]
+    done = [part for part, line in states(lines).items() if part in parts and line.value == "done"]
+    print(f"{args.out / 'summary.md'}: {len(wrong)} checks do not hold; {len(done)} of {len(parts)} parts are done")
+    return 1 if wrong or not done else 0
 
 
 class Run:
@@ -117,6 +141,8 @@ class Run:
                         write_summary(self.out)
                 if settled == len(parts) or (ended and not begun and settled):  # a context that broke: the rest anew
                     break
+                if not begun and time.time() > self.deadline:
+                    return settled  # what is left to do is skipped
                 if ended or time.time() > min(limit, self.deadline):
                     self._fail(parts[settled], worker, began)
                     return settled + 1
@@ -155,7 +181,8 @@ def _end(worker: subprocess.Popen) -> None:
     """Kill a worker and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
-    worker.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver, where no signal reaches it
+        worker.wait(10)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Runs parts of tests/gpu.sh one after another in one process, as long as its CUDA context lives."""
 
 import argparse
+import ctypes
 import importlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -13,6 +15,7 @@ from results import AHEAD, Line, share, write
 ROOT = Path(__file__).parents[2]
 MODULES = {"3b": "largest"}  # where it is not called as the part
 BREAK = "BREAK_PARTS"  # of the environment, for the script's test: "hang:PART,raise:PART,die:PART,broken:PART"
+END = 5.0  # seconds that parts leave for what comes after them
 BROKEN = 70  # this process's status where its CUDA context can no longer be used
 
 
@@ -24,6 +27,8 @@ def main() -> None:
     parser.add_argument("deadline", type=float)
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
+    # Where run.py is killed, this process goes too: Linux's PR_SET_PDEATHSIG.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if args.dry:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -32,12 +37,11 @@ def main() -> None:
 
     todo = args.todo.split(",")
     for part in args.parts.split(","):
-        left = args.deadline - time.time()
+        left = args.deadline - END - time.time()
         seconds = left if part == AHEAD else share(part, todo, left)
         context = Context(part, args.out, time.time() + seconds, args.dry)
         print(f"== {part}, {seconds:.0f} s", flush=True)
-        if part != AHEAD:
-            write(args.out, Line(part, "state", "begun"))
+        write(args.out, Line(part, "state", "begun"))
         began = time.time()
         state, note = "done", ""
         try:
@@ -48,12 +52,11 @@ def main() -> None:
             traceback.print_exc()
             state, note = "failed", first_line(error)
             write(args.out, Line(part, "the part", "ends", bound="by itself", ok=False, note=note))
-            if isinstance(error, Broken):
+            if isinstance(error, Broken) or not context.alive():
                 write(args.out, Line(part, "state", state, note=note))
                 os._exit(BROKEN)
         spent = f"{time.time() - began:.0f} s"
-        if part != AHEAD:
-            write(args.out, Line(part, "state", state, note=f"{spent}, {note}" if note else spent))
+        write(args.out, Line(part, "state", state, note=f"{spent}, {note}" if note else spent))
         sys.stdout.flush()
     os._exit(0)  # what is left, DeepSpeed's groups among it, would take seconds to put away
 

@@ -1,12 +1,13 @@
 """What a part is given: the device, its time, and where its results go; and what several parts build."""
 
 import gc
+import math
 import os
 import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -93,14 +94,18 @@ class Context:
         except Exception as error:
             traceback.print_exc()
             write(self.out, Line(self.part, name, "raised", bound="ends", ok=False, note=first_line(error)))
-            if self.device.type == "cuda":
-                try:
-                    torch.cuda.synchronize()
-                except Exception as broken:
-                    raise Broken(f"{name}: {first_line(broken)}") from None
-        finally:
-            self.clear()
-            print(f"{self.part}: {name}: {time.perf_counter() - began:.1f} s", flush=True)
+            if not self.alive():
+                raise Broken(f"{name}: {first_line(error)}") from None
+        self.clear()
+        print(f"{self.part}: {name}: {time.perf_counter() - began:.1f} s", flush=True)
+
+    def alive(self) -> bool:
+        """Whether the process can still use its GPU: some errors stay with a CUDA context for ever."""
+        try:
+            self.wait()
+        except Exception:
+            return False
+        return True
 
     def wait(self) -> None:
         """Wait until the device has done what it was given."""
@@ -204,6 +209,11 @@ class Context:
             end.record()
         torch.cuda.synchronize()
         return statistics.median(start.elapsed_time(end) for start, end in events) / 1000
+
+
+def worst(errors: Mapping[str, float]) -> tuple[str, float]:
+    """The largest error and what it is of; one that is no finite number comes before all others."""
+    return max(errors.items(), key=lambda item: item[1] if math.isfinite(item[1]) else math.inf)
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -24,7 +24,7 @@ from moe_dit.parallel.compile import compile_blocks
 from moe_dit.randomness import Stream, normal, uniform
 from moe_dit.reference import from_reference
 from moe_dit.runtime import ranks
-from parts.context import Context, relative
+from parts.context import Context, relative, worst
 
 # Of outputs and of the gradient's norm. In bf16 close choices of experts fall otherwise too: 0.054 in CPUs' bf16.
 GOLDEN = {torch.float32: (2e-5, 2e-4), torch.bfloat16: (0.1, 0.1)}
@@ -271,8 +271,8 @@ def compiled(context: Context, what: str, name: str, dtype: torch.dtype) -> None
     whole = [torch.cat([g[key].float().flatten() for key in want]) for g in (gradients, want)]
     if dtype == torch.float32:
         errors = {key: relative(gradients[key], want[key]) for key in want}
-        worst = max(errors, key=lambda key: errors[key])
-        context.check(f"{what}: worst weight's gradient", errors[worst], 1e-3, note=worst)
+        key, error = worst(errors)
+        context.check(f"{what}: worst weight's gradient", error, 1e-3, note=key)
         return
     exact = results["exact"][1]
     truth = torch.cat([exact[key].flatten() for key in want])
@@ -283,8 +283,8 @@ def compiled(context: Context, what: str, name: str, dtype: torch.dtype) -> None
         for key in want
         if exact[key].norm() > 0
     }
-    worst = max(ratios, key=lambda key: ratios[key])
-    context.check(f"{what}: the same, of the worst weight", ratios[worst], 3, note=worst)
+    key, ratio = worst(ratios)
+    context.check(f"{what}: the same, of the worst weight", ratio, 3, note=key)
 
 
 def own_devices(context: Context) -> None:

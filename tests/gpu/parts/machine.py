@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +28,8 @@ def run(context: Context) -> None:
     context.tell("date", found["date"])
     context.tell("torch", torch.__version__)
     context.tell("commit", packed_commit(context.tests.parent) or commit() or "unknown")
-    context.tell("command", os.environ.get("GPU_SH_COMMAND", shlex.join(sys.argv)))
+    words = os.environ.get("GPU_SH_COMMAND", shlex.join(sys.argv)).split()
+    context.tell("command", " ".join(word.rsplit("/", 1)[-1] if word.startswith("/") else word for word in words))
     context.tell("python", sys.version.split()[0])
     for name in PACKAGES:
         try:
@@ -43,13 +45,18 @@ def run(context: Context) -> None:
         context.tell("cuda", str(torch.version.cuda))
         context.tell("cudnn", str(torch.backends.cudnn.version()))
         context.tell("nccl", ".".join(map(str, torch.cuda.nccl.version())))
+
+    for what in (copies, host_copies, products, launches, driver):
+        with context.attempt(what.__name__):
+            what(context)
+
+
+def driver(context: Context) -> None:
+    """What nvidia-smi tells."""
+    if context.device.type == "cuda" and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
         told = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip()
         context.tell("driver, largest clock, power limit", told)
-
-    for what in (copies, host_copies, products, launches):
-        with context.attempt(what.__name__):
-            what(context)
 
 
 def packed_commit(root: Path) -> str | None:
