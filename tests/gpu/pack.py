@@ -61,7 +61,7 @@ def make_shards() -> None:
     with tempfile.TemporaryDirectory() as images:
         digits.write_images(Path(images) / "images")
         if not (PACKED / "vae").exists():
-            digits.write_autoencoder(Path(images) / "images", PACKED / "vae", steps=60, seed=0)
+            digits.write_autoencoder(Path(images) / "images", PACKED / "vae", steps=30, seed=0)
         flags = [
             "--images",
             f"{images}/images",
