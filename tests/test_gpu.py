@@ -164,8 +164,9 @@ def test_results_become_docs(tmp_path):
     page = "2026-11-27-nvidia-h100-80gb-hbm3-01234567.md"
     assert "- OFF speed: a check: 3 (<= 1)" in (copy / "docs" / "gpu" / page).read_text()
     assert (copy / "docs" / "performance.md").read_text().count("| S, 64 images | 14.0 ms | 4,558 | 19.3% |  |  |") == 1
-    lines = (copy / "README.md").read_text().splitlines()
-    box = " ".join(line.removeprefix("> ") for line in lines if line.startswith("> "))
+    readme = (copy / "README.md").read_text()
+    made = readme.split("<!-- made by tests/gpu/publish.py -->\n")[1].split("> <!-- end -->")[0].splitlines()
+    box = " ".join(line.removeprefix("> ") for line in made)
     assert box.count(f"parts machine, speed; 0 of 1 checks hold ([results](docs/gpu/{page}), ") == 1
     assert "Not done there: correctness, training, products, profile, 3b, sampling." in box
-    assert all(len(line) <= 120 or len(line.split()) < 4 for line in lines if line.startswith("> "))
+    assert all(line.startswith("> ") and (len(line) <= 120 or len(line.split()) < 4) for line in made)
