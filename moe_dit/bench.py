@@ -160,6 +160,13 @@ def move(name: str, start: int, weight: torch.Tensor) -> None:
     weight += noise
 
 
+def moved(network: Any) -> Any:
+    """A network whose weights are all moved (:func:`move`); the same object."""
+    for name, weight in network.named_parameters():
+        move(name, 0, weight)
+    return network
+
+
 class Ours:
     """The engine's step."""
 
@@ -210,10 +217,7 @@ class Published:
         self.clock = clock
         self.recipe = recipe
         self.flow = build_flow(recipe)
-        network = build_model(recipe, clock.device)
-        for name, weight in network.named_parameters():
-            move(name, 0, weight)
-        self.network: Any = published_form(network)
+        self.network: Any = published_form(moved(build_model(recipe, clock.device)))
         self.model = self.network
         if parallelism.world_size > 1:
             self.model = torch.nn.parallel.DistributedDataParallel(self.network, find_unused_parameters=True)

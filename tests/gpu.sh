@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command under one time budget; results come as they are found.
 #   bash tests/gpu.sh [--here] [--dry] [--seconds 420] [--only PART,PART] [OUT]
-# OUT (runs/gpu, dry runs/gpu_dry) gets results.jsonl, a line a check or figure, summary.md, and log. `python tests/gpu/publish.py OUT`
-# takes them into docs/ and README.md.
+# OUT (runs/gpu, dry runs/gpu_dry) gets results.jsonl, a line a check or figure, summary.md, and log;
+# `python tests/gpu/publish.py OUT` takes them into docs/ and README.md.
 #   --here   in the current environment, as on a machine without network: what it lacks is taken from .gpu/wheels
 #   --dry    the same parts, tiny, on a CPU
 # Exits 0 where a GPU was used and all checks hold, 1 where one does not or nothing could be run, 2 on wrong flags, 3

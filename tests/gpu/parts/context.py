@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from results import Line, write
 
-from moe_dit.bench import move
+from moe_dit.bench import moved
 from moe_dit.build import build_model
 from moe_dit.engine import Engine, start_ranks
 from moe_dit.models.initialization import initialize
-from moe_dit.models.moe import MoE
 from moe_dit.parallel.deepspeed_config import Parallelism, load_parallelism
-from moe_dit.parallel.expert_layers import ExpertParallelMoE
+from moe_dit.parallel.expert_layers import apply_expert_parallelism
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import load_recipe
 
@@ -166,20 +165,10 @@ class Context:
     def one_rank(self, recipe: Recipe, dtype: torch.dtype) -> Any:
         """The network as one rank trains it, without an engine around it, its weights moved off their first values."""
         model = build_model(recipe, device="meta").train()
-        for name, layer in [(name, m) for name, m in model.named_modules() if isinstance(m, MoE)]:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, ExpertParallelMoE(name, layer, 1, 0, {}))
-        initialize(model, recipe.seed, self.device)
-        for name, weight in model.named_parameters():
-            move(name, 0, weight)
+        start_ranks()
+        apply_expert_parallelism(model, 1)
+        for weight in moved(initialize(model, recipe.seed, self.device)).parameters():
             weight.data = weight.data.to(dtype)
-        return model
-
-    def moved(self, recipe: Recipe) -> Any:
-        """The plain network on the device, float32, its weights moved off their first values."""
-        model = build_model(recipe, self.device)
-        for name, weight in model.named_parameters():
-            move(name, 0, weight)
         return model
 
     def inputs(self, recipe: Recipe, count: int) -> dict[str, torch.Tensor]:

@@ -16,7 +16,8 @@ from torch import nn
 from eval import metrics
 from eval.captured import captured
 from eval.features import Extractor, Network
-from moe_dit.build import to_compute
+from moe_dit.bench import moved
+from moe_dit.build import build_model, to_compute
 from moe_dit.data import Latents, training_inputs
 from moe_dit.flow import build_flow
 from moe_dit.models.moe import Experts
@@ -180,7 +181,7 @@ def captures(context: Context) -> None:
     """A captured network gives a plain one's samples, to the bit."""
     with context.attempt("captured sampling"):
         recipe = context.recipe("dsmoe_s_e16", "model.depth=4")
-        plain = to_compute(context.moved(recipe), recipe, context.device)
+        plain = to_compute(moved(build_model(recipe, context.device)), recipe, context.device)
         graph = captured(plain, recipe, context.device)
         settings: Any = {"steps": 4, "method": "heun", "cfg_scale": 1.5, "cfg_interval": (0.3, 0.9)}
         y = torch.arange(6, device=context.device)

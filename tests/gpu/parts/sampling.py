@@ -7,7 +7,8 @@ from diffusers import AutoencoderKL
 
 from data_prep.autoencoder import decode
 from eval.captured import captured
-from moe_dit.build import to_compute
+from moe_dit.bench import moved
+from moe_dit.build import build_model, to_compute
 from moe_dit.parallel.compile import compile_blocks
 from parts.context import Context
 
@@ -35,7 +36,7 @@ def network(context: Context, name: str) -> None:
     """Images a second: an evaluation of both halves of guidance is one of 250."""
     recipe = context.recipe(name, "precision=bf16", batch=2 * IMAGES)
     count = recipe.global_batch_size
-    model = to_compute(context.moved(recipe), recipe, context.device)
+    model = to_compute(moved(build_model(recipe, context.device)), recipe, context.device)
     shape = recipe.model.in_channels, recipe.model.input_size, recipe.model.input_size
     z = torch.randn(count, *shape, device=context.device)
     t = torch.rand(count, device=context.device)
