@@ -1,17 +1,15 @@
 """What several test files need: real digits as latents and as pixels, and the runs that others are held against."""
 
-import fcntl
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ENV, ROOT, STEPS, finish, start_training
 
 from data_prep import digits
+from helpers import ENV, ROOT, STEPS, finish, forks, once, start_training
 from moe_dit import build_model, load_recipe
 from moe_dit.data import Latents, batches, training_inputs
 from moe_dit.flow import Flow
@@ -20,30 +18,37 @@ from moe_dit.runtime.ranks import World
 
 
 @pytest.fixture(scope="session")
-def latents(tmp_path_factory) -> Path:
-    """All digits as latent shards, through an autoencoder fitted for a few steps; made once for all test processes."""
+def shared(tmp_path_factory) -> Path:
+    """A folder that all test processes of this run of pytest have in common, for :func:`helpers.once`."""
     root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    folder = root / "latents"
-    with open(root / "latents.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "shards" / "manifest.json").exists():
-            digits.write_images(folder / "images")
-            digits.write_autoencoder(folder / "images", folder / "vae", steps=60, seed=0)
-            flags = f"--images {folder}/images --vae {folder}/vae --size 32 --shard-size 512 --out {folder}/shards"
-            command = [sys.executable, "-m", "data_prep.encode_latents", *flags.split()]
-            subprocess.run(command, check=True, cwd=ROOT, env=ENV, timeout=300)
-    return folder / "shards"
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
 
 @pytest.fixture(scope="session")
-def pixels(tmp_path_factory) -> Path:
+def latents(shared) -> Path:
+    """All digits as latent shards, through an autoencoder fitted for a few steps."""
+
+    def make(folder: Path) -> None:
+        digits.write_images(folder / "images")
+        digits.write_autoencoder(folder / "images", folder / "vae", steps=60, seed=0)
+        flags = f"--images {folder}/images --vae {folder}/vae --size 32 --shard-size 512 --out {folder}/shards"
+        command = [sys.executable, "-m", "data_prep.encode_latents", *flags.split()]
+        forks.run(command, check=True, cwd=ROOT, env=ENV, timeout=300)
+
+    return once(shared, "latents", make) / "shards"
+
+
+@pytest.fixture(scope="session")
+def pixels(shared) -> Path:
     """All digits as pixel shards."""
-    folder = tmp_path_factory.mktemp("pixels")
-    digits.write_images(folder / "images")
-    flags = f"--images {folder}/images --size 32 --out {folder}/shards"
-    subprocess.run([sys.executable, "-m", "data_prep.pack_pixels", *flags.split()], check=True, cwd=ROOT, env=ENV)
-    return folder / "shards"
+
+    def make(folder: Path) -> None:
+        digits.write_images(folder / "images")
+        flags = f"--images {folder}/images --size 32 --out {folder}/shards"
+        command = [sys.executable, "-m", "data_prep.pack_pixels", *flags.split()]
+        forks.run(command, check=True, cwd=ROOT, env=ENV)
+
+    return once(shared, "pixels", make) / "shards"
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +73,11 @@ def plain(latents):
 
 
 @pytest.fixture(scope="session")
-def two_ranks(latents, tmp_path_factory):
-    """An uninterrupted run on 2 expert-parallel ranks."""
-    run = tmp_path_factory.mktemp("train") / "two"
-    flags = ["--steps", str(STEPS), "--set", "checkpoint.every=4"]
-    finish(start_training(2, "zero2_ep2", latents, run, *flags, launcher="deepspeed"), run)
-    return run
+def two_ranks(latents, shared) -> Path:
+    """An uninterrupted run of STEPS steps on 2 expert-parallel ranks; to be read, not changed."""
+
+    def make(folder: Path) -> None:
+        flags = ["--steps", str(STEPS), "--set", "checkpoint.every=4"]
+        finish(start_training(2, "zero2_ep2", latents, folder / "run", *flags), folder / "run")
+
+    return once(shared, "two_ranks", make) / "run"

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from kernels import check_all
 from safetensors.torch import load_file
 from torch import nn
 
 from eval import metrics
 from eval.captured import captured
 from eval.features import Extractor, Network
+from helpers.kernels import check_all
 from moe_dit.bench import moved
 from moe_dit.build import build_model, to_compute
 from moe_dit.data import Latents, training_inputs

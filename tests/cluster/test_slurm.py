@@ -1,0 +1,200 @@
+"""The job scripts on a real SLURM of two nodes, as a user submits them, with a site's file that says CPUs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from helpers import ENV, ROOT, finish, last_step, losses, start_training, told, wait_for
+from moe_dit.events import events
+from tools.slurm import Slurm, missing
+
+pytestmark = [
+    pytest.mark.skipif(
+        bool(missing()), reason=f"there is no SLURM here ({', '.join(missing())}): apt-get install slurm-wlm munge"
+    ),
+]
+
+SITE = """\
+GPUS_PER_NODE=0
+RANKS_PER_NODE=1
+CPUS_PER_NODE=2
+MEMORY=0
+GPU=h100-80g
+TIME=10
+SAVE_SECONDS=20
+JOIN_SECONDS=30
+enter() { export PATH="$TEST_PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; }
+IN=()
+SRUN=()
+IMAGES=/nowhere
+VAE=/nowhere
+REFERENCE=/nowhere
+INCEPTION=none
+"""
+SMALL = ["--set", "model.depth=2", "--set", "global_batch_size=16"]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """The cluster; a socket's path must be short, so it does not lie below pytest's own folders."""
+    folder = Path(f"/tmp/slurm-{os.getpid()}")
+    try:
+        with Slurm(folder) as running:
+            running.env |= {"TEST_PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"}
+            site = tmp_path_factory.mktemp("site") / "site.sh"
+            site.write_text(SITE)
+            running.env["SITE"] = str(site)
+            yield running
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(slurm, *arguments) -> subprocess.CompletedProcess:
+    """jobs/submit.py with the site's file."""
+    command = [sys.executable, "jobs/submit.py", "--site", slurm.env["SITE"], *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=ENV | slurm.env, capture_output=True, text=True, timeout=120)
+
+
+def train_job(
+    slurm: Slurm,
+    run: Path,
+    latents: Path,
+    steps: int,
+    *flags: str,
+    nodes: int = 2,
+    ds: str = "zero2_ep2",
+    more: Sequence[str] = (),
+) -> str:
+    """Submit the training script by hand, as its head says; gives the job's number."""
+    own = ["--gpus-per-node=0", "--cpus-per-task=2", f"--nodes={nodes}", f"--output={run}.out", *flags]
+    training = ["--ds", f"ds_configs/{ds}.json", "--recipe", "digits", "--data", str(latents), "--out", str(run)]
+    return slurm.sbatch(*own, "jobs/slurm/train.sbatch", *training, "--steps", str(steps), *SMALL, *more, cwd=ROOT)
+
+
+def test_the_chain_finishes_in_order(slurm, latents, tmp_path):
+    """Encode, train on both nodes, evaluate: each begins when the one before has succeeded."""
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    flags = ["--recipe", "digits", "--nodes", 2, "--ds", "ds_configs/zero2_ep2.json", "--steps", 12]
+    flags += ["--images", latents.parent / "images", "--vae", latents.parent / "vae", "--size", 32, "--data", shards]
+    flags += ["--set", f"data.vae={latents.parent / 'vae'}", *SMALL, "--out", run]
+    flags += ["--reference", latents.parent / "images", "--protocol", "fidelity"]
+    done = submit(slurm, "chain", *flags, "--output", f"{tmp_path}/%x.out", "--", "-n", 40, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"(\w+): job (\d+)(?:, when (\d+) has succeeded)?", done.stderr)
+    assert [(job, after) for job, _, after in said] == [
+        ("encode", ""),
+        ("train", said[0][1]),
+        ("evaluate", said[1][1]),
+    ]
+    logs = lambda: "\n".join(log.read_text()[-3000:] for log in tmp_path.glob("*.out"))  # noqa: E731
+    assert [slurm.wait(number) for _, number, _ in said] == ["COMPLETED"] * 3, logs()
+    jobs = [slurm.show(number) for _, number, _ in said]
+    assert jobs[0]["EndTime"] <= jobs[1]["StartTime"] and jobs[1]["EndTime"] <= jobs[2]["StartTime"]
+    assert [job["NumNodes"] for job in jobs] == ["2"] * 3
+    assert "1797 samples: all good" in (tmp_path / "encode-digits.out").read_text()
+    assert len(losses(run)) == 12
+    scores = json.loads((run / "samples/step_00000012/metrics.json").read_text())
+    assert scores["num_samples"] == 40 and scores["fid"] > 0
+
+
+STEPS = 110
+
+
+def a_step_a_second(every: int) -> list[str]:
+    """On however fast a machine: a save waits for the one before, whose 15.9 MB take as many seconds as steps."""
+    return ["--set", f"checkpoint.every={every}", "--set", f"checkpoint.write_gb_per_second={0.0159 / every}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(latents, tmp_path_factory) -> list[float]:
+    """The losses of the same run on two ranks under DeepSpeed's launcher, without SLURM."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    finish(start_training(2, "zero2_ep2", latents, run, "--steps", str(STEPS), *SMALL, launcher="deepspeed"), run)
+    return losses(run)
+
+
+def test_a_job_of_one_minute_goes_on_until_its_steps_are_done(slurm, latents, uninterrupted, tmp_path):
+    """It is told in time, saves, and queues itself again: 45 steps of a second and a start do not fit into 50 s."""
+    run = tmp_path / "run"
+    job = train_job(slurm, run, latents, 45, "--time=1", "--signal=B:USR1@10", more=a_step_a_second(1))
+    assert slurm.wait(job, 900) == "COMPLETED", Path(f"{run}.out").read_text()[-6000:]
+    assert told(run)[0] == "started" and told(run)[-1] == "done"
+    assert {"stopped", "requeued"} <= set(told(run)) and "gave up" not in told(run)
+    assert slurm.show(job)["Restarts"] != "0"
+    assert losses(run) == pytest.approx(uninterrupted[:45], rel=1e-6)
+
+
+def test_a_job_that_is_stopped_in_every_way_ends_as_if_nobody_had(slurm, latents, uninterrupted, tmp_path):
+    """It meets scancel with a signal, scontrol requeue, and a slurmd that is killed."""
+    run = tmp_path / "run"
+    job = train_job(slurm, run, latents, STEPS, "--time=60", more=a_step_a_second(4))
+    log = Path(f"{run}.out")
+
+    stops: list[str] = []
+
+    def trains() -> bool:
+        return told(run) == [*stops, "started"] and last_step(run) > list(events(run))[-1]["step"] + 5
+
+    # TERM is what SLURM sends when it ends a step; agents that heard nothing would start their ranks once more.
+    for signal in ("USR1", "TERM"):
+        wait_for(trains, "5 steps", log)
+        slurm.run("scancel", f"--signal={signal}", job)
+        stops.extend(["started", "stopped", "requeued"])
+    wait_for(trains, "a third start", log)
+
+    slurm.run("scontrol", "requeue", job)
+    stops.extend(["started", "stopped"])
+    wait_for(trains, "a fourth start", log)
+
+    slurm.kill_node("n2")
+    slurm.until_node("n2", "DOWN")
+    slurm.start_node("n2")  # what ran there is ended, for the job has lost the node
+    wait_for(lambda: told(run).count("started") == 5, "a fifth start", log)
+
+    assert slurm.wait(job, 900) == "COMPLETED", log.read_text()[-6000:]
+    assert losses(run) == pytest.approx(uninterrupted, rel=1e-6)
+
+
+def test_ranks_that_srun_starts_find_each_other(slurm, latents, tmp_path):
+    """Without a launcher, on nodes whose names are no hosts': two ranks on each."""
+    run = tmp_path / "run"
+    training = (
+        f"--ds ds_configs/zero2_ep2.json --recipe digits --data {latents} --out {run} --steps 6 {' '.join(SMALL)}"
+    )
+    command = f"export OMP_NUM_THREADS=1; PATH=$TEST_PATH; srun python jobs/train.py {training}"
+    own = ["--nodes=2", "--ntasks-per-node=2", f"--output={run}.out", "--wrap", command]
+    assert slurm.wait(slurm.sbatch(*own, cwd=ROOT)) == "COMPLETED", Path(f"{run}.out").read_text()
+    assert "digits on 4 ranks" in Path(f"{run}.out").read_text() and len(losses(run)) == 6
+
+
+def test_a_run_that_fails_twice_in_the_same_way_stops(slurm, latents, tmp_path):
+    """A learning rate that no loss survives: the second time at the same step is the last."""
+    run = tmp_path / "run"
+    more = ["--set", "optimizer.lr=1e30"]
+    job = train_job(slurm, run, latents, 20, nodes=1, ds="zero1_ep1", more=more)
+    assert slurm.wait(job) == "FAILED"
+    assert told(run) == ["started", "failed", "restarted", "started", "failed", "gave up"]
+    assert slurm.show(job)["Restarts"] == "0"  # the second time was in the same allocation
+    log = Path(f"{run}.out").read_text()
+    assert re.search(r"give up: failed twice in the same way at step \d+: Stop: the (loss|gradient) is", log), log
+
+
+def test_a_job_that_is_cancelled_stays_so(slurm, latents, tmp_path):
+    """scancel without a signal is no preemption: all is saved, and nothing is queued again."""
+    run = tmp_path / "run"
+    job = train_job(slurm, run, latents, 100_000, nodes=1, ds="zero1_ep1")
+    wait_for(lambda: last_step(run) > 3, "step 3", Path(f"{run}.out"))
+    slurm.run("scancel", job)
+    assert slurm.wait(job) == "CANCELLED"
+    log = Path(f"{run}.out")
+    wait_for(lambda: "ends, as SLURM was asked to" in log.read_text(), "the script's end", log)
+    wait_for(lambda: "stopped" in told(run), "a save", log)
+    assert told(run) == ["started", "stopped"]
+    assert slurm.show(job)["Restarts"] == "0"

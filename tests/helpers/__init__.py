@@ -1,0 +1,199 @@
+"""What tests share: starting the real commands (helpers.forks), waiting for them, reading what they left."""
+
+import fcntl
+import importlib
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from textwrap import dedent, indent
+
+import psutil
+import torch
+
+from helpers import forks
+from helpers.forks import kill
+from moe_dit import build_model, load_model
+from moe_dit.events import events
+from moe_dit.runtime import command
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12  # of the runs that others are held against
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def project_files() -> list[str]:
+    """The project's files as they stand: those that git knows, and new ones that it does not ignore."""
+    found = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
+    return [name for name in found.split("\0") if name and (ROOT / name).is_file()]
+
+
+def ds_file(folder: Path, stage: int, ep: int, **zero) -> Path:
+    """A DeepSpeed JSON of ZeRO's stage and the degree of expert parallelism."""
+    path = folder / f"zero{stage}_ep{ep}.json"
+    sections = {"expert_parallel": {"enabled": True, "autoep_size": ep}, "zero_optimization": {"stage": stage, **zero}}
+    path.write_text(json.dumps(sections))
+    return path
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_training(
+    ranks: int, ds: str | Path, shards: Path, run: Path, *flags: str, launcher: str = "tasks"
+) -> subprocess.Popen:
+    """A training command, in a session of its own; output goes to RUN.log.
+
+    Args:
+        ds: the name of a file in ds_configs, or a path.
+        launcher: "tasks", forked as srun starts tasks; "deepspeed", as in the README, which starts true interpreters.
+    """
+    port = str(free_port())
+    file = ds if isinstance(ds, Path) else f"ds_configs/{ds}.json"
+    command = ["jobs/train.py", "--ds", str(file), "--recipe", "digits", "--data", str(shards), "--out", str(run)]
+    how: dict = {"cwd": ROOT, "env": ENV, "start_new_session": True}
+    with open(f"{run}.log", "a") as log:
+        how |= {"stdout": log, "stderr": log}
+        if launcher == "deepspeed":
+            runner = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", port]
+            return subprocess.Popen([sys.executable, *runner, *command, *flags], **how)
+        tasks = ["tests/helpers/tasks.py", str(ranks), port] if ranks > 1 else []
+        return forks.Popen([sys.executable, *tasks, *command, *flags], **how)
+
+
+def finish(process: subprocess.Popen, run: Path, timeout: float = 300) -> str:
+    """Wait for a training command to end well; gives its output."""
+    try:
+        status = process.wait(timeout)
+    finally:
+        kill(process)
+    log = Path(f"{run}.log").read_text()
+    assert status == 0, log[-5000:]
+    return log
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The ranks of a training command: itself, or what its launcher started."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    return [member for member in family if "jobs/train.py" in member.cmdline()[1:3]]
+
+
+def records(run: Path) -> list[dict]:
+    """A run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path, key: str = "loss") -> list[float]:
+    """A number of each step of a run, which must have a record of every step, once."""
+    found = records(run)
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1))
+    return [record[key] for record in found]
+
+
+def export(run: Path, out: Path, weights: str):
+    """The command that exports a run; gives the model."""
+    command = [sys.executable, "jobs/export.py", str(run), "--weights", weights, "--out", str(out)]
+    forks.run(command, check=True, cwd=ROOT, env=ENV)
+    return load_model(out)
+
+
+def state_of(run: Path, step: int, kind: str, recipe: str = "digits") -> dict[str, torch.Tensor]:
+    """A kind of training state of each weight, flattened, from a run's checkpoint."""
+    from moe_dit.checkpoint import read_state  # brings in DeepSpeed, which not every test file needs
+
+    shapes = {name: weight.shape for name, weight in build_model(recipe, device="meta").named_parameters()}
+    state = {f"{kind}/{name}": torch.empty(shape.numel()) for name, shape in shapes.items()}
+    read_state(state, run / "checkpoints" / f"step_{step:08d}")
+    return {name.removeprefix(f"{kind}/"): value for name, value in state.items()}
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, timeout: float = 120) -> None:
+    """Wait until a run has recorded a step; metrics are flushed every second, so this may be late, never early."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {timeout} s")
+
+
+def wait_for(true, what: str, log: Path, timeout: float = 400) -> None:
+    """Wait until something is true of a run that writes a log."""
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{log.read_text()[-6000:]}"
+        time.sleep(0.1)
+
+
+def told(run: Path) -> list[str]:
+    """The kinds of what happened to a run, in order."""
+    return [event["what"] for event in events(run)]
+
+
+def last_step(run: Path) -> int:
+    """The newest step that a run has recorded, 0 before the first."""
+    return records(run)[-1]["step"] if (run / "metrics.jsonl").exists() and records(run) else 0
+
+
+def call(name: str, *arguments):
+    """Run a command in this process, a module or a script of jobs/; gives its exit status."""
+    before, sys.argv = sys.argv, [name, *map(str, arguments)]
+    try:
+        if name.endswith(".py"):
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        else:
+            command.run(importlib.import_module(name).main)
+    except SystemExit as done:
+        return done.code
+    finally:
+        sys.argv = before
+
+
+def run_ranks(
+    commands: list[list[str]], folders: list[Path], timeout: float = 120, **more: str
+) -> list[subprocess.CompletedProcess]:
+    """One process a rank, each with its own command and folder to run in; ``more`` of the environment is as given."""
+    port = str(free_port())
+    common = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def one(rank: int) -> subprocess.CompletedProcess:
+        env = ENV | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)} | more
+        return forks.run(commands[rank], cwd=folders[rank], env=env, capture_output=True, text=True, timeout=timeout)
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(one, range(len(commands))))
+
+
+def run_scripts(body: str, ranks: int, folder: Path, **more: str) -> list[subprocess.CompletedProcess]:
+    """The same Python on each rank, as a command's main; it knows ``rank``."""
+    script = folder / "script.py"
+    script.write_text(
+        "from moe_dit.runtime import command, ranks\n"
+        "from moe_dit.runtime.errors import InputError, Stop\n"
+        "def main():\n"
+        "    ranks.start()\n"
+        "    rank = ranks.world().rank\n" + indent(dedent(body), "    ") + "\ncommand.run(main)\n"
+    )
+    return run_ranks([[sys.executable, str(script)]] * ranks, [folder] * ranks, **more)
+
+
+def once(root: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that ``make`` fills, once for all test processes: the others wait for it. It is not to be changed."""
+    folder, done = root / name, root / f"{name}.done"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir()  # fails where an earlier attempt has: what it met is no longer told
+            make(folder)
+            done.touch()
+    return folder

@@ -1,0 +1,878 @@
+"""Break the code, one line at a time, and say which breaks no test notices.
+
+    python tests/tools/mutate.py                                 # all; about ten minutes on two cores
+    python tests/tools/mutate.py --only flow-sign kid-subsets
+    python tests/tools/mutate.py --list
+
+A mutation is an edit of a copy of the project, and the tests that must fail for it. One that survives is a hole in the
+tests; one whose text is not found is to be renewed, with the line that it broke.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import ENV, ROOT, project_files
+
+LIMIT = 300  # seconds; a mutation whose tests then still run has made them hang, which is noticed too
+
+console = Console(soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One edit, after which the project computes something else.
+
+    Attributes:
+        name: for --only.
+        file: what is edited.
+        text: what stands there, exactly once.
+        replacement: what stands there instead.
+        test: the test that must fail, or a parametrized one of which a case must, as pytest's node id.
+    """
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    test: str
+
+
+MUTATIONS = [
+    # What an earlier review broke without a test noticing.
+    Mutation(
+        "label-dropout-stream",
+        "moe_dit/data/inputs.py",
+        "Stream.LABEL_DROP, position",
+        "Stream.TIME, position",
+        "tests/test_literals.py::test_each_of_a_sample_s_draws_has_its_own_stream",
+    ),
+    Mutation(
+        "noise-stream",
+        "moe_dit/data/inputs.py",
+        "normal(seed, Stream.NOISE, position",
+        "normal(seed, Stream.LATENT, position",
+        "tests/test_literals.py::test_each_of_a_sample_s_draws_has_its_own_stream",
+    ),
+    Mutation(
+        "pixel-flip-vertical",
+        "moe_dit/data/reader.py",
+        "array[:, ::-1] if flip",
+        "array[::-1] if flip",
+        "tests/test_literals.py::test_the_order_of_samples_and_their_flips",
+    ),
+    Mutation(
+        "pixel-scale",
+        "moe_dit/data/inputs.py",
+        "/ 127.5 - 1",
+        "/ 255",
+        "tests/test_literals.py::test_pixels_reach_the_network_between_minus_one_and_one",
+    ),
+    Mutation(
+        "warm-up-not-applied",
+        "moe_dit/engine.py",
+        'group["lr"] = self.learning_rate(step)',
+        'group["lr"] = self.recipe.optimizer.lr',
+        "tests/test_steps.py::test_the_first_step_of_one_rank",
+    ),
+    Mutation(
+        "biases-not-restored",
+        "moe_dit/checkpoint.py",
+        'value.copy_(plain[f"buffer/{name}"])',
+        '"bias" in name or value.copy_(plain[f"buffer/{name}"])',
+        "tests/test_steps.py::test_a_run_that_continues_takes_the_second_step",
+    ),
+    Mutation(
+        "thresholds-not-restored",
+        "moe_dit/checkpoint.py",
+        'value.copy_(plain[f"buffer/{name}"])',
+        '"threshold" in name or value.copy_(plain[f"buffer/{name}"])',
+        "tests/test_steps.py::test_thresholds_of_expert_choice_continue",
+    ),
+    Mutation(
+        "milestones-inverted",
+        "moe_dit/lineage.py",
+        "if not milestone_every or (step_of(path.name) or 0) % milestone_every]",
+        "if not milestone_every or not (step_of(path.name) or 0) % milestone_every]",
+        "tests/test_steps.py::test_milestones_are_kept_beside_the_newest",
+    ),
+    Mutation(
+        "latest-ignored",
+        "moe_dit/lineage.py",
+        "candidates = candidates[: names.index(named) + 1]",
+        "candidates = candidates[:]",
+        "tests/test_checkpoint.py::test_latest_says_which_of_a_branchs_checkpoints_is_meant",
+    ),
+    Mutation(
+        "gradient-not-checked",
+        "moe_dit/train.py",
+        "math.isfinite(loss) and math.isfinite(report.grad_norm)",
+        "math.isfinite(loss)",
+        "tests/test_steps.py::test_a_gradient_that_is_not_finite_stops_the_run_and_is_never_saved",
+    ),
+    Mutation(
+        "sampler-always-euler",
+        "eval/generate.py",
+        "method=sampling.method",
+        'method="euler"',
+        "tests/test_literals.py::test_samples_follow_the_recipe_and_the_flags[recipe]",
+    ),
+    Mutation(
+        "interval-dropped",
+        "eval/generate.py",
+        "        cfg_interval=sampling.cfg_interval,\n",
+        "",
+        "tests/test_literals.py::test_samples_follow_the_recipe_and_the_flags",
+    ),
+    Mutation(
+        "precision-recall-swapped",
+        "eval/metrics.py",
+        '"precision": int(precise) / n,',
+        '"precision": inside.double().mean().item(),',
+        "tests/test_literals.py::test_precision_is_of_the_samples_and_recall_of_the_real_images",
+    ),
+    Mutation(
+        "imbalance-of-best-layer",
+        "moe_dit/metrics.py",
+        "load.mean(1)).amax()",
+        "load.mean(1)).amin()",
+        "tests/test_literals.py::test_imbalance_is_the_worst_layer_s",
+    ),
+    # Where it would hurt most, a file each.
+    Mutation(
+        "warm-up-off-by-one",
+        "moe_dit/schedule.py",
+        "(step + 1) / warmup",
+        "step / warmup",
+        "tests/test_optimizer.py::test_the_rate_of_each_step",
+    ),
+    Mutation(
+        "average-of-the-other-weight",
+        "moe_dit/ema.py",
+        "weights, 1 - decay)",
+        "weights, decay)",
+        "tests/test_optimizer.py::test_averages_follow_weights_that_change_in_place",
+    ),
+    # What torch 2.11 loses gradients by, and what made graphs without end.
+    Mutation(
+        "alias-from-a-forward-pass",
+        "moe_dit/kernels/rows.py",
+        "return x if x.dtype == dtype else x.to(dtype)",
+        "return x.to(dtype)",
+        "tests/test_kernels.py::test_no_forward_pass_returns_an_alias",
+    ),
+    Mutation(
+        "shapes-share-a-code-object",
+        "moe_dit/graphs.py",
+        "function.__code__.replace()",
+        "function.__code__",
+        "tests/test_compile.py::test_no_number_of_shapes_is_too_many",
+    ),
+    Mutation(
+        "looks-not-filled-up",
+        "moe_dit/looks.py",
+        "if not network.couples_samples:",
+        "if False:",
+        "tests/test_looks.py::test_a_look_asks_for_few_shapes",
+    ),
+    Mutation(
+        "flow-sign",
+        "moe_dit/flow.py",
+        "target = x - noise if",
+        "target = noise - x if",
+        "tests/test_flow.py::test_loss_is_the_velocity_s_squared_error",
+    ),
+    Mutation(
+        "heun-at-the-old-time",
+        "moe_dit/sampler.py",
+        "velocity(z_next, t_next)",
+        "velocity(z_next, t)",
+        "tests/test_flow.py::test_sampling_transports_noise_to_the_data",
+    ),
+    Mutation(
+        "normal-pairs-swapped",
+        "moe_dit/randomness.py",
+        "[radius * angle.cos(), radius * angle.sin()]",
+        "[radius * angle.sin(), radius * angle.cos()]",
+        "tests/test_literals.py::test_each_of_a_sample_s_draws_has_its_own_stream",
+    ),
+    Mutation(
+        "flip-stream",
+        "moe_dit/data/loader.py",
+        "Stream.FLIP, where",
+        "Stream.TIME, where",
+        "tests/test_literals.py::test_the_order_of_samples_and_their_flips",
+    ),
+    Mutation(
+        "load-loss-not-times-experts",
+        "moe_dit/models/moe.py",
+        "counts_E.sum() * len(counts_E)",
+        "counts_E.sum()",
+        "tests/test_literals.py::test_auxiliary_losses_of_two_tokens",
+    ),
+    Mutation(
+        "rope-rows-for-columns",
+        "moe_dit/models/layers.py",
+        "torch.cat([rows, columns]",
+        "torch.cat([columns, rows]",
+        "tests/test_reference.py::test_the_published_code_s_recorded_quantities_are_matched[dsmoe_e8]",
+    ),
+    Mutation(
+        "predictor-sends-gradient",
+        "moe_dit/models/diffmoe.py",
+        "self.capacity_predictor(x_TD.detach())",
+        "self.capacity_predictor(x_TD)",
+        "tests/test_literals.py::test_a_capacity_predictor_sends_no_gradient_into_the_network",
+    ),
+    Mutation(
+        "class-tokens-turned",
+        "moe_dit/models/jit.py",
+        "if i >= in_context_start else 0",
+        "if i > in_context_start else 0",
+        "tests/test_reference.py::test_the_published_code_s_recorded_quantities_are_matched[jitmoe_e8]",
+    ),
+    Mutation(
+        "time-embedder-xavier",
+        "moe_dit/models/initialization.py",
+        "(time\\..*\\.weight|label\\.weight)$",
+        "(label\\.weight)$",
+        "tests/test_literals.py::test_the_embedders_of_time_and_label_begin_small",
+    ),
+    Mutation(
+        "clip-without-experts",
+        "moe_dit/engine.py",
+        "torch._foreach_mul_(dense + experts,",
+        "torch._foreach_mul_(dense,",
+        "tests/test_steps.py::test_the_first_step_without_zero",
+    ),
+    Mutation(
+        "never-clipped",
+        "moe_dit/parallel/deepspeed_config.py",
+        "recipe.optimizer.clip_grad_norm if parallelism.zero_stage else 0.0",
+        "0.0",
+        "tests/test_engine.py::test_clipping_is_torch_s",
+    ),
+    Mutation(
+        "experts-drawn-alike",
+        "moe_dit/parallel/expert_layers.py",
+        "first_expert=ep_rank * self.num_local_experts)",
+        "first_expert=0)",
+        "tests/test_steps.py::test_the_first_step_of_two_ranks_that_share_the_experts[2]",
+    ),
+    Mutation(
+        "betas-swapped",
+        "moe_dit/optimizer.py",
+        "first, second = config.betas",
+        "second, first = config.betas",
+        "tests/test_steps.py::test_the_first_step_of_one_rank",
+    ),
+    Mutation(
+        "a-thread-a-save",
+        "moe_dit/checkpoint.py",
+        "self._thread.submit(",
+        "ThreadPoolExecutor(1).submit(",
+        "tests/test_checkpoint.py::test_all_saves_are_of_one_thread",
+    ),
+    Mutation(
+        "a-save-over-the-one-before",
+        "moe_dit/checkpoint.py",
+        "        self.wait()\n        pieces",
+        "        pieces",
+        "tests/test_checkpoint.py::test_saves_right_after_each_other_do_not_mix",
+    ),
+    Mutation(
+        "a-step-beside-a-copy",
+        "moe_dit/engine.py",
+        "                self.before_change()\n",
+        "                pass\n",
+        "tests/test_checkpoint.py::test_nothing_changes_the_state_before_a_save_has_copied_it",
+    ),
+    Mutation(
+        "a-look-beside-a-copy",
+        "moe_dit/engine.py",
+        "        self.before_change()\n        with",
+        "        with",
+        "tests/test_checkpoint.py::test_nothing_changes_the_state_before_a_save_has_copied_it",
+    ),
+    Mutation(
+        "a-host-s-scalar-a-group",
+        "moe_dit/engine.py",
+        "module.mask_nan_or_inf_with_val_inplace = _mask_not_finite",
+        "pass",
+        "tests/test_counting.py::test_a_whole_step_never_waits",
+    ),
+    Mutation(
+        "tf32-products",
+        "moe_dit/runtime/precision.py",
+        'set_float32_matmul_precision("highest")',
+        'set_float32_matmul_precision("high")',
+        "tests/test_autoencoders.py::test_float32_is_float32_while_a_vae_or_features_are_computed",
+    ),
+    Mutation(
+        "adam-begins-anew",
+        "moe_dit/checkpoint.py",
+        "engine.set_step(step)",
+        "engine.set_step(0)",
+        "tests/test_steps.py::test_a_run_that_continues_takes_the_second_step",
+    ),
+    Mutation(
+        "other-seed-continues",
+        "moe_dit/train.py",
+        '("seed", "global_batch_size"',
+        '("global_batch_size"',
+        "tests/test_steps.py::test_a_run_does_not_continue_as_another_experiment[seed]",
+    ),
+    Mutation(
+        "second-average-not-exported",
+        "moe_dit/export.py",
+        '"weight" if weights == "model" else weights',
+        '"weight" if weights == "model" else "ema"',
+        "tests/test_steps.py::test_each_kind_of_weights_is_exported_as_itself",
+    ),
+    Mutation(
+        "upcycled-not-unscaled",
+        "moe_dit/upcycle.py",
+        " / layer.router.routed_scale",
+        "",
+        "tests/test_upcycle.py::test_an_upcycled_mixture_computes_the_dense_function",
+    ),
+    Mutation(
+        "gate-for-up",
+        "moe_dit/reference/weights.py",
+        'half = slice(shape[0]) if matrix == "gate"',
+        'half = slice(shape[0]) if matrix == "up"',
+        "tests/test_reference.py::test_the_published_code_s_recorded_quantities_are_matched[jit_dense]",
+    ),
+    Mutation(
+        "averages-begin-as-drawn",
+        "moe_dit/initial_weights.py",
+        'kinds = ["weight", *engine.recipe.ema.decays]',
+        'kinds = ["weight"]',
+        "tests/test_steps.py::test_the_first_step_of_one_rank",
+    ),
+    Mutation(
+        "crop-off-centre",
+        "data_prep/images.py",
+        "left = (image.width - size) // 2",
+        "left = image.width - size",
+        "tests/test_data_prep.py::test_center_crop_is_adms",
+    ),
+    Mutation(
+        "labels-in-shard-order",
+        "data_prep/shards.py",
+        "str(labels[index])",
+        "str(labels[i])",
+        "tests/test_data_prep.py::test_pixels_are_the_crops",
+    ),
+    Mutation(
+        "mirror-upside-down",
+        "data_prep/encode_latents.py",
+        "images.flip(-1)",
+        "images.flip(-2)",
+        "tests/test_data_prep.py::test_latents_are_the_vaes_posteriors",
+    ),
+    Mutation(
+        "shards-not-hashed",
+        "data_prep/verify.py",
+        'if sha256(path) != record["sha256"]:',
+        "if not sha256(path):",
+        "tests/test_data_prep.py::test_verify",
+    ),
+    Mutation(
+        "images-not-rounded",
+        "eval/generate.py",
+        "* 127.5).round()",
+        "* 127.5)",
+        "tests/test_literals.py::test_images_are_rounded_to_the_nearest_grey",
+    ),
+    Mutation(
+        "recall-of-first-classes",
+        "eval/features.py",
+        "torch.linspace(0, count - 1, min(KEPT, count), dtype=torch.float64)",
+        "torch.arange(0.0, min(KEPT, count))",
+        "tests/test_literals.py::test_recall_asks_for_every_class_of_a_large_reference",
+    ),
+    Mutation(
+        "fitted-to-held-out",
+        "eval/features.py",
+        "_fit(x[~held_out], y[~held_out])",
+        "_fit(x, y)",
+        "tests/test_literals.py::test_held_out_accuracy_is_of_images_that_were_not_fitted",
+    ),
+    Mutation(
+        "other-weights-continue",
+        "eval/sample_folder.py",
+        '(model / "config.json", *sorted(model.glob("*.safetensors")))',
+        '(model / "config.json",)',
+        "tests/test_literals.py::test_samples_of_other_weights_are_not_continued",
+    ),
+    Mutation(
+        "atlas-transposed",
+        "eval/atlas.py",
+        ".unflatten(0, (self.side, self.side))",
+        ".unflatten(0, (self.side, self.side)).transpose(0, 1)",
+        "tests/test_atlas.py::test_choice_by_position",
+    ),
+    Mutation(
+        "cpu-experts-forget-the-weight",
+        "moe_dit/kernels/cpu.py",
+        "weighted = h.mul_(weight_n1)",
+        "weighted = h",
+        "tests/test_model.py::test_summing_tokens_by_expert_equals_summing_their_rows",
+    ),
+    Mutation(
+        "balanced-classes-as-any",
+        "eval/metrics.py",
+        "if labels_N is not None and _balanced(labels_N):",
+        "if False:",
+        "tests/test_protocols.py::test_of_balanced_classes_the_error_is_what_samples_differ_by_within_them",
+    ),
+    Mutation(
+        "influence-without-the-mean",
+        "eval/metrics.py",
+        "slope = 2 * (mu - other)",
+        "slope = 0 * (mu - other)",
+        "tests/test_protocols.py::test_the_error_is_the_bootstrap_s",
+    ),
+    Mutation(
+        "infinity-the-other-way",
+        "eval/metrics.py",
+        "return fid - (of_half - fid)",
+        "return fid + (of_half - fid)",
+        "tests/test_protocols.py::test_fid_infinity_takes_the_bias_away",
+    ),
+    Mutation(
+        "adm-shuffled",
+        "eval/metrics.py",
+        "splits=1, shuffle=False)",
+        "splits=2, shuffle=True)",
+        "tests/test_protocols.py::test_adm_s_parts_are_in_the_samples_own_order",
+    ),
+    Mutation(
+        "density-of-three",
+        "eval/metrics.py",
+        "k: int = 3, k_density: int = 5",
+        "k: int = 3, k_density: int = 3",
+        "tests/test_protocols.py::test_density_and_coverage_are_prdc_s",
+    ),
+    Mutation(
+        "half-pixel-corners",
+        "eval/features.py",
+        'mode="bilinear", align_corners=False) * 2 - 1',
+        'mode="bilinear", align_corners=True) * 2 - 1',
+        "tests/test_protocols.py::test_diffmoe_is_pytorch_fid_on_floats",
+    ),
+    Mutation(
+        "floats-of-127",
+        "eval/generate.py",
+        "images.float() * 127.5 + 128",
+        "images.float() * 127.5 + 127.5",
+        "tests/test_protocols.py::test_floats_are_not_rounded",
+    ),
+    Mutation(
+        "near-of-one-error",
+        "eval/sweep.py",
+        "math.hypot(row.error, best.error)",
+        "row.error",
+        "tests/test_sweep.py::test_the_best_is_marked_and_what_does_not_differ_from_it",
+    ),
+    Mutation(
+        "spread-of-seeds-forgotten",
+        "eval/sweep.py",
+        "error = max(error, statistics.stdev(fids) / len(results) ** 0.5)",
+        "pass",
+        "tests/test_sweep.py::test_several_seeds_are_a_mean_with_its_spread",
+    ),
+    Mutation(
+        "smoothing-lags",
+        "eval/plots.py",
+        "sums[place - half]) / (2 * half + 1)",
+        "sums[place - half]) / (2 * half + 2)",
+        "tests/test_eval.py::test_smoothing_has_no_lag",
+    ),
+    Mutation(
+        "linear-forgets-the-transpose",
+        "moe_dit/kernels/linear.py",
+        "rows.sum(dim=0) if",
+        "rows.mean(dim=0) if",
+        "tests/test_linear.py::test_values_and_gradients",
+    ),
+    Mutation(
+        "a-failing-source-breaks-images",
+        "data_prep/shards.py",
+        "        except InputError as error:\n            return error\n",
+        "        except InputError as error:\n            return self._broken(index, str(error))\n",
+        "tests/test_sources.py::test_an_image_that_goes_is_broken_and_a_server_that_goes_ends_the_job",
+    ),
+    Mutation(
+        "workers-of-one-rate",
+        "moe_dit/data/loader.py",
+        "math.ceil(2 * eats / reads)",
+        "math.ceil(eats / reads)",
+        "tests/test_reading.py::test_workers_are_as_many_as_feed_a_rank",
+    ),
+    Mutation(
+        "labels-unchecked",
+        "moe_dit/data/reader.py",
+        "or int(text) >= classes",
+        "",
+        "tests/test_rubbish.py::test_a_label_that_is_none_of_the_classes_is_refused",
+    ),
+    Mutation(
+        "values-unchecked",
+        "moe_dit/data/reader.py",
+        "or zlib.crc32(rows[i], self._header_crc) != crcs[i]",
+        "",
+        "tests/test_reading.py::test_a_flipped_bit_anywhere_is_one_line",
+    ),
+    Mutation(
+        "label-unread",
+        "moe_dit/data/reader.py",
+        'or os.pread(file, label_sizes[i], label_offsets[i]).strip() != b"%d" % labels[i]',
+        "",
+        "tests/test_reading.py::test_a_flipped_bit_anywhere_is_one_line",
+    ),
+    Mutation(
+        "a-deleted-shard-is-read",
+        "moe_dit/data/reader.py",
+        "if not os.fstat(file.descriptor).st_nlink:",
+        "if False:",
+        "tests/test_reading.py::test_a_shard_deleted_while_training_is_one_line",
+    ),
+    Mutation(
+        "window-in-order",
+        "moe_dit/data/order.py",
+        "return samples[window_permutation(self.seed, epoch, 1 + window, len(samples))]",
+        "return samples",
+        "tests/test_reading.py::test_windows_are_shards_that_were_permuted",
+    ),
+    Mutation(
+        "windows-of-one-epoch",
+        "moe_dit/data/order.py",
+        "window_permutation(self.seed, epoch, 0, len(self.sizes))",
+        "window_permutation(self.seed, 0, 0, len(self.sizes))",
+        "tests/test_reading.py::test_windows_are_shards_that_were_permuted",
+    ),
+    Mutation(
+        "next-window-not-ahead",
+        "moe_dit/data/order.py",
+        "shards[window * self.shards : (window + 2) * self.shards]",
+        "shards[window * self.shards : (window + 1) * self.shards]",
+        "tests/test_reading.py::test_what_is_read_ahead_is_what_comes",
+    ),
+    Mutation(
+        "order-not-kept",
+        "moe_dit/train.py",
+        "        window = kept\n",
+        "",
+        "tests/test_reading.py::test_the_order_of_a_run_is_kept",
+    ),
+    Mutation(
+        "workers-outlive-their-rank",
+        "moe_dit/runtime/processes.py",
+        "time.sleep(2)\n        os._exit(1)",
+        "time.sleep(2)",
+        "tests/test_reading.py::test_workers_end_with_a_rank_that_is_killed",
+    ),
+    Mutation(
+        "transparency-on-black",
+        "data_prep/images.py",
+        'image.size, "white")',
+        'image.size, "black")',
+        "tests/test_sources.py::test_images_come_out_as_people_see_them",
+    ),
+    Mutation(
+        "exif-ignored",
+        "data_prep/images.py",
+        "image = ImageOps.exif_transpose(image)",
+        "image = image.copy()",
+        "tests/test_sources.py::test_images_are_turned_as_their_exif_data_says",
+    ),
+    Mutation(
+        "sixteen-bits-cut-off",
+        "data_prep/images.py",
+        "grey / 257 if grey.max() > 255 else grey",
+        "grey",
+        "tests/test_sources.py::test_images_come_out_as_people_see_them",
+    ),
+    Mutation(
+        "broken-images-forgotten",
+        "data_prep/shards.py",
+        "if broken:  # before",
+        "if False:  # before",
+        "tests/test_sources.py::test_every_file_is_accounted_for",
+    ),
+    Mutation(
+        "download-unchecked",
+        "moe_dit/store.py",
+        'and sha256 in ("", digest.hexdigest())',
+        "",
+        "tests/test_store.py::test_a_server_that_lies_is_one_line",
+    ),
+    Mutation(
+        "newest-evicted",
+        "moe_dit/store.py",
+        "in sorted(found):",
+        "in sorted(found, reverse=True):",
+        "tests/test_store.py::test_the_cache_keeps_to_its_size",
+    ),
+    Mutation(
+        "everyone-downloads",
+        "moe_dit/store.py",
+        "if not self._there(path, size):  # another",
+        "if True:  # another",
+        "tests/test_store.py::test_many_processes_cause_one_download",
+    ),
+    Mutation(
+        "stored-png-of-bgr",
+        "moe_dit/data/stored_png.py",
+        "image_HW3.reshape(height, -1)",
+        "image_HW3[..., ::-1].reshape(height, -1)",
+        "tests/test_sources.py::test_stored_png_is_png",
+    ),
+    Mutation(
+        "answers-of-before-a-restart",
+        "moe_dit/runtime/joining.py",
+        'return mine["token"] in found.get("tokens", ())',
+        "return bool(found)",
+        "tests/test_ranks.py::test_ranks_that_torchrun_restarts_meet_anew",
+    ),
+    Mutation(
+        "products-unchecked",
+        "moe_dit/preflight.py",
+        "if not torch.equal(product.double() @ weights,",
+        "if torch.equal(0 * product.double() @ weights,",
+        "tests/test_preflight.py::test_what_is_broken_is_told_with_ranks_and_hosts",
+    ),
+    Mutation(
+        "links-of-all-kinds",
+        "moe_dit/preflight.py",
+        "(hosts[i - 1] == hosts[i]) is inside",
+        "inside",
+        "tests/test_preflight.py::test_what_is_slow",
+    ),
+    Mutation(
+        "stragglers-told-for-ever",
+        "moe_dit/times.py",
+        "if self._reports[rank] == IN_A_ROW:",
+        "if self._reports[rank] >= IN_A_ROW:",
+        "tests/test_watchdog.py::test_stragglers",
+    ),
+    Mutation(
+        "innermost-collective",
+        "moe_dit/watchdog.py",
+        "if function in COLLECTIVES and not left else collective",
+        "if function in COLLECTIVES and not collective else collective",
+        "tests/test_watchdog.py::test_where_a_thread_stands",
+    ),
+    # What jobs decide.
+    Mutation(
+        "give-up-at-another-step",
+        "moe_dit/cluster/outcome.py",
+        'return a["step"] == b["step"] and causes[0] == causes[1]',
+        "return causes[0] == causes[1]",
+        "tests/test_cluster.py::test_a_run_that_does_not_get_on_is_given_up",
+    ),
+    Mutation(
+        "give-up-after-a-resubmission",
+        "moe_dit/cluster/outcome.py",
+        'if event["what"] in ("queued", "done", "stopped"):',
+        'if event["what"] in ("done", "stopped"):',
+        "tests/test_cluster.py::test_a_run_that_does_not_get_on_is_given_up",
+    ),
+    Mutation(
+        "give-up-though-it-gets-on",
+        "moe_dit/cluster/outcome.py",
+        ' and len({f["from"] for f in last}) == 1:',
+        ":",
+        "tests/test_cluster.py::test_a_run_that_does_not_get_on_is_given_up",
+    ),
+    Mutation(
+        "an-older-end-is-this-one",
+        "moe_dit/cluster/outcome.py",
+        'now.get("state") if now.get("time", 0) >= began else None',
+        'now.get("state")',
+        "tests/test_cluster.py::test_an_older_end_is_not_taken_for_this_one",
+    ),
+    Mutation(
+        "bad-input-is-tried-again",
+        "moe_dit/cluster/outcome.py",
+        'if state == "failed" and now.get("exit_status") == InputError.status:',
+        "if False:",
+        "tests/test_cluster.py::test_what_follows_from_how_a_run_ended",
+    ),
+    Mutation(
+        "a-hole-in-the-range-of-nodes",
+        "moe_dit/cluster/sizes.py",
+        "while least - 1 in fitting:",
+        "while least > fitting[0]:",
+        "tests/test_cluster.py::test_numbers_of_nodes_that_divide",
+    ),
+    Mutation(
+        "room-for-one-checkpoint",
+        "moe_dit/cluster/submit.py",
+        "CHECKPOINTS = 2",
+        "CHECKPOINTS = 1",
+        "tests/test_cluster.py::test_two_checkpoints_must_have_room",
+    ),
+    Mutation(
+        "arguments-are-not-quoted",
+        "moe_dit/cluster/submit.py",
+        "shlex.join(arguments)",
+        "' '.join(arguments)",
+        "tests/test_cluster.py::test_a_template_is_filled_in",
+    ),
+    # What a plan estimates.
+    Mutation(
+        "the-plan-forgets-the-optimizer",
+        "moe_dit/plan.py",
+        'max(network, parts["overlapped"]) + parts["optimizer"]',
+        'max(network, parts["overlapped"])',
+        "tests/test_plan.py::test_a_step_on_one_h100_is_that_of_another_reckoning",
+    ),
+    Mutation(
+        "the-plan-forgets-operands",
+        "moe_dit/plan.py",
+        "images * _operands(recipe, model) + ",
+        "",
+        "tests/test_plan.py::test_a_step_on_one_h100_is_that_of_another_reckoning",
+    ),
+    Mutation(
+        "the-plan-steps-what-others-own",
+        "moe_dit/plan.py",
+        "sums + step * owned",
+        "sums + step * local",
+        "tests/test_plan.py::test_what_the_optimizer_touches",
+    ),
+    Mutation(
+        "the-plan-knows-one-average",
+        "moe_dit/plan.py",
+        "12 * len(recipe.ema.decays)",
+        "12",
+        "tests/test_plan.py::test_what_the_optimizer_touches",
+    ),
+    Mutation(
+        "deepspeed-times-each-step",
+        "moe_dit/parallel/deepspeed_config.py",
+        '"throughput": {"enabled": False}',
+        '"throughput": {"enabled": True}',
+        "tests/test_counting.py::test_a_whole_step_never_waits",
+    ),
+    Mutation(
+        "the-bench-begins-with-closed-gates",
+        "moe_dit/bench.py",
+        "    weight += noise\n",
+        "",
+        "tests/test_bench.py::test_moved_weights_give_every_expert_a_gradient",
+    ),
+    Mutation(
+        "the-plan-never-waits",
+        "moe_dit/plan.py",
+        'parts["launches"]) + parts["waits"] + ',
+        'parts["launches"]) + ',
+        "tests/test_plan.py::test_the_host_waits_for_each_exchange",
+    ),
+]
+
+
+class Copy:
+    """A copy of the project whose files are edited, and whose tests run on it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in project_files():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+    def apply(self, mutation: Mutation) -> bool:
+        """Edit the file; False, and nothing done, where the text is not there exactly once."""
+        file = self.folder / mutation.file
+        content = file.read_text() if file.is_file() else ""
+        if content.count(mutation.text) != 1:
+            return False
+        file.write_text(content.replace(mutation.text, mutation.replacement))
+        return True
+
+    def undo(self, mutation: Mutation) -> None:
+        """Make the file what it is in the project."""
+        shutil.copy2(ROOT / mutation.file, self.folder / mutation.file)
+
+    def test(self, tests: list[str], limit: float | None = None) -> tuple[int | None, str]:
+        """Run tests until one fails; gives pytest's exit status (None where it took too long) and its output."""
+        # Bytecode is told by its source's size and second: an edit of equal length might not be seen.
+        env = ENV | {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
+        log = self.folder / "pytest.log"
+        with open(log, "w") as output:
+            try:
+                status = subprocess.run(command, cwd=self.folder, env=env, stdout=output, stderr=output, timeout=limit)
+            except subprocess.TimeoutExpired:
+                return None, log.read_text()
+        return status.returncode, log.read_text()
+
+
+def judge(copy: Copy, mutation: Mutation) -> tuple[bool, str]:
+    """Whether a mutation is noticed, and what became of it in a word or two."""
+    if not copy.apply(mutation):
+        return False, "text not found"
+    status, output = copy.test([mutation.test], LIMIT)
+    copy.undo(mutation)
+    if status is None:
+        return True, "killed (hung)"
+    if status == 1:
+        return True, "killed"
+    # Any status but 0 means that no test ran, so that nothing is known.
+    return False, "SURVIVED" if status == 0 else f"no test ran: {output.strip().splitlines()[-1]}"
+
+
+def chosen(names: list[str] | None) -> list[Mutation]:
+    """The mutations of these names, or all."""
+    known = {mutation.name: mutation for mutation in MUTATIONS}
+    if unknown := [name for name in names or () if name not in known]:
+        sys.exit(f"error: no mutation {', '.join(unknown)}; --list shows them")
+    return [known[name] for name in names] if names else MUTATIONS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these mutations (default: all)")
+    parser.add_argument("--list", action="store_true", help="show the mutations, and break nothing")
+    args = parser.parse_args()
+    mutations = chosen(args.only)
+    if args.list:
+        for mutation in mutations:
+            console.print(f"{mutation.name}  {mutation.file}  {mutation.test}", markup=False, highlight=False)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Copy(Path(folder) / "project")
+        # A test that fails anyhow would kill every mutation.
+        tests = sorted({mutation.test for mutation in mutations})
+        console.print(f"running the {len(tests)} tests without a mutation")
+        status, output = copy.test(tests)
+        if status:
+            sys.exit(f"error: without any mutation the tests must pass:\n{output[-3000:]}")
+        table = Table("mutation", "file", "seconds", "", title="mutations")
+        good = 0
+        for mutation in mutations:
+            began = time.monotonic()
+            killed, verdict = judge(copy, mutation)
+            good += killed
+            row = mutation.name, mutation.file, f"{time.monotonic() - began:.0f}", verdict
+            console.print(*row, markup=False, highlight=False)
+            table.add_row(*row)
+    console.print(table)
+    console.print(f"{good} of {len(mutations)} mutations are killed")
+    sys.exit(good < len(mutations))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Sixty-four and 512 ranks on one machine: simulated one at a time, and as many real ones as a machine carries."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ENV, ROOT
+
+SIMULATED = """\
+import json, sys
+from moe_dit.parallel.deepspeed_config import load_parallelism
+from moe_dit.recipe_file import load_recipe
+from moe_dit.simulate import simulate
+name, ds, ranks, rank, *changes = sys.argv[1:]
+recipe = load_recipe(name, ["precision=bf16", *changes])
+seen = simulate(recipe, load_parallelism(f"ds_configs/{ds}.json", recipe, int(ranks)), int(rank))
+of = lambda counts: {f"{kind} {ranks}": n for (kind, ranks), n in counts.items()}
+found = {"held": seen.held, "made": seen.made, "groups": seen.groups, "memory": seen.memory}
+found |= {"calls": of(seen.step.calls), "sent": of(seen.step.sent), "begins": of(seen.beginning.calls)}
+print(json.dumps(found | {"begins_sent": of(seen.beginning.sent)}))
+"""
+
+
+def simulated(*arguments) -> dict:
+    """A process that is one rank: what it held, made and sent."""
+    command = [sys.executable, "-c", SIMULATED, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# Of the digits' network: weights that all ranks share, in 71 tensors; and one expert in each of three layers, three
+# matrices of 128 x 128.
+SHARED, EXPERT = 1_626_528, 3 * 3 * 128 * 128
+
+
+@pytest.mark.parametrize("rank", [0, 63])
+def test_a_step_sends_what_arithmetic_says(rank):
+    """The digits' network on 64 ranks, EP 8, ZeRO 2: an image a rank, 16 tokens, 2 experts of 8, 3 layers."""
+    seen = simulated("digits", "zero2_ep8", 64, rank)
+    assert SHARED + EXPERT * 8 == 2_806_176
+    assert seen["held"] == {"weights": 2 * (SHARED + EXPERT), "master": 175_392, "state": 3 * 175_392}
+    # a sixty-fourth of the shared weights, padded to 128 elements; an eighth of the expert's, for 8 ranks hold each
+    assert 4 * (-(-SHARED // 128) * 128 // 64 + EXPERT // 8) == 175_392
+    # all ranks twice (DeepSpeed's copy); 8 groups that share experts and 8 that hold the same ones
+    assert (seen["made"], seen["groups"]) == (18, [64, 64, 8, 8])
+    # every weight from the first of those that hold it, in bf16
+    assert seen["begins"] == {"broadcast 64": 71, "broadcast 8": 9}
+    assert seen["begins_sent"] == {"broadcast 64": 2 * SHARED, "broadcast 8": 2 * EXPERT}
+    calls, sent = seen["calls"], seen["sent"]
+    # counts, tokens out and back, gradients out and back, in each layer
+    assert calls["all-to-all 8"] == 3 * (1 + 4)
+    # of 32 rows a layer those for other ranks: between none and all, and the counts, 4 or 8 bytes to each of 7 others
+    rows = (sent["all-to-all 8"] - 3 * 7 * 4) / (2 * 128)
+    assert 0 < rows <= 4 * 3 * 32
+    # float32 gradients over a ring, twice; beside them the report and the norm
+    reduced = 2 * 4 * (SHARED * 63 / 64 + EXPERT * 7 / 8)
+    assert reduced == 13_841_100
+    assert 0 <= sent["all-reduce 64"] + sent["all-reduce 8"] - reduced < 400
+    # weights in bf16, with the padding
+    assert sent["all-gather 64"] == 2 * 63 * (-(-SHARED // 128) * 128 // 64)
+    assert sent["all-gather 8"] == 2 * 7 * EXPERT // 8
+    assert set(calls) == {"all-to-all 8", "all-reduce 64", "all-reduce 8", "all-gather 64", "all-gather 8"}
+
+
+@pytest.mark.parametrize(("ranks", "rank", "master"), [(64, 0, 193_854_320), (512, 511, 24_231_792)])
+def test_the_3b_network_on_many_ranks(ranks, rank, master):
+    """8 GB and minutes: the whole network, an image a rank."""
+    seen = simulated("dsmoe_3b_e16", "zero2_ep8", ranks, rank, f"global_batch_size={ranks}")
+    shared, expert = 3_101_669_024 - 15 * 16 * 3 * 1152 * 2880, 15 * 2 * 3 * 1152 * 2880
+    assert seen["held"] == {"weights": 2 * (shared + expert), "master": master, "state": 3 * master}
+    assert master == pytest.approx(4 * (shared / ranks + expert / (ranks / 8)), rel=1e-4)
+    assert (seen["made"], seen["groups"]) == (ranks // 8 + 8 + 2, [ranks, ranks, *sorted([8, ranks // 8])[::-1]])
+    assert seen["calls"]["all-to-all 8"] == 15 * 5
+    assert seen["memory"] < 10e9
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--simulate", "--rank", "16"], "--rank 16: it should be from 0 to 15"),
+        (["--simulate", "--rank", "-1"], "--rank -1: it should be from 0 to 15"),
+        (["--rank", "1"], "--rank says which rank --simulate is; give both or neither"),
+        (["--simulate", "--table"], "--table and --simulate: give one of them"),
+        (["--simulate", "--ds", "ds_configs/zero3_ep8.json"], "simulate ZeRO 1 or 2"),
+    ],
+)
+def test_what_cannot_be_simulated_is_one_line(flags, line):
+    command = [sys.executable, "jobs/plan.py", "--recipe", "digits", "--ds", "ds_configs/zero2_ep8.json"]
+    done = subprocess.run([*command, "--gpus", "16", *flags], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and line in done.stderr, done.stderr
+
+
+def test_the_command_shows_what_a_rank_sends():
+    command = [sys.executable, "jobs/plan.py", "--recipe", "digits", "--ds", "ds_configs/zero1_ep8.json"]
+    command += ["--gpus", "16", "--simulate", "--rank", "15"]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "digits, rank 15 of 16, ZeRO 1, EP 8" in " ".join(done.stdout.split())
+    assert "groups: 12 made, a call each; this rank is in 4, of 16, 16, 8, 2 ranks" in done.stdout
+
+
+def many(ranks: int, **env: str) -> list[dict]:
+    """Real ranks over gloo with a training run's groups (tests/tools/many_ranks.py), EP 8: what each had open."""
+    command = [sys.executable, "tests/tools/many_ranks.py", str(ranks), "8"]
+    environment = ENV | {"DS_ACCELERATOR": "cpu"} | env
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_ranks_connect_with_few_others():
+    """64 ranks: at most 100 sockets and 200 files; without what is done about it, some 250 sockets (24 ranks: 90)."""
+    meshes = many(24, TORCH_GLOO_LAZY_INIT="0")
+    assert len(meshes) == 24 and min(rank["before"]["sockets"] for rank in meshes) > 3 * 23
+    found = many(64)
+    assert len(found) == 64
+    for moment in ("before", "after"):
+        assert max(rank[moment]["sockets"] for rank in found) <= 100
+        assert max(rank[moment]["files"] for rank in found) <= 200
+        # Of rank 0's, 65 are the store's: one of every rank, its own at both ends. The rest are its neighbours in rings
+        # and trees, no more than other ranks have.
+        first, *others = (rank[moment]["sockets"] - rank[moment]["store"] for rank in found)
+        assert found[0][moment]["store"] == 65 and {rank[moment]["store"] for rank in found[1:]} == {1}
+        assert max(first, *others) <= 24
+    # Each group is a call on every rank, but only members speak with the store: of themselves, and of whom they meet.
+    assert {rank["groups"] for rank in found} == {18}
+    assert max(sum(rank["calls"].values()) for rank in found) <= 50
