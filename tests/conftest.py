@@ -1,7 +1,6 @@
 """What several test files need: real digits as latents and as pixels, and the runs that others are held against."""
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +8,17 @@ import pytest
 import torch
 
 from data_prep import digits
-from helpers import ENV, ROOT, STEPS, finish, forks, once, start_training
+from helpers import STEPS, call, finish, once, start_training
+from helpers.budget import Budget
 from moe_dit import build_model, load_recipe
 from moe_dit.data import Latents, batches, training_inputs
 from moe_dit.flow import Flow
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.ranks import World
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Budget(config))
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +34,11 @@ def latents(shared) -> Path:
 
     def make(folder: Path) -> None:
         digits.write_images(folder / "images")
-        digits.write_autoencoder(folder / "images", folder / "vae", steps=60, seed=0)
-        flags = f"--images {folder}/images --vae {folder}/vae --size 32 --shard-size 512 --out {folder}/shards"
-        command = [sys.executable, "-m", "data_prep.encode_latents", *flags.split()]
-        forks.run(command, check=True, cwd=ROOT, env=ENV, timeout=300)
+        digits.write_autoencoder(folder / "images", folder / "vae", steps=20, seed=0)
+        flags = (
+            f"--images {folder}/images --vae {folder}/vae --size 32 --shard-size 512 --out {folder}/shards --workers 0"
+        )
+        assert call("data_prep.encode_latents", *flags.split()) == 0
 
     return once(shared, "latents", make) / "shards"
 
@@ -44,9 +49,8 @@ def pixels(shared) -> Path:
 
     def make(folder: Path) -> None:
         digits.write_images(folder / "images")
-        flags = f"--images {folder}/images --size 32 --out {folder}/shards"
-        command = [sys.executable, "-m", "data_prep.pack_pixels", *flags.split()]
-        forks.run(command, check=True, cwd=ROOT, env=ENV)
+        flags = f"--images {folder}/images --size 32 --out {folder}/shards --workers 0"
+        assert call("data_prep.pack_pixels", *flags.split()) == 0
 
     return once(shared, "pixels", make) / "shards"
 

@@ -1,6 +1,6 @@
 """A process that has imported what commands import, and forks one for each command line that it is sent.
 
-    python tests/helpers/fork_server.py SOCKET (project | libraries)
+    python tests/helpers/fork_server.py SOCKET (project | libraries | nothing)
 
 Its client is :mod:`helpers.forks`, which started it. It never computes, joins a group or starts a thread: so what it
 forks is as sound as a new interpreter, and is there in a hundredth of the time.
@@ -37,7 +37,9 @@ LARGEST = 1 << 20  # bytes of a request
 
 
 def preload(what: str) -> None:
-    """Import the libraries, and for ``project`` its modules too."""
+    """Import nothing, the libraries, or for ``project`` its modules too."""
+    if what == "nothing":
+        return
     for name in (*LIBRARIES, *LATER):
         importlib.import_module(name)
     _ = sys.modules["deepspeed"].ops.__compatible_ops__  # asks a compiler, once
@@ -70,20 +72,23 @@ def run(command: list[str]) -> None:
 
 def run_and_exit(command: list[str]) -> NoReturn:
     """As :func:`run`, and exit as Python does, but for taking all modules apart: 0.6 s of a forked process."""
-    status = 0
+    status, interrupted = 0, False
     try:
         run(command)
     except SystemExit as done:
         status = done.code if isinstance(done.code, int) else int(done.code is not None)
         if status and not isinstance(done.code, int):
             print(done.code, file=sys.stderr)
-    except BaseException:
+    except BaseException as error:
         sys.excepthook(*sys.exc_info())
-        status = 1
+        status, interrupted = 1, isinstance(error, KeyboardInterrupt)
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(status & 0xFF)
 
 

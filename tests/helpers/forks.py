@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from helpers.budget import anything_may_start, may_start
+
 ROOT = Path(__file__).parents[2]
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -31,10 +33,9 @@ class Server:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno()), preload]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        how = {"cwd": ROOT, "env": environment, "pass_fds": [theirs.fileno()], "start_new_session": True}
+        with anything_may_start():
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **how)
         theirs.close()
         if self._connection.recv(100) != b"ready":
             raise RuntimeError("the fork server ended as it began; its error is above")
@@ -73,11 +74,12 @@ class Popen(subprocess.Popen):
     """A process forked by the server.
 
     Args:
-        preload: "project", or "libraries" for commands of a copy of the project.
+        preload: "project"; "libraries" for commands of a copy of the project; "nothing".
         finalize: end as Python does, to the last destructor, which takes 0.6 s.
     """
 
     def __init__(self, args, *, preload: str = "project", finalize: bool = False, **options):
+        may_start(" ".join(map(str, args)), forked=True)
         self._server, self._finalize = server(preload), finalize
         super().__init__(args, **options)
 
