@@ -30,8 +30,9 @@ from typing import NoReturn
 from setproctitle import getproctitle, setproctitle
 
 LIBRARIES = ("torch", "torch.distributed.checkpoint", "deepspeed", "timm", "diffusers", "webdataset")
-# What these import when an optimizer is made, a group is joined, a checkpoint is written.
+# What these import when an optimizer is made, a group is joined, a checkpoint is written; and what tests import.
 LATER = ("torch._dynamo", "torch.utils.serialization.config", "deepspeed.comm.mori", "setuptools.command.build_ext")
+TESTS = ("pytest", "sklearn.datasets", "scipy.linalg", "matplotlib.figure", "torch_fidelity")
 PACKAGES = ("moe_dit", "data_prep", "eval")
 LARGEST = 1 << 20  # bytes of a request
 
@@ -40,7 +41,7 @@ def preload(what: str) -> None:
     """Import nothing, the libraries, or for ``project`` its modules too."""
     if what == "nothing":
         return
-    for name in (*LIBRARIES, *LATER):
+    for name in (*LIBRARIES, *LATER, *TESTS):
         importlib.import_module(name)
     _ = sys.modules["deepspeed"].ops.__compatible_ops__  # asks a compiler, once
     for name in PACKAGES if what == "project" else ():
