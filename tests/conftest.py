@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_prep import digits
-from helpers import STEPS, call, finish, once, start_training
+from helpers import STEPS, call, finish, forks, once, start_training
 from helpers.budget import Budget
 from moe_dit import build_model, load_recipe
 from moe_dit.data import Latents, batches, training_inputs
@@ -18,7 +18,7 @@ from moe_dit.runtime.ranks import World
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(Budget(config))
+    config.pluginmanager.register(Budget(config, forks.close_all))
 
 
 @pytest.fixture(scope="session")

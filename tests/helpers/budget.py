@@ -11,6 +11,7 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,11 +59,17 @@ def _folder(item: pytest.Item) -> str:
 
 
 class Budget:
-    """One process's part of the checks; the first process adds them up."""
+    """One process's part of the checks; the first process adds them up.
 
-    def __init__(self, config: pytest.Config):
+    Args:
+        close: ends the fork servers, and gives what is left of what they started.
+    """
+
+    def __init__(self, config: pytest.Config, close: Callable[[], list[int]]):
         self.config = config
+        self.close = close
         self.unit_seconds = 0.0
+        self.wrong: list[str] = []
         self.memory = set(os.listdir("/dev/shm"))
         if not hasattr(config, "workerinput"):
             os.environ[MARK] = secrets.token_hex(8)
@@ -83,13 +90,14 @@ class Budget:
 
     def pytest_testnodedown(self, node):
         self.unit_seconds += getattr(node, "workeroutput", {}).get("unit_seconds", 0.0)
+        self.wrong += getattr(node, "workeroutput", {}).get("wrong", [])
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session):
+        self.wrong += [f"process {process} is left of what tests had forked" for process in self.close()]
         if hasattr(self.config, "workerinput"):
-            self.config.workeroutput["unit_seconds"] = self.unit_seconds
+            self.config.workeroutput |= {"unit_seconds": self.unit_seconds, "wrong": self.wrong}
             return
-        self.wrong = []
         if self.unit_seconds > UNIT_SECONDS:
             self.wrong.append(f"the unit tests took {self.unit_seconds:.0f} CPU seconds of {UNIT_SECONDS:.0f}")
         self.wrong += [f"a process is left: {line}" for line in _left()]
@@ -105,7 +113,7 @@ class Budget:
 
 
 def _left() -> list[str]:
-    """The command lines of what this run of the suite started, and what is still there."""
+    """What else this run of the suite started, and what is still there, with their command lines."""
     deadline = time.monotonic() + LONGEST_ENDING
     while (left := list(filter(_ours, psutil.process_iter()))) and time.monotonic() < deadline:
         time.sleep(0.1)

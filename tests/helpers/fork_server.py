@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -132,13 +133,31 @@ def fork(request: dict, streams: list[int]) -> int | None:
     return None
 
 
+def of_sessions(sessions: set[int]) -> list[int]:
+    """The processes of these sessions that have not ended."""
+    found = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):  # it ends now
+            state, _, _, session = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) in sessions and state not in "ZX":
+                found.append(int(process))
+    return found
+
+
 def serve(connection: socket.socket) -> dict:
     """Answer requests until the client is gone; returns only in what was forked, with the request."""
     sessions: set[int] = set()
     while True:
         message, streams, _, _ = socket.recv_fds(connection, LARGEST, 3)
-        if not message:
-            break
+        if message in (b"", b"left"):
+            left = of_sessions(sessions)
+            if message:
+                connection.send(json.dumps(left).encode())
+                continue
+            for number in left:
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            os._exit(0)
         request = json.loads(message)
         number = fork(request, streams)
         if number is None:
@@ -148,13 +167,6 @@ def serve(connection: socket.socket) -> dict:
             os.close(stream)
         sessions.add(number)
         connection.send(b"%d" % number)
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and os.getsid(int(process.name)) in sessions:
-                os.kill(int(process.name), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    os._exit(0)
 
 
 def main() -> None:

@@ -25,6 +25,10 @@ ROOT = Path(__file__).parents[2]
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
+LARGEST = 1 << 20  # bytes of an answer
+_servers: list["Server"] = []
+
+
 class Server:
     """The other end of tests/helpers/fork_server.py."""
 
@@ -40,12 +44,19 @@ class Server:
         if self._connection.recv(100) != b"ready":
             raise RuntimeError("the fork server ended as it began; its error is above")
         atexit.register(self.close)
+        _servers.append(self)
 
     def fork(self, request: dict, streams: list[int]) -> int:
         """A new process's number; it is a child of this one."""
         with self._lock, _taking_orphans():
             socket.send_fds(self._connection, [json.dumps(request).encode()], streams)
             return int(self._connection.recv(100))
+
+    def left(self) -> list[int]:
+        """The processes of what it started that have not ended."""
+        with self._lock:
+            self._connection.send(b"left")
+            return json.loads(self._connection.recv(LARGEST))
 
     def close(self) -> None:
         """End the server, and all that it started and that is still there."""
@@ -62,6 +73,15 @@ def _taking_orphans():
         yield
     finally:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def close_all() -> list[int]:
+    """End this process's servers; gives the processes that they had started and that had not ended."""
+    left = [process for server in _servers for process in server.left()]
+    while _servers:
+        _servers.pop().close()
+    server.cache_clear()
+    return left
 
 
 @cache

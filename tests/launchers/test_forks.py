@@ -82,7 +82,8 @@ def test_it_can_be_stopped_continued_and_killed():
 
 SLEEPERS = """\
 import os, sys, time
-print(os.getpid(), os.fork(), flush=True)
+pid = os.fork()
+os.write(1, b"%d %d\\n" % (os.getpid(), pid))
 time.sleep(1000)
 """
 
@@ -124,6 +125,20 @@ def test_when_who_asked_is_gone_all_is(number):
         assert client.wait(60) in (-number, 1)
     started = {int(word) for word in words} - {0}
     wait_for(lambda: not any(map(running, started)), f"{started} end", None, 60)
+
+
+def test_what_is_left_is_known():
+    """What has ended and is not asked after is not left."""
+    ended = FORKED([sys.executable, "-c", ""])
+    started = FORKED([sys.executable, "-c", SLEEPERS], stdout=subprocess.PIPE, text=True)
+    words = started.stdout.readline().split() + started.stdout.readline().split()
+    wait_for(lambda: not running(ended.pid), "the first ends", None, 60)
+    left = set(map(int, words)) - {0}
+    assert set(forks.server("nothing").left()) == left and len(left) == 2
+    forks.kill(started)
+    wait_for(lambda: not forks.server("nothing").left(), "they end", None, 60)
+    started.stdout.close()
+    assert ended.wait() == 0
 
 
 def test_what_is_not_python_or_needs_the_new_process_is_refused():
