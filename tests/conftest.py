@@ -1,24 +1,17 @@
 """What several test files need: real digits as latents and as pixels, and the runs that others are held against."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from data_prep import digits
-from helpers import STEPS, call, finish, forks, once, start_training
-from helpers.budget import Budget
-from moe_dit import build_model, load_recipe
-from moe_dit.data import Latents, batches, training_inputs
-from moe_dit.flow import Flow
-from moe_dit.manifest import read_manifest
-from moe_dit.runtime.ranks import World
+from budget import Budget
+
+# What imports torch is imported where it is used: of several test processes the first runs no test.
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(Budget(config, forks.close_all))
+    config.pluginmanager.register(Budget(config))
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +24,8 @@ def shared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def latents(shared) -> Path:
     """All digits as latent shards, through an autoencoder fitted for a few steps."""
+    from data_prep import digits
+    from helpers import call, once
 
     def make(folder: Path) -> None:
         digits.write_images(folder / "images")
@@ -46,6 +41,8 @@ def latents(shared) -> Path:
 @pytest.fixture(scope="session")
 def pixels(shared) -> Path:
     """All digits as pixel shards."""
+    from data_prep import digits
+    from helpers import call, once
 
     def make(folder: Path) -> None:
         digits.write_images(folder / "images")
@@ -58,6 +55,17 @@ def pixels(shared) -> Path:
 @pytest.fixture(scope="session")
 def plain(latents):
     """The same steps in one plain torch process: losses, gradient norms and EMA."""
+    from dataclasses import replace
+
+    import torch
+
+    from helpers import STEPS
+    from moe_dit import build_model, load_recipe
+    from moe_dit.data import Latents, batches, training_inputs
+    from moe_dit.flow import Flow
+    from moe_dit.manifest import read_manifest
+    from moe_dit.runtime.ranks import World
+
     recipe = replace(load_recipe("digits"), steps=STEPS)
     manifest, model = read_manifest(latents), build_model(recipe)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
@@ -79,6 +87,7 @@ def plain(latents):
 @pytest.fixture(scope="session")
 def two_ranks(latents, shared) -> Path:
     """An uninterrupted run of STEPS steps on 2 expert-parallel ranks; to be read, not changed."""
+    from helpers import STEPS, finish, once, start_training
 
     def make(folder: Path) -> None:
         flags = ["--steps", str(STEPS), "--set", "checkpoint.every=4"]

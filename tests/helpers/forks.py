@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from helpers.budget import anything_may_start, may_start
+from budget import anything_may_start, may_start
 
 ROOT = Path(__file__).parents[2]
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h

@@ -6,13 +6,14 @@
 - What the suite started is gone when it ends, and what it put into shared memory.
 """
 
+import atexit
+import gc
 import os
 import re
 import secrets
 import sys
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -30,7 +31,7 @@ _refused = ""  # what the test that runs now must not start
 def may_start(line: str, forked: bool = False) -> None:
     """Refuse a command line that the test which runs now must not start."""
     if _refused == "process" or (_refused and not forked and PYTHON.search(line)):
-        raise RuntimeError(f"tests/helpers/budget.py: a test in this folder starts no {_refused} of its own: {line}")
+        raise RuntimeError(f"tests/budget.py: a test in this folder starts no {_refused} of its own: {line}")
 
 
 def _audit(event: str, arguments: tuple) -> None:
@@ -55,22 +56,18 @@ def anything_may_start():
 
 
 def _folder(item: pytest.Item) -> str:
-    return item.path.relative_to(Path(__file__).parents[1]).parts[0]
+    return item.path.relative_to(Path(__file__).parent).parts[0]
 
 
 class Budget:
-    """One process's part of the checks; the first process adds them up.
+    """One process's part of the checks; the first process adds them up."""
 
-    Args:
-        close: ends the fork servers, and gives what is left of what they started.
-    """
-
-    def __init__(self, config: pytest.Config, close: Callable[[], list[int]]):
+    def __init__(self, config: pytest.Config):
         self.config = config
-        self.close = close
         self.unit_seconds = 0.0
         self.wrong: list[str] = []
         self.memory = set(os.listdir("/dev/shm"))
+        atexit.register(gc.freeze)  # else the last collection visits all that torch made, for a second
         if not hasattr(config, "workerinput"):
             os.environ[MARK] = secrets.token_hex(8)
 
@@ -94,14 +91,16 @@ class Budget:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session):
-        self.wrong += [f"process {process} is left of what tests had forked" for process in self.close()]
+        if "helpers.forks" in sys.modules:
+            left = sys.modules["helpers.forks"].close_all()
+            self.wrong += [f"process {process} is left of what tests had forked" for process in left]
         if hasattr(self.config, "workerinput"):
             self.config.workeroutput |= {"unit_seconds": self.unit_seconds, "wrong": self.wrong}
             return
         if self.unit_seconds > UNIT_SECONDS:
             self.wrong.append(f"the unit tests took {self.unit_seconds:.0f} CPU seconds of {UNIT_SECONDS:.0f}")
         self.wrong += [f"a process is left: {line}" for line in _left()]
-        self.wrong += [f"/dev/shm/{name} is left" for name in sorted(set(os.listdir("/dev/shm")) - self.memory)]
+        self.wrong += [f"/dev/shm/{name} is left" for name in _unused(set(os.listdir("/dev/shm")) - self.memory)]
         if self.wrong and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -110,6 +109,15 @@ class Budget:
             terminalreporter.write_line(f"unit tests: {self.unit_seconds:.0f} CPU seconds of {UNIT_SECONDS:.0f}")
         for line in self.wrong:
             terminalreporter.write_line(f"error: {line}", red=True)
+
+
+def _unused(names: set[str]) -> list[str]:
+    """Those names in shared memory that no process has mapped; others may use this machine too."""
+    maps = []
+    for process in psutil.pids() if names else ():
+        with suppress(OSError):
+            maps.append(Path(f"/proc/{process}/maps").read_text())
+    return sorted(name for name in names if not any(f"/dev/shm/{name}" in text for text in maps))
 
 
 def _left() -> list[str]:
