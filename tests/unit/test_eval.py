@@ -21,7 +21,6 @@ from helpers.sampling import CLASSES, SIZE, assert_same, pictures, write_model
 from moe_dit import load_model
 from moe_dit.randomness import Stream, normal
 
-
 # --- a tiny model, its VAE, and real images ---------------------------------------------------------------------------
 
 
