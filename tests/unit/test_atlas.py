@@ -357,7 +357,7 @@ REPORT = "eval.report --run TMP --out TMP/a.html --atlas "
         (REPORT + "TMP", "is not an atlas"),
     ],
 )
-def test_bad_input_is_one_line_and_harms_nothing(line, says, given, capfd):
+def test_what_makes_or_shows_no_atlas_is_one_line_and_harms_nothing(line, says, given, capfd):
     for word, path in given.items():
         line = line.replace(word, str(path))
     before = sorted(given["TMP"].rglob("*"))

@@ -1,27 +1,15 @@
 """Sampling in bf16: the function that training computes, by the fast product, near float32's samples."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from eval.generate import Sampling, generate
-from helpers import call, export, finish, start_training
+from helpers.networks import network
 from moe_dit import build_model, load_recipe
 from moe_dit.build import to_compute
-from moe_dit.export import save_export
 from moe_dit.models.moe import Experts
 
 CPU = torch.device("cpu")
-
-
-def network(recipe):
-    """A network that is not the identity, as a fresh one is."""
-    model, generator = build_model(recipe), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-    return model
 
 
 def sample(name: str, precision: str, implementation: str = "loop") -> torch.Tensor:
@@ -65,25 +53,3 @@ def test_weights_become_bf16_and_buffers_stay():
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
     assert not model.training
-
-
-def test_a_look_in_bf16_is_what_sampling_the_export_gives(latents, tmp_path):
-    """To the grey level: weights, buffers and arithmetic are those of training."""
-    run = tmp_path / "run"
-    save_export(network(load_recipe("digits")), load_recipe("digits"), tmp_path / "begin")
-    settings = [
-        f"initial_weights={tmp_path / 'begin'}",
-        "precision=bf16",
-        "global_batch_size=16",
-        "sampling.steps=3",
-        "looks.every=4",
-        "looks.samples=10",
-    ]
-    settings += [f"data.vae={latents.parent / 'vae'}"]
-    flags = ["--steps", "4", *(f"--set={setting}" for setting in settings)]
-    finish(start_training(1, "zero1_ep1", latents, run, *flags), run)
-    export(run, tmp_path / "model", "ema")
-    assert call("eval.sample", "--model", tmp_path / "model", "--num", 10, "--out", tmp_path / "samples") == 0
-    want = np.asarray(Image.open(tmp_path / "samples" / "samples.png")).astype(int)
-    got = np.asarray(Image.open(run / "looks" / "step_00000004.png")).astype(int)
-    assert got.shape == want.shape and abs(got - want).max() <= 2

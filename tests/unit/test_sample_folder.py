@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -47,11 +48,18 @@ def one_line(capfd) -> str:
     return told[0]
 
 
-@pytest.fixture
-def features(model, real, tmp_path):
-    out = tmp_path / "samples"
+@pytest.fixture(scope="module")
+def kept(model, real, tmp_path_factory):
+    """Features of 24 samples; not to be changed."""
+    out = tmp_path_factory.mktemp("kept") / "samples"
     assert not sample(model, out, "--num", "24", "--batch", "12", "--save", "features", "--reference", real)
     return out
+
+
+@pytest.fixture
+def features(kept, tmp_path):
+    """A copy of them."""
+    return shutil.copytree(kept, tmp_path / "samples")
 
 
 def shorten(file):
@@ -73,7 +81,7 @@ def test_a_damaged_batch_of_features_is_told_of_and_sampled_again(model, real, f
     batch = features / "features" / "batch_000012.npz"
     whole = batch.read_bytes()
     with np.load(batch) as arrays:
-        kept = {name: arrays[name] for name in arrays.files}
+        before = {name: arrays[name] for name in arrays.files}
     damage(batch)
     capfd.readouterr()
     assert call("eval.score", features, "--reference", real) == 2
@@ -82,7 +90,7 @@ def test_a_damaged_batch_of_features_is_told_of_and_sampled_again(model, real, f
     assert "batch_000012.npz" in capfd.readouterr().err
     assert len(batch.read_bytes()) == len(whole)
     with np.load(batch) as arrays:
-        for name, value in kept.items():
+        for name, value in before.items():
             np.testing.assert_array_equal(arrays[name], value)
 
 

@@ -1,0 +1,27 @@
+"""Sampling that is killed, and continued."""
+
+import sys
+import time
+
+from helpers import ENV, ROOT, call, forks
+from helpers.sampling import assert_same, pictures, write_model
+
+
+def test_a_killed_run_continues_to_the_same_samples(tmp_path):
+    write_model(tmp_path)
+    out = tmp_path / "killed"
+    # Slow enough to be caught half-way.
+    flags = ["--model", tmp_path / "model", "--num", 40, "--batch", 8, "--steps", 100]
+    command = [sys.executable, "-m", "eval.sample", *map(str, flags), "--out", str(out)]
+    process = forks.Popen(command, cwd=ROOT, env=ENV)
+    while process.poll() is None and len(list(out.glob("images/*.png"))) < 8:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert 0 < len(pictures(out)) < 40
+    assert call("eval.score", out, "--reference", out) == 2  # not whole yet
+    (out / "images" / ".000039_9.png.tmp").write_bytes(b"half a file")
+    assert call("eval.sample", *flags, "--out", out) == 0
+    assert call("eval.sample", *flags, "--out", tmp_path / "whole") == 0
+    assert_same(pictures(out), pictures(tmp_path / "whole"))
+    assert not list(out.glob("images/.*"))
