@@ -1,4 +1,4 @@
-"""A training step, looked into on each rank, under several DeepSpeed JSONs and settings: for tests/ranks/test_engine.py.
+"""A training step, looked into on each rank, under several DeepSpeed JSONs and settings: for ranks/test_engine.py.
 
     tests/helpers/probe.py OUT STAGE,EP[,section.key=value ...] ...
 
