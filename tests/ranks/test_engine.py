@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helpers import ENV, ROOT, ds_file, finish, forks, free_port, losses, start_training, state_of
-from helpers.plainly import SMALL, sets, train_plainly
+from helpers.small_runs import SMALL, sets, train_plainly
 from moe_dit import load_recipe
 
 # --- ZeRO 0, and clipping ---------------------------------------------------------------------------------------------

@@ -1,19 +1,24 @@
-"""Training in one plain torch process, for runs of a small network to be held against."""
+"""Runs of small networks: what they begin from, and one plain torch process that they are held against."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from moe_dit import build_model
+from helpers import finish, start_training
+from helpers.older_run import OLD
+from moe_dit import build_model, load_recipe
 from moe_dit.data import Latents, batches, training_inputs
+from moe_dit.export import save_export
 from moe_dit.flow import Flow
 from moe_dit.manifest import read_manifest
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.ranks import World
 
-SMALL = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "model.moe.expert_width=16"]
-SMALL += ["global_batch_size=16"]  # of the recipe digits; seconds of starting it remain
+SHARDS = OLD / "shards"  # 96 of the digits
+TINY = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "global_batch_size=16"]
+SMALL = [*TINY, "model.moe.expert_width=16"]  # where tokens choose experts
 
 
 def sets(keys: list[str]) -> list[str]:
@@ -50,3 +55,24 @@ def train_plainly(recipe: Recipe, shards: Path, steps: int, clip: float = float(
         adam.step()
         done.losses.append(loss.item())
     return done
+
+
+def begin(folder: Path, name: str, keys: list[str], spread: float, change=None) -> Path:
+    """A model folder of random weights, to begin from; a fresh network's gradients are zero in most places."""
+    recipe = load_recipe(name, keys)
+    model, generator = build_model(recipe), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(spread * torch.randn(weight.shape, generator=generator))
+        if change is not None:
+            change(model)
+    save_export(model, recipe, folder)
+    return folder
+
+
+def train(run: Path, steps: int, *flags: str, ranks: int = 1, zero: int = 1) -> str:
+    """The command, with experts shared by all ranks; gives its output."""
+    ds = Path(f"{run}.json")
+    config = {"zero_optimization": {"stage": zero}, "expert_parallel": {"enabled": True, "autoep_size": ranks}}
+    ds.write_text(json.dumps(config))
+    return finish(start_training(ranks, ds, SHARDS, run, "--steps", str(steps), *flags), run)
