@@ -1,6 +1,6 @@
-"""A training step, looked into on each rank, under several DeepSpeed JSONs and settings: for tests/test_engine.py.
+"""A training step, looked into on each rank, under several DeepSpeed JSONs and settings: for ranks/test_engine.py.
 
-    python -m torch.distributed.run --nproc_per_node N tests/helpers/probe.py OUT STAGE,EP[,section.key=value ...] ...
+    tests/helpers/probe.py OUT STAGE,EP[,section.key=value ...] ...
 
 Each rank writes OUT.RANK, a list of what it found in each case.
 """

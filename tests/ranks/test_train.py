@@ -1,68 +1,180 @@
-"""Two steps of the real command, worked out by hand: rates, clipping, Adam, averages, biases; and what a run keeps.
-
-The networks are tiny and begin from weights and buffers that the tests choose.
-"""
+"""Training on ranks: the same run in every topology and precision; two steps worked out by hand; what a run keeps."""
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import ENV, ROOT, finish, kill, losses, records, start_training
+from helpers import ENV, ROOT, STEPS, ds_file, export, finish, forks, kill, losses, records, start_training
+from helpers.older_run import FLAGS, OLD
+from helpers.small_runs import SHARDS, SMALL, begin, sets, train, train_plainly
 from moe_dit import build_model, load_model, load_recipe
 from moe_dit.checkpoint import read_state
 from moe_dit.data import Latents, batches, training_inputs
-from moe_dit.export import export_checkpoint, load_export, save_export
+from moe_dit.export import export_checkpoint
 from moe_dit.manifest import read_manifest
+from moe_dit.parallel.deepspeed_config import Parallelism
+from moe_dit.plan import make_plan
 from moe_dit.runtime.ranks import World
 
-OLD = ROOT / "tests/golden/run_format_1"
-SHARDS = OLD / "shards"  # 96 of the digits
-TINY = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "global_batch_size=16", "checkpoint.every=1"]
-MIXTURE = [*TINY, "model.moe.expert_width=16"]
+# --- topologies and precisions ----------------------------------------------------------------------------------------
 
 
-def sets(keys: list[str]) -> list[str]:
-    return [f"--set={key}" for key in keys]
+@pytest.fixture(scope="module")
+def small(latents):
+    """Five steps of a small network in one plain process."""
+    return train_plainly(load_recipe("digits", SMALL), latents, 5)
 
 
-def begin(folder: Path, name: str, keys: list[str], spread: float, change=None) -> Path:
-    """A model folder of random weights, to begin from; a fresh network's gradients are zero in most places."""
-    recipe = load_recipe(name, keys)
-    model, generator = build_model(recipe), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(spread * torch.randn(weight.shape, generator=generator))
-        if change is not None:
-            change(model)
-    save_export(model, recipe, folder)
-    return folder
+def run_small(ranks: int, ds: str | Path, shards: Path, run: Path, steps: int, *keys: str) -> str:
+    """The command for the small network; gives its output."""
+    flags = ["--steps", str(steps), *sets([*SMALL, *keys])]
+    return finish(start_training(ranks, ds, shards, run, *flags), run)
 
 
-def train(run: Path, steps: int, *flags: str, ranks: int = 1, zero: int = 1) -> str:
-    """The command, with experts shared by all ranks; gives its output."""
-    ds = Path(f"{run}.json")
-    config = {"zero_optimization": {"stage": zero}, "expert_parallel": {"enabled": True, "autoep_size": ranks}}
-    ds.write_text(json.dumps(config))
-    return finish(start_training(ranks, ds, SHARDS, run, "--steps", str(steps), *flags), run)
+def test_expert_parallel_training_is_plain_training(plain, two_ranks, tmp_path):
+    history, norms, ema = plain
+    assert losses(two_ranks) == pytest.approx(history, rel=1e-5)
+    assert losses(two_ranks, "grad_norm") == pytest.approx(norms, rel=1e-4)
+    exported = dict(export(two_ranks, tmp_path / "model", "ema").named_parameters())
+    assert exported.keys() == ema.keys()
+    for name, want in ema.items():
+        torch.testing.assert_close(exported[name].detach(), want, rtol=0, atol=1e-5)
 
 
-def states(run: Path, step: int, *kinds: str) -> list[dict[str, torch.Tensor]]:
-    """A checkpoint's tensors by name, flattened; one dict a kind ("weight", "exp_avg", "ema", ...)."""
-    shapes = {name: weight.numel() for name, weight in load_model(run.parent / "begin").named_parameters()}
-    found = {f"{kind}/{name}": torch.empty(numel) for kind in kinds for name, numel in shapes.items()}
-    read_state(found, run / f"checkpoints/step_{step:08d}")
-    return [{name: found[f"{kind}/{name}"] for name in shapes} for kind in kinds]
+def test_eight_ranks_are_the_same_run(small, latents, tmp_path):
+    run_small(8, "zero2_ep8", latents, tmp_path / "run", 2)
+    assert losses(tmp_path / "run") == pytest.approx(small.losses[:2], rel=1e-5)
+
+
+def test_the_ema_is_the_average_of_the_weights_of_every_step(latents, tmp_path):
+    """From the weights that two ranks saved after each step, averaged here in one plain process."""
+    run, steps = tmp_path / "run", 5
+    run_small(2, "zero2_ep2", latents, run, steps, "checkpoint.every=1", "checkpoint.keep=9")
+    model = build_model(load_recipe("digits", SMALL))
+    averages = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for step in range(1, steps + 1):
+        state = {f"weight/{name}": torch.empty(value.numel()) for name, value in averages.items()}
+        read_state(state, run / "checkpoints" / f"step_{step:08d}")
+        for name, value in averages.items():
+            averages[name] = 0.995 * value + 0.005 * state[f"weight/{name}"].view_as(value)
+    for name, weight in export(run, tmp_path / "model", "ema").named_parameters():
+        torch.testing.assert_close(weight.detach(), averages[name], rtol=1e-6, atol=1e-7)
+
+
+def test_compiling_the_dense_parts_changes_nothing(small, latents, tmp_path, monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setitem(ENV, "TORCHINDUCTOR_COMPILE_THREADS", "1")  # else a process is started to compile in
+    run_small(1, "zero1_ep1", latents, tmp_path / "run", 2, "compile=dense")
+    assert losses(tmp_path / "run") == pytest.approx(small.losses[:2], rel=1e-5)
+
+
+def assert_memory_as_planned(run, ranks, ep, zero):
+    plan = make_plan(load_recipe("digits"), Parallelism("", zero, ep, ranks, 64 // ranks, 1, {}), bf16=False)
+    held = json.loads((run / "memory.json").read_text())
+    assert held == [{"weights": plan.weights, "master": plan.master, "state": plan.state}] * ranks
+
+
+def test_a_rank_holds_what_the_plan_says(two_ranks):
+    assert_memory_as_planned(two_ranks, 2, 2, 2)
+
+
+def test_gradient_accumulation_changes_nothing(small, latents, tmp_path):
+    log = run_small(2, "zero2_ep2", latents, tmp_path / "run", 4, "max_micro_batch_size=3")
+    assert "batch 16 = 2 x 2 x 4" in log
+    assert losses(tmp_path / "run") == pytest.approx(small.losses[:4], rel=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 3)])
+def test_a_run_continues_in_another_topology(plain, two_ranks, latents, tmp_path, ranks, stage):
+    run = shutil.copytree(two_ranks, tmp_path / "run")
+    for name in ("step_00000012", "latest"):
+        path = run / "checkpoints" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    finish(start_training(ranks, ds_file(tmp_path, stage, ranks), latents, run, "--steps", str(STEPS)), run)
+    assert losses(run) == pytest.approx(plain[0], rel=1e-4)
+    assert_memory_as_planned(run, ranks, ranks, stage)
+    for name, weight in export(run, tmp_path / "model", "ema").named_parameters():
+        torch.testing.assert_close(weight.detach(), plain[2][name], rtol=0, atol=1e-4)
+
+
+def test_bf16_follows_float32_and_keeps_its_state_in_float32(small, latents, tmp_path):
+    """As on a GPU: weights that compute in bf16, everything that is kept in float32."""
+    run = tmp_path / "run"
+    run_small(2, "zero2_ep2", latents, run, 5, "precision=bf16")
+    assert losses(run) == pytest.approx(small.losses, rel=2e-2)
+    initial, exported = build_model(load_recipe("digits", SMALL)), export(run, tmp_path / "model", "model")
+    moved = [(a - b).abs().max() for a, b in zip(exported.parameters(), initial.parameters(), strict=True)]
+    assert all(weight.dtype == torch.float32 for weight in exported.parameters())
+    # Five steps of 1e-3 change a weight by at most 5e-3; bf16 weights of size 1 could not be told apart below 4e-3.
+    assert max(moved) < 5.1e-3
+    rounded = [torch.equal(weight, weight.bfloat16().float()) for weight in exported.parameters()]
+    assert not any(rounded)
+
+
+@pytest.mark.parametrize("mode", ["blocks", "experts"])
+def test_activation_checkpointing_changes_nothing(small, latents, tmp_path, mode):
+    run_small(1, "zero1_ep1", latents, tmp_path / "run", 3, f"activation_checkpointing={mode}")
+    assert losses(tmp_path / "run") == pytest.approx(small.losses[:3], rel=1e-5)
+
+
+def test_balancing_evens_the_load_and_its_absence_leaves_the_biases(latents, tmp_path):
+    imbalance = {}
+    for rate in ("0.0", "0.03"):
+        run = tmp_path / rate
+        run_small(1, "zero1_ep1", latents, run, 40, f"balance.rate={rate}")
+        imbalance[rate] = sum(losses(run, "moe_imbalance")[30:]) / 10
+        for name, buffer in export(run, tmp_path / f"model {rate}", "model").named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                assert bool(buffer.any()) == (rate != "0.0")
+    assert imbalance["0.03"] < 0.8 * imbalance["0.0"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ds", "keys"),
+    [
+        # A rate that takes the first steps slowly.
+        (1, "zero1_ep1", [*SMALL, "global_batch_size=64", "optimizer.lr=5e-4"]),
+        pytest.param(2, "zero2_ep2", [], marks=pytest.mark.long),
+    ],
+    ids=["small", "digits"],
+)
+def test_the_loss_falls_by_half_in_300_steps(latents, tmp_path, ranks, ds, keys):
+    run = tmp_path / "run"
+    finish(start_training(ranks, ds, latents, run, "--steps", "300", *sets(keys)), run, timeout=500)
+    curve = losses(run)
+    assert sum(curve[250:]) / 50 < 0.5 * sum(curve[4:15]) / 11
+
+
+def test_a_pixel_model_trains_alike_on_one_rank_and_on_two_that_share_its_experts(pixels, tmp_path):
+    one, two, exported = tmp_path / "one", tmp_path / "two", {}
+    flags = ["--recipe=digits_pixels", "--steps=4", *sets([*SMALL, "model.in_context_start=1"])]
+    for run, ranks, ds in ((one, 1, "zero1_ep1"), (two, 2, "zero2_ep2")):
+        finish(start_training(ranks, ds, pixels, run, *flags, "--set=optimizer.warmup_steps=2"), run)
+    assert losses(one, "lr") == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    for run in ("one", "two"):
+        for weights in ("model", "ema", "ema2"):
+            export_checkpoint(tmp_path / run, weights, tmp_path / "models" / run / weights)
+            exported[run, weights] = load_model(tmp_path / "models" / run / weights).state_dict()
+    for weights in ("model", "ema", "ema2"):
+        for name, value in exported["one", weights].items():
+            torch.testing.assert_close(exported["two", weights][name], value, rtol=1e-3, atol=1e-5)
+    name = "blocks.1.mlp.experts.down_bias"
+    # Weights start at 0 and move; the slower average lags behind more.
+    norms = [exported["one", weights][name].norm() for weights in ("ema", "ema2", "model")]
+    assert 0 < norms[0] < norms[1] < norms[2]
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 BIASES = [0.0, 9.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0]  # outweigh every score: experts 1 and 3 get all tokens
 LR, WARMUP, DECAY, BETA1, BETA2, CLIP, RATE = 1e-3, 4, 1.0, 0.9, 0.99, 0.5, 0.25
+MIXTURE = [*SMALL, "checkpoint.every=1"]
 STEPPED = [*MIXTURE, f"optimizer.lr={LR}", f"optimizer.warmup_steps={WARMUP}", f"optimizer.weight_decay={DECAY}"]
 STEPPED += [f"optimizer.betas=[{BETA1}, {BETA2}]", f"optimizer.clip_grad_norm={CLIP}", f"balance.rate={RATE}"]
 STEPPED += ["ema.decay=0.9", "ema.second_decay=0.75"]
@@ -76,6 +188,14 @@ def stepping(folder: Path) -> list[str]:
 
     begin(folder / "begin", "digits", STEPPED, 0.2, biases)
     return sets([*STEPPED, f"initial_weights={folder / 'begin'}"])
+
+
+def states(run: Path, step: int, *kinds: str) -> list[dict[str, torch.Tensor]]:
+    """A checkpoint's tensors by name, flattened; one dict a kind ("weight", "exp_avg", "ema", ...)."""
+    shapes = {name: weight.numel() for name, weight in load_model(run.parent / "begin").named_parameters()}
+    found = {f"{kind}/{name}": torch.empty(numel) for kind in kinds for name, numel in shapes.items()}
+    read_state(found, run / f"checkpoints/step_{step:08d}")
+    return [{name: found[f"{kind}/{name}"] for name in shapes} for kind in kinds]
 
 
 @pytest.fixture(scope="module")
@@ -196,29 +316,8 @@ def test_each_kind_of_weights_is_exported_as_itself(begun, tmp_path):
 def test_a_run_does_not_continue_as_another_experiment(begun, change, line):
     command = [sys.executable, "jobs/train.py", "--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits", "--steps=2"]
     command += ["--data", str(SHARDS), "--out", str(begun[0]), *begun[1], f"--set={change}"]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    done = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and line in done.stderr, done.stderr
-
-
-def test_thresholds_of_expert_choice_continue(tmp_path):
-    """Predictors that say 3/4 or 1/2 for every token: a threshold goes a twentieth of the way there a step."""
-    keys = [*TINY, "optimizer.lr=1e-30"]
-
-    def predictions(model):
-        layer = model.blocks[1].mlp
-        layer.capacity_predictor[2].weight.zero_()
-        layer.capacity_predictor[2].bias.copy_(torch.tensor([3.0] + 7 * [1.0]).log())
-        layer.expert_threshold.fill_(0.9)
-
-    begin(tmp_path / "begin", "digits_diffmoe", keys, 0.2, predictions)
-    flags = ["--recipe=digits_diffmoe", *sets([*keys, f"initial_weights={tmp_path / 'begin'}"])]
-    for steps in (1, 2):
-        train(tmp_path / "run", steps, *flags)
-        export_checkpoint(tmp_path / "run", "model", tmp_path / str(steps))
-        got = load_model(tmp_path / str(steps)).state_dict()["blocks.1.mlp.expert_threshold"]
-        kept = 0.95**steps
-        want = [0.9 * kept + 0.75 * (1 - kept)] + 7 * [0.9 * kept + 0.5 * (1 - kept)]
-        assert got.tolist() == pytest.approx(want, abs=1e-6)
 
 
 # --- what a run keeps, and where it goes on ---------------------------------------------------------------------------
@@ -240,14 +339,6 @@ def taken_back(tmp_path):
     (left / "state.json").write_text(json.dumps(description))
     assert (run / "checkpoints/latest").read_text() == "step_00000003\n"
     return run
-
-
-def test_latest_says_which_checkpoint_is_exported(taken_back, tmp_path):
-    export_checkpoint(taken_back, "ema", tmp_path / "model")
-    assert load_export(tmp_path / "model")[1].name == "digits"
-    (taken_back / "checkpoints/latest").write_text("step_00000009\n")
-    export_checkpoint(taken_back, "ema", tmp_path / "model")
-    assert load_export(tmp_path / "model")[1].name == "left"
 
 
 def test_latest_says_where_a_run_goes_on(taken_back):
@@ -276,3 +367,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path
     log = Path(f"{run}.log").read_text()
     assert "the gradient is not finite at step 1, positions 0 to 15" in log and "Traceback" not in log
     assert not list((run / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize(("ranks", "ds"), [(2, "zero2_ep2"), (1, "zero1_ep1")])
+def test_format_1_continues(tmp_path, ranks, ds):
+    run = shutil.copytree(OLD / "run", tmp_path / "run")
+    flags = [f"--set={flag}" for flag in FLAGS] if ranks == 2 else ["--recipe", str(OLD / "run" / "config.yaml")]
+    log = finish(start_training(ranks, ds, OLD / "shards", run, "--steps", "8", *flags), run)
+    assert "continuing" in log and "step_00000003" in log
+    assert losses(run) == pytest.approx(json.loads((OLD / "losses.json").read_text()), rel=1e-6)
