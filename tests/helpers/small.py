@@ -4,11 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, call, finish, forks, losses, once, start_training
+from helpers import ENV, ROOT, call, finish, forks, free_port, losses, once, start_training
 from helpers.older_run import FLAGS, OLD
 
 SHARDS = OLD / "shards"
@@ -30,16 +31,50 @@ def train(run: Path, *flags: str, ranks: int = 1) -> str:
 
 
 def train_here(run: Path, *flags: str, code: str = "") -> subprocess.CompletedProcess:
-    """The same on one rank, for what may end otherwise; before it, ``code`` is run in its process."""
-    start = ["jobs/train.py"] if not code else ["-c", code + RUN_TRAINING]
-    command = [sys.executable, *start, *flags_of(run), *flags]
+    """The same on one rank, for what may end otherwise; its process first runs ``code``."""
+    command = [sys.executable, *_script(code), *flags_of(run), *flags]
     return forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+
+
+def start(
+    run: Path, *flags: str, ranks: int = 1, code: str = "", launcher: Sequence[str] = ("tests/helpers/tasks.py",)
+) -> subprocess.Popen:
+    """Start to train it, or to go on with it; output goes to RUN.log.
+
+    Args:
+        code: what each rank runs first.
+        launcher: what starts several ranks (:func:`launcher_named`).
+    """
+    tasks = [*launcher, str(ranks), str(free_port())] if ranks > 1 else []
+    ds = "zero1_ep1" if ranks == 1 else "zero2_ep2"
+    with open(f"{run}.log", "a") as log:
+        command = [sys.executable, *tasks, *_script(code), *flags_of(run, ds), *flags]
+        return forks.Popen(command, cwd=ROOT, env=ENV, stdout=log, stderr=log)
+
+
+def _script(code: str) -> list[str]:
+    """What comes before the training command's flags."""
+    return ["-c", code + RUN_TRAINING] if code else ["jobs/train.py"]
 
 
 RUN_TRAINING = """
 import runpy, sys
 sys.argv[0] = "jobs/train.py"
 runpy.run_path("jobs/train.py", run_name="__main__")
+"""
+
+
+def stands_still(after: int) -> str:
+    """Code for a rank that trains so many steps, and then reads for ever."""
+    return f"""
+import threading
+from moe_dit.data.reader import ShardReader
+read, calls = ShardReader.read, 0
+def stand(reader, *which):
+    global calls
+    calls += 1
+    return read(reader, *which) if calls <= {after} else threading.Event().wait()
+ShardReader.read = stand
 """
 
 
@@ -112,14 +147,15 @@ def flip(file: Path, byte: int, change: int = 1) -> None:
     file.write_bytes(data)
 
 
-LAUNCHER = """
+LAUNCHER = f"""
 import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
 from helpers.tasks import main
 sys.exit(main())
 """
 
 
 def launcher_named(name: str, folder: Path) -> list[str]:
-    """What starts forked ranks, RANKS PORT COMMAND... appended, and is known to them as a launcher of this name."""
+    """What starts forked ranks as tests/helpers/tasks.py does, and is known to them as a launcher of this name."""
     (folder / name).write_text(LAUNCHER)
-    return [sys.executable, str(folder / name)]
+    return [str(folder / name)]
