@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 # A continued run must be the same experiment: with these changed it would not be.
 SAME_ON_RESUME = ("seed", "global_batch_size", "model", "flow", "ema")
+ENDING_SECONDS = 10.0  # for the ranks of a run that was just killed to end
 
 
 def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None:
@@ -159,8 +160,8 @@ def _open_run(recipe: Recipe, run: Path, resume: str, held: ExitStack) -> "Start
     """Hold the run's folder until ``held`` ends, clear what a kill left, and decide what is continued."""
 
     def patience() -> float:
-        # The ranks of a run that was just killed may take a moment to end, and one that was told to stop saves first.
-        return GRACE_SECONDS if read_status(run).get("state") == "stopping" else 10.0
+        # One that was told to stop saves first.
+        return GRACE_SECONDS if read_status(run).get("state") == "stopping" else ENDING_SECONDS
 
     _resumed(recipe, run, resume)  # refuse before the folder is touched
     held.enter_context(lock_folder(run, "another training run", patience))

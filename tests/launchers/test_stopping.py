@@ -1,0 +1,109 @@
+"""Being told to stop under true launchers: a run finishes its step, saves, and says so."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from helpers import ENV, ROOT, free_port, kill, losses, ranks_of, small, wait_for_step
+from helpers.small import flags_of, latest, step
+
+TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+LAUNCH = "deepspeed.launcher.launch"
+
+
+def start(launcher: str, run: Path, workers: int = 0) -> subprocess.Popen:
+    """Two ranks that would train on and on."""
+    port = str(free_port())
+    if launcher == "deepspeed":
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    command += ["jobs/train.py", *flags_of(run, "zero2_ep2"), "--steps=100000", "--set=checkpoint.every=50000"]
+    with open(f"{run}.log", "a") as log:
+        return subprocess.Popen(
+            [*command, f"--set=data.workers={workers}"],
+            cwd=ROOT, env=ENV, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "target", "workers", "status"),
+    [
+        # DeepSpeed's runner dies of what it does not handle; its ranks see it, and save.
+        ("deepspeed", TERM, "launcher", 0, -TERM),
+        ("deepspeed", USR1, "group", 2, -USR1),
+        # torchrun tells its ranks, which end it.
+        ("torchrun", TERM, "launcher", 2, -USR1),
+    ],
+)
+def test_told_to_stop_in_any_way_it_saves(shared, tmp_path, launcher, number, target, workers, status):
+    run = tmp_path / "run"
+    process = start(launcher, run, workers)
+    try:
+        wait_for_step(run, 4, process)
+        ranks = ranks_of(process)
+        assert len(ranks) == 2
+        if target == "group":
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        assert process.wait(120) == status
+        _, left = psutil.wait_procs(ranks, timeout=120)
+        assert not left
+    finally:
+        kill(process)
+    log = Path(f"{run}.log").read_text()
+    done = len(losses(run))
+    assert 4 <= done < 50000
+    assert latest(run) == step(done)
+    assert log.count(f"stopped as asked after step {done}, saved in") == 1
+    assert "Traceback" not in log
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    both = min(done, 12)
+    assert losses(run)[:both] == pytest.approx(losses(small.on_two_ranks(shared))[:both], rel=1e-6)
+
+
+def test_a_rank_that_dies_takes_the_others_down(tmp_path):
+    launcher = start("deepspeed", tmp_path / "run")
+    try:
+        wait_for_step(tmp_path / "run", 1, launcher)
+        ranks = ranks_of(launcher)
+        next(rank for rank in ranks if "--local_rank=1" in rank.cmdline()).kill()
+        assert launcher.wait(120) != 0
+        _, left = psutil.wait_procs(ranks, timeout=60)
+        assert not left
+    finally:
+        kill(launcher)
+
+
+def launchers(runner: int) -> list[psutil.Process]:
+    """The second launchers of a deepspeed command; another child may end while it is looked at."""
+    found = []
+    for child in psutil.Process(runner).children():
+        with suppress(psutil.NoSuchProcess):
+            if LAUNCH in child.cmdline():
+                found.append(child)
+    return found
+
+
+def test_ranks_of_a_launcher_that_died_before_they_began_end_too(tmp_path):
+    run = tmp_path / "run"
+    runner = start("deepspeed", run)
+    try:
+        while not (family := launchers(runner.pid)):
+            time.sleep(0.01)
+        runner.kill()
+        _, left = psutil.wait_procs(family, timeout=120)  # the second launcher ends when its ranks have
+        assert not left
+    finally:
+        kill(runner)
+    assert (run / "checkpoints/latest").exists()
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
