@@ -4,6 +4,7 @@ Of the page's blocks, one with ``title="FILE"`` is a new file, ``diff`` changes 
 which run as they stand, with flags after them that make them small.
 """
 
+import json
 import os
 import re
 import shlex
@@ -18,6 +19,13 @@ PAGE = ROOT / "docs/extending.md"
 STEPS = 4
 SMALL = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "global_batch_size=16", "checkpoint.every=2"]
 DIGITS = [*SMALL, "model.moe.expert_width=16"]
+# What DeepSpeed's launcher makes of a command line: how many ranks of what.
+UNDERSTAND = """\
+import json, sys
+from deepspeed.launcher.runner import parse_args
+args = parse_args(sys.argv[1:])
+print(json.dumps([args.num_gpus, args.user_script, *args.user_args]))
+"""
 
 
 def sections() -> dict[str, list[tuple[str, str, str]]]:
@@ -77,11 +85,14 @@ class Copy:
             if self.launched:
                 command = command.replace("deepspeed ", f"deepspeed --master_port {free_port()} ", 1)
                 return subprocess.Popen(["bash", "-c", f"{command} {shlex.join(flags)}"], start_new_session=True, **how)
-            words = [*shlex.split(command.replace("\\\n", "")), *flags]
-            if words[:2] == ["deepspeed", "--num_gpus"]:
-                words = ["python", str(ROOT / "tests/helpers/tasks.py"), words[2], str(free_port()), *words[3:]]
-            assert words[0] == "python", f"{words[0]} is none of the commands that a test knows to start"
-            return forks.Popen([sys.executable, *words[1:]], preload="libraries", **how)
+            name, *words = [*shlex.split(command.replace("\\\n", "")), *flags]
+            if name == "deepspeed":
+                understood = forks.run([sys.executable, "-c", UNDERSTAND, *words], stdout=subprocess.PIPE, check=True)
+                ranks, *words = json.loads(understood.stdout)
+                words = [str(ROOT / "tests/helpers/tasks.py"), str(ranks), str(free_port()), *words]
+            else:
+                assert name == "python", f"{name} is none of the commands that a test knows to start"
+            return forks.Popen([sys.executable, *words], preload="libraries", **how)
 
     def run(self, command: str, *flags: str) -> str:
         """Run a command, which must end well; gives its output."""

@@ -6,6 +6,7 @@ from helpers import losses
 from helpers.extending import DIGITS, Copy
 
 
+@pytest.mark.long
 def test_a_command_of_the_page_as_it_stands(latents, tmp_path):
     """DeepSpeed's launcher, in the copy, starts the ranks that tests/ranks forks: to the same losses."""
     found = []
