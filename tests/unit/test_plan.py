@@ -1,12 +1,10 @@
-"""The plan: exact bytes against closed forms (tests/test_train.py holds them against running jobs), and its command."""
+"""The plan: exact bytes against closed forms (test_train.py holds them against running jobs), and its command."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 
-from helpers import ENV, ROOT
+from helpers import call
 from moe_dit.parallel.deepspeed_config import Parallelism
 from moe_dit.plan import MODES, images_per_second, make_plan, measure_activations, step_seconds
 from moe_dit.recipe_file import load_recipe
@@ -127,7 +125,7 @@ def test_the_host_waits_for_each_exchange():
         assert parts["step"] - alone["step"] == pytest.approx(parts["waits"])
         return plan.waits
 
-    # as tests/test_counting.py counts them
+    # as tests/ranks/test_counting.py counts them
     assert (waits(1), waits(8), waits(8, accumulation=3)) == (0, 5, 15)
 
 
@@ -155,18 +153,14 @@ def test_recomputing_keeps_less():
     assert set(kept) == set(MODES)
 
 
-def run(*flags):
-    command = [sys.executable, "jobs/plan.py", *flags]
-    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
-
-
-def test_the_command_prints_and_refuses():
-    done = run("--recipe", "digits", "--ds", "ds_configs/zero2_ep2.json", "--gpus", "2")
-    assert done.returncode == 0 and "fits a h100-80g" in done.stdout
+def test_the_command_prints_and_refuses(capsys):
+    assert call("jobs/plan.py", "--recipe", "digits", "--ds", "ds_configs/zero2_ep2.json", "--gpus", 2) == 0
+    assert "fits a h100-80g" in capsys.readouterr().out
     for flags, line in (
         (["--gpus", "0"], "--gpus 0"),
         (["--gpus", "3", "--ds", "ds_configs/zero2_ep2.json"], "does not divide the 3 ranks"),
     ):
-        done = run("--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits", *flags)
-        assert done.returncode == 2 and line in done.stderr
-        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert call("jobs/plan.py", "--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits", *flags) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and line in err
+        assert err.splitlines()[-1].startswith("error: ")

@@ -4,8 +4,6 @@ import argparse
 import copy
 import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,15 +11,17 @@ import yaml
 from golden import check
 from safetensors.torch import load_file
 
-from helpers import ENV, ROOT, published
+from helpers import call, published
 from moe_dit import build_model, load_model, load_recipe
 from moe_dit.data import Latents, training_inputs
 from moe_dit.export import load_export
 from moe_dit.flow import build_flow
 from moe_dit.models import FAMILIES
 from moe_dit.models.dropout import Dropout
+from moe_dit.models.initialization import initialize
 from moe_dit.reference import from_reference, model_section
 from moe_dit.reference.files import import_checkpoint
+from moe_dit.reference.loop import TokenChoice, published_form, stacked_gradients
 from moe_dit.reference.weights import conversions
 from moe_dit.runtime.errors import InputError
 
@@ -263,6 +263,42 @@ def test_a_time_draw_of_zero_is_finite():
     assert flow.times(torch.zeros(1)).item() == 0.0
 
 
+# --- the form of it that a bench times beside ours --------------------------------------------------------------------
+
+
+def moved_network(recipe) -> torch.nn.Module:
+    model = build_model(recipe, device="meta").train()
+    initialize(model, 0, torch.device("cpu"))
+    with torch.no_grad():  # a fresh network predicts zero whatever its blocks do
+        for i, weight in enumerate(model.parameters()):
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("digits", []), ("digits_pixels", ["model.in_context_start=1"]), ("digits_diffmoe", [])]
+)
+def test_the_published_form_has_our_outputs_and_gradients(name, more):
+    recipe = load_recipe(name, ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", *more])
+    ours = moved_network(recipe)
+    theirs = published_form(ours)
+    side = recipe.model.input_size
+    x = torch.randn(6, recipe.model.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(6) % recipe.model.num_classes
+    losses = []
+    for model in (ours, theirs):
+        terms = [model(x, torch.linspace(0, 1, 6), y).square().mean()]
+        terms += [loss for module in model.modules() for loss in getattr(module, "layer_losses", {}).values()]
+        losses.append(torch.stack(terms).sum())
+        losses[-1].backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    found = stacked_gradients(theirs)
+    assert not any(isinstance(module, TokenChoice) for module in ours.modules())
+    for key, weight in ours.named_parameters():
+        if weight.grad is not None:
+            torch.testing.assert_close(found[key], weight.grad, rtol=1e-4, atol=1e-6, msg=key)
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -295,15 +331,10 @@ def test_an_imported_checkpoint_gives_the_recorded_output(tmp_path, case, shard)
     assert check.relative_error(got, io.get("output", io.get("output_eval"))) < check.OUTPUT_TOLERANCE
 
 
-def run_import(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "jobs/import_reference.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
-
-
 def test_the_command_imports(tmp_path):
     file, recipe, weights = write_checkpoint(tmp_path, "jitmoe_e8")
-    done = run_import("--recipe", recipe, file, "--weights", weights, "--out", tmp_path / "model")
-    assert done.returncode == 0, done.stderr
+    flags = ["--recipe", recipe, file, "--weights", weights, "--out", tmp_path / "model"]
+    assert call("jobs/import_reference.py", *flags) == 0
     assert load_model(tmp_path / "model").config["hidden_size"] == 32
 
 
@@ -326,7 +357,7 @@ class Foreign:
         ("another recipe", "of another size"),
     ],
 )
-def test_a_bad_checkpoint_is_one_line_and_nothing_is_written(tmp_path, damage, line):
+def test_a_bad_checkpoint_is_one_line_and_nothing_is_written(tmp_path, damage, line, capsys):
     file, recipe, weights = write_checkpoint(tmp_path, "dsmoe_e8")
     checkpoint = torch.load(file, weights_only=False)
     state = checkpoint[weights]
@@ -353,7 +384,8 @@ def test_a_bad_checkpoint_is_one_line_and_nothing_is_written(tmp_path, damage, l
             state["y_embedder.embedding_table.weight"] = torch.zeros(5, 32)
         torch.save(checkpoint, file)
     before = sorted(tmp_path.iterdir())
-    done = run_import("--recipe", recipe, file, "--weights", weights, "--out", tmp_path / "out" / "model")
-    assert done.returncode == 2
-    assert line in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    flags = ["--recipe", recipe, file, "--weights", weights, "--out", tmp_path / "out" / "model"]
+    assert call("jobs/import_reference.py", *flags) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and line in err and err.count("\n") == 1, err
     assert sorted(tmp_path.iterdir()) == before

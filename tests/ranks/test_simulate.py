@@ -1,12 +1,11 @@
-"""Sixty-four and 512 ranks on one machine: simulated one at a time, and as many real ones as a machine carries."""
+"""Sixty-four and 512 ranks on one machine, simulated one at a time; test_tree.py has real ones."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
-from helpers import ENV, ROOT
+from helpers import ENV, ROOT, forks
 
 SIMULATED = """\
 import json, sys
@@ -26,7 +25,7 @@ print(json.dumps(found | {"begins_sent": of(seen.beginning.sent)}))
 def simulated(*arguments) -> dict:
     """A process that is one rank: what it held, made and sent."""
     command = [sys.executable, "-c", SIMULATED, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600)
+    done = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -65,6 +64,7 @@ def test_a_step_sends_what_arithmetic_says(rank):
     assert set(calls) == {"all-to-all 8", "all-reduce 64", "all-reduce 8", "all-gather 64", "all-gather 8"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "rank", "master"), [(64, 0, 193_854_320), (512, 511, 24_231_792)])
 def test_the_3b_network_on_many_ranks(ranks, rank, master):
     """8 GB and minutes: the whole network, an image a rank."""
@@ -77,54 +77,10 @@ def test_the_3b_network_on_many_ranks(ranks, rank, master):
     assert seen["memory"] < 10e9
 
 
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (["--simulate", "--rank", "16"], "--rank 16: it should be from 0 to 15"),
-        (["--simulate", "--rank", "-1"], "--rank -1: it should be from 0 to 15"),
-        (["--rank", "1"], "--rank says which rank --simulate is; give both or neither"),
-        (["--simulate", "--table"], "--table and --simulate: give one of them"),
-        (["--simulate", "--ds", "ds_configs/zero3_ep8.json"], "simulate ZeRO 1 or 2"),
-    ],
-)
-def test_what_cannot_be_simulated_is_one_line(flags, line):
-    command = [sys.executable, "jobs/plan.py", "--recipe", "digits", "--ds", "ds_configs/zero2_ep8.json"]
-    done = subprocess.run([*command, "--gpus", "16", *flags], cwd=ROOT, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and line in done.stderr, done.stderr
-
-
 def test_the_command_shows_what_a_rank_sends():
     command = [sys.executable, "jobs/plan.py", "--recipe", "digits", "--ds", "ds_configs/zero1_ep8.json"]
     command += ["--gpus", "16", "--simulate", "--rank", "15"]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    done = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "digits, rank 15 of 16, ZeRO 1, EP 8" in " ".join(done.stdout.split())
     assert "groups: 12 made, a call each; this rank is in 4, of 16, 16, 8, 2 ranks" in done.stdout
-
-
-def many(ranks: int, **env: str) -> list[dict]:
-    """Real ranks over gloo with a training run's groups (tests/tools/many_ranks.py), EP 8: what each had open."""
-    command = [sys.executable, "tests/tools/many_ranks.py", str(ranks), "8"]
-    environment = ENV | {"DS_ACCELERATOR": "cpu"} | env
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_ranks_connect_with_few_others():
-    """64 ranks: at most 100 sockets and 200 files; without what is done about it, some 250 sockets (24 ranks: 90)."""
-    meshes = many(24, TORCH_GLOO_LAZY_INIT="0")
-    assert len(meshes) == 24 and min(rank["before"]["sockets"] for rank in meshes) > 3 * 23
-    found = many(64)
-    assert len(found) == 64
-    for moment in ("before", "after"):
-        assert max(rank[moment]["sockets"] for rank in found) <= 100
-        assert max(rank[moment]["files"] for rank in found) <= 200
-        # Of rank 0's, 65 are the store's: one of every rank, its own at both ends. The rest are its neighbours in rings
-        # and trees, no more than other ranks have.
-        first, *others = (rank[moment]["sockets"] - rank[moment]["store"] for rank in found)
-        assert found[0][moment]["store"] == 65 and {rank[moment]["store"] for rank in found[1:]} == {1}
-        assert max(first, *others) <= 24
-    # Each group is a call on every rank, but only members speak with the store: of themselves, and of whom they meet.
-    assert {rank["groups"] for rank in found} == {18}
-    assert max(sum(rank["calls"].values()) for rank in found) <= 50
