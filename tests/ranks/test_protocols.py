@@ -23,12 +23,12 @@ def by_ranks(count, *command):
 def test_scores_do_not_depend_on_ranks_or_on_the_reference_s_form(tmp_path):
     """By 1, 2 and 3 ranks, against the images and against their file, which two ranks made.
 
-    More images than a classifier has features: 120 real ones, 81 samples.
+    More images than a classifier has features: 120 real ones, and 135 samples, three batches of two ranks.
     """
     real, samples = tmp_path / "real", tmp_path / "samples"
     generator = np.random.default_rng(1)
     write_pictures(real, dict.fromkeys(KINDS, 40), generator)
-    write_pictures(samples, dict.fromkeys(KINDS, 27), generator)
+    write_pictures(samples, dict.fromkeys(KINDS, 45), generator)
     by_ranks(2, "eval.reference", real, "--out", tmp_path / "r.npz")
     stored = dict(np.load(tmp_path / "r.npz"))
     assert stored["mu"].shape == (64,) and stored["features"].shape == (120, 64)
@@ -45,4 +45,4 @@ def test_scores_do_not_depend_on_ranks_or_on_the_reference_s_form(tmp_path):
         for key in (*names, "fid_std_error", "held_out_accuracy"):
             exact = 1e-7 if key in ("fid_infinity", "fid_std_error") else 1e-9  # differences of what is nearly equal
             assert other[key] == pytest.approx(found[0][key], rel=exact, abs=1e-9), key
-        assert other["num_samples"] == 81 and other["num_reference"] == 120
+        assert other["num_samples"] == 135 and other["num_reference"] == 120
