@@ -148,14 +148,17 @@ def flip(file: Path, byte: int, change: int = 1) -> None:
 
 
 LAUNCHER = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from helpers.tasks import main
+os.environ |= GIVEN
 sys.exit(main())
 """
+# By which ranks know that there was one, if it ended before they began.
+GIVEN = {"deepspeed": {"CROSS_RANK": "0"}, "torchrun": {"TORCHELASTIC_RUN_ID": "none"}}
 
 
 def launcher_named(name: str, folder: Path) -> list[str]:
     """What starts forked ranks as tests/helpers/tasks.py does, and is known to them as a launcher of this name."""
-    (folder / name).write_text(LAUNCHER)
+    (folder / name).write_text(LAUNCHER.replace("GIVEN", repr(GIVEN.get(name, {}))))
     return [str(folder / name)]

@@ -1,11 +1,12 @@
 """Kill a two-rank run at random moments, again and again, and see that nothing is lost.
 
-    python tests/tools/kills.py --data SHARDS [--kills 200] [--seed 0] [--out FOLDER]
+    python tests/tools/kills.py --data SHARDS [--kills 200] [--seed 0] [--out FOLDER] [--forked]
 
 A run that saves every few steps is started by DeepSpeed's launcher and gets a SIGKILL: its launcher, one rank, or
 everything at once, one time in five while it starts, else in its first seconds of training. After each, `latest` must
 name a checkpoint that loads, of no earlier step than before; at the end the run's losses must be those of a run that
-nobody killed, to 1e-6. About fifteen seconds a kill on two cores. Exit status 1 if anything is off.
+nobody killed, to 1e-6. About fifteen seconds a kill on two cores; with --forked about three, where a stand-in of the
+launcher forks the ranks. Exit status 1 if anything is off.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -26,16 +28,35 @@ from moe_dit.checkpoint_files import read_state
 from moe_dit.recipe_file import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import finish, kill, losses, ranks_of, start_training, wait_for_step
+from helpers import finish, kill, losses, ranks_of, small, start_training, wait_for, wait_for_step
 
 TARGETS = ("launcher", "rank", "everything")
 SMALL = ["--set", "model.depth=2", "--set", "global_batch_size=16", "--set", "checkpoint.every=3"]
-STARTING = 8.0  # seconds of a start in which kills fall
-TRAINING = 4.0  # seconds after the first step in which they fall
 
 
-def start(data: Path, run: Path, steps: int) -> subprocess.Popen:
-    return start_training(2, "zero2_ep2", data, run, *SMALL, "--steps", str(steps), launcher="deepspeed")
+@dataclass(frozen=True)
+class Starts:
+    """How runs are started.
+
+    Attributes:
+        starting: seconds of a start in which kills fall.
+        training: seconds after the first step in which they fall.
+    """
+
+    data: Path
+    forked: bool
+    starting: float
+    training: float
+
+    def start(self, run: Path, steps: int) -> subprocess.Popen:
+        flags = [*SMALL, "--steps", str(steps)]
+        if self.forked:
+            launcher = small.launcher_named("deepspeed", run.parent)
+            process = small.start(run, *flags, "--data", str(self.data), ranks=2, launcher=launcher)
+            # A rank without the other waits for it for minutes: DeepSpeed's second launcher would start both.
+            wait_for(lambda: len(ranks_of(process)) == 2, "two ranks", Path(f"{run}.log"))
+            return process
+        return start_training(2, "zero2_ep2", self.data, run, *flags, launcher="deepspeed")
 
 
 def wait_for_new_step(run: Path, saved: int, process: subprocess.Popen) -> None:
@@ -81,11 +102,11 @@ def check_latest(run: Path, before: int) -> int:
     return step
 
 
-def compare(data: Path, run: Path, out: Path) -> float:
+def compare(starts: Starts, run: Path, out: Path) -> float:
     """The largest relative difference of the run's losses from those of a run that nobody killed."""
     got = losses(run)
     whole = out / "whole"
-    finish(start(data, whole, len(got)), whole, 3600)
+    finish(starts.start(whole, len(got)), whole, 3600)
     return max(abs(a - b) / abs(b) for a, b in zip(got, losses(whole), strict=True))
 
 
@@ -95,7 +116,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the moments and targets (default 0)")
     parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
+    parser.add_argument("--forked", action="store_true", help="ranks forked by a stand-in, of a smaller network")
     args = parser.parse_args()
+    starts = Starts(args.data, args.forked, *((1.5, 0.5) if args.forked else (8.0, 4.0)))
     chosen = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
@@ -106,8 +129,8 @@ def main() -> None:
         for number in range(1, args.kills + 1):
             target = chosen.choice(TARGETS)
             starting = chosen.random() < 0.2
-            moment = chosen.uniform(0, STARTING if starting else TRAINING)
-            process = start(args.data, run, 10**6)
+            moment = chosen.uniform(0, starts.starting if starting else starts.training)
+            process = starts.start(run, 10**6)
             try:
                 if not starting:
                     wait_for_new_step(run, step, process)
@@ -119,8 +142,8 @@ def main() -> None:
             step = check_latest(run, step)
             when = f"{moment:.1f} s after {'the start' if starting else 'a first step'}"
             print(f"kill {number}: {target}, {when}; latest is step {step}", flush=True)
-        finish(start(args.data, run, step + 3), run, 600)
-        error = compare(args.data, run, out)
+        finish(starts.start(run, step + 3), run, 600)
+        error = compare(starts, run, out)
     print(f"{args.kills} kills, {step + 3} steps: losses differ by {error:.1e} from the run that nobody killed")
     sys.exit(error > 1e-6)
 
