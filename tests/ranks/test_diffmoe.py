@@ -21,7 +21,11 @@ MICRO = [*DEEPER, "max_micro_batch_size=4"]  # four of a step
 
 
 def test_diffmoe_trains_on_two_ranks_and_continues(latents, tmp_path):
-    flags = ["--recipe=digits_diffmoe", "--steps=4", *sets(["model.depth=2", "global_batch_size=16", "checkpoint.every=2"])]
+    flags = [
+        "--recipe=digits_diffmoe",
+        "--steps=4",
+        *sets(["model.depth=2", "global_batch_size=16", "checkpoint.every=2"]),
+    ]
     whole, run = tmp_path / "whole", tmp_path / "run"
     finish(start_training(2, "zero1_ep1", latents, whole, *flags), whole)
     half = whole / "checkpoints/step_00000002"

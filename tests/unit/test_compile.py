@@ -1,34 +1,15 @@
-"""Compiled blocks compute what plain ones do, and every block of a kind shares its graphs."""
-
-import shutil
+"""Every compiled block of a kind shares its graphs, and no number of shapes is too many; nothing is compiled here."""
 
 import pytest
 import torch
-from torch import nn
 
-from helpers.compiling import counting, one_rank
+from helpers.compiling import counting, one_rank, step
 from moe_dit import load_recipe
 from moe_dit.data import Latents, training_inputs
 from moe_dit.flow import build_flow
 from moe_dit.models.dropout import dropouts, set_dropout_draws
 from moe_dit.models.layers import rope_2d, rotate, sin_cos_table
 from moe_dit.parallel.compile import compile_blocks, compile_dense_parts
-from moe_dit.parallel.recompute import apply_activation_checkpointing
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-
-
-def step(model: nn.Module, recipe) -> tuple[float, dict[str, torch.Tensor]]:
-    """A loss and its gradients, of inputs that are always the same."""
-    generator = torch.Generator().manual_seed(0)
-    side = recipe.model.input_size
-    x = torch.randn(6, recipe.model.in_channels, side, side, generator=generator)
-    y = torch.arange(6) % recipe.model.num_classes
-    losses = [model(x, torch.linspace(0, 1, 6), y).square().mean(), *model.auxiliary_losses().values()]
-    model.zero_grad()
-    torch.stack(losses).sum().backward()
-    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-    return sum(losses).item(), gradients
 
 
 @pytest.fixture
@@ -37,27 +18,6 @@ def two_graphs():
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=2):
         yield
-
-
-@pytest.mark.parametrize("name", ["digits", "digits_pixels", "digits_diffmoe"])
-def test_compiled_blocks_give_the_plain_ones_losses_and_gradients(name):
-    small = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2"]
-    if name == "digits_pixels":
-        small.append("model.in_context_start=1")
-    recipe = load_recipe(name, small)
-    want, gradients = step(one_rank(recipe), recipe)
-    for recomputed in ("none", "blocks", "experts"):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        model = one_rank(recipe)
-        compile_blocks(model, whole=recomputed != "experts")
-        apply_activation_checkpointing(model, recomputed)
-        got, found = step(model, recipe)
-        assert got == pytest.approx(want, rel=1e-5)
-        assert found.keys() == gradients.keys()
-        for key, gradient in gradients.items():
-            torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
-        assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_graphs_serve_all_blocks_of_a_kind():
@@ -78,8 +38,9 @@ def test_graphs_serve_all_blocks_of_a_kind():
         # shared experts; of time and final layer; of the objective's two parts, in evaluation its first. Class tokens
         # make each of a block's four two, and dropout those that drop.
         ("digits", [], 8, 7),
-        ("digits_pixels", ["in_context_start=1"], 9, 8),
-        ("digits_pixels", ["in_context_start=3", "moe=null", "depth=8"], 6, 5),
+        # These two hold no kind of block that the next one has not.
+        pytest.param("digits_pixels", ["in_context_start=1"], 9, 8, marks=pytest.mark.long),
+        pytest.param("digits_pixels", ["in_context_start=3", "moe=null", "depth=8"], 6, 5, marks=pytest.mark.long),
         ("digits_pixels", ["in_context_start=3", "depth=8", "proj_dropout=0.2", "moe.dropout=0.2"], 16, 15),
         ("digits_diffmoe", [], 6, 5),
     ],
@@ -101,7 +62,7 @@ def test_no_number_of_shapes_is_too_many(two_graphs, name, flags, trains, looks)
         flow.loss(*inputs(6))["loss"].backward()
         assert len(found) == trains
     model.eval()
-    for samples in (6, 3, 4):
+    for samples in (6, 3):
         found.clear()
         with torch.no_grad():
             flow.errors(*inputs(samples))
@@ -127,11 +88,11 @@ def test_dense_parts_take_every_shape_too(two_graphs, monkeypatch):
 def test_draws_take_every_shape_and_recipe(two_graphs):
     found = []
     backend = counting(found)
-    for seed, samples in ((0, 2), (0, 3), (0, 4), (1, 4), (2, 4), (0, 2)):
+    for seed, samples in ((0, 2), (0, 3), (1, 3), (0, 2)):
         x, zeros = torch.zeros(samples, 3, 4, 4, dtype=torch.uint8), torch.zeros(samples, dtype=torch.int64)
         recipe = load_recipe("digits_pixels", [f"seed={seed}"])
         training_inputs(recipe, {"x": x, "y": zeros, "position": zeros}, Latents(), backend=backend)
-    assert len(found) == 5
+    assert len(found) == 3
 
 
 def test_rotation_is_multiplication_by_a_complex_number():

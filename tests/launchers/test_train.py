@@ -1,0 +1,50 @@
+"""The training command under true launchers and interpreters."""
+
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ENV, ROOT, finish, forks, free_port, losses, start_training
+from helpers.small_runs import SHARDS, SMALL, sets, train_plainly
+from moe_dit import load_recipe
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Two steps of a small network in one plain process."""
+    return train_plainly(load_recipe("digits", SMALL), SHARDS, 2)
+
+
+def start(run, *command: str) -> None:
+    """The command for the small network, as somebody would type it."""
+    flags = ["--recipe=digits", "--steps=2", "--data", str(SHARDS), "--out", str(run), *sets(SMALL)]
+    with subprocess.Popen(
+        [sys.executable, *command, *flags], cwd=ROOT, env=ENV, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=300)
+        finally:
+            forks.kill(process)
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def test_deepspeed_starts_it(plain, latents, tmp_path):
+    """Expert-parallel, on digits' own network, as in the README."""
+    run = tmp_path / "run"
+    finish(start_training(2, "zero2_ep2", latents, run, "--steps", "3", launcher="deepspeed"), run)
+    assert losses(run) == pytest.approx(plain[0][:3], rel=1e-5)
+    assert losses(run, "grad_norm") == pytest.approx(plain[1][:3], rel=1e-4)
+
+
+def test_torchrun_starts_it_too(small, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    start(tmp_path / "run", *launcher, "jobs/train.py", "--ds", "ds_configs/zero2_ep2.json")
+    assert losses(tmp_path / "run") == pytest.approx(small.losses, rel=1e-5)
+
+
+def test_one_rank_needs_no_launcher(small, tmp_path):
+    start(tmp_path / "run", "jobs/train.py", "--ds", "ds_configs/zero1_ep1.json")
+    assert losses(tmp_path / "run") == pytest.approx(small.losses, rel=1e-5)

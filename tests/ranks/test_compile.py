@@ -1,0 +1,43 @@
+"""Compiled blocks compute what plain ones do, by the compiler itself."""
+
+import shutil
+
+import pytest
+import torch
+
+from helpers.compiling import one_rank, step
+from moe_dit import load_recipe
+from moe_dit.parallel.compile import compile_blocks
+from moe_dit.parallel.recompute import apply_activation_checkpointing
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_pixels", "digits_diffmoe"])
+@pytest.mark.parametrize(
+    ("backend", "modes"),
+    [
+        # A compiler takes a second a kernel: it compiles one mode of each, and the others are traced alone.
+        ("inductor", ["none"]),
+        ("aot_eager", ["none", "blocks", "experts"]),
+        pytest.param("inductor", ["none", "blocks", "experts"], marks=pytest.mark.long),
+    ],
+)
+def test_compiled_blocks_give_the_plain_ones_losses_and_gradients(name, backend, modes):
+    small = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2"]
+    if name == "digits_pixels":
+        small.append("model.in_context_start=1")
+    recipe = load_recipe(name, small)
+    want, gradients = step(one_rank(recipe), recipe)
+    for recomputed in modes:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = one_rank(recipe)
+        compile_blocks(model, whole=recomputed != "experts", backend=backend)
+        apply_activation_checkpointing(model, recomputed)
+        got, found = step(model, recipe)
+        assert got == pytest.approx(want, rel=1e-5)
+        assert found.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
+        assert not torch._dynamo.utils.counters["graph_break"]
