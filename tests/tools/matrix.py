@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="during saves (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="a smaller network of the digits")
     args = parser.parse_args()
-    more = SMALL if args.small else []
+    more = [*SMALL, "--set=optimizer.lr=0.01"] if args.small else []  # else its losses hardly move in so few steps
     parts = args.only.split(",")
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)

@@ -1,4 +1,4 @@
-"""What grows in a run of weeks: ten thousand tiny steps, looked at from outside."""
+"""What grows in a run of weeks: some hundred tiny steps, and ten thousand, looked at from outside."""
 
 import subprocess
 import sys
@@ -7,40 +7,50 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
-from helpers import ENV, ROOT, losses
+from helpers import ENV, ROOT, forks, losses
+from helpers.small import SHARDS, step
 
 TINY = [
     *("model.depth=2", "model.hidden_size=32", "model.num_heads=2", "model.moe.num_experts=4"),
-    *("model.moe.expert_width=32", "global_batch_size=4", "data.workers=auto", "checkpoint.every=500"),
+    *("model.moe.expert_width=32", "global_batch_size=4"),
 ]
 NOISE = 64 * 4096  # bytes: 1% of a small process is a few pages
 
 
 def looked_at(process: psutil.Process) -> dict[str, list[int]]:
-    """Of a rank and the processes that it started: bytes that are resident, those that no file backs, open files."""
-    found: dict[str, list[int]] = {"resident": [], "anonymous": [], "files": []}
+    """Of a rank and the processes that it started: resident bytes, those that no file backs, files, threads."""
+    found: dict[str, list[int]] = {"resident": [], "anonymous": [], "files": [], "threads": []}
     for member in (process, *sorted(process.children(recursive=True), key=lambda child: child.pid)):
         memory = member.memory_info()
         found["resident"].append(memory.rss)
         found["anonymous"].append(memory.rss - memory.shared)
         found["files"].append(member.num_fds())
+        found["threads"].append(member.num_threads())
     return found
 
 
-def watched(shards: Path, run: Path, steps: int) -> list[tuple[int, dict[str, list[int]]]]:
-    """Train for so many steps; gives what was seen of the processes, each time with the steps recorded by then."""
+def watched(start, run: Path, steps: int, every: float, *changes: str) -> list[tuple[int, dict[str, list[int]]]]:
+    """Train for so many steps; gives what was seen of the processes, each time with the steps recorded by then.
+
+    Args:
+        start: starts a command line, as subprocess.Popen does.
+        every: seconds between looks.
+        changes: of the recipe.
+    """
     command = [sys.executable, "jobs/train.py", "--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits"]
-    command += ["--data", str(shards), "--out", str(run), "--steps", str(steps)]
-    command += [part for setting in TINY for part in ("--set", setting)]
+    command += ["--data", str(SHARDS), "--out", str(run), "--steps", str(steps)]
+    command += [part for setting in (*TINY, *changes) for part in ("--set", setting)]
     samples = []
-    with open(f"{run}.log", "w") as log, subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=log) as process:
+    with open(f"{run}.log", "w") as log, start(command, cwd=ROOT, env=ENV, stderr=log) as process:
         rank = psutil.Process(process.pid)
         while process.poll() is None:
-            time.sleep(1)
+            time.sleep(every)
             with suppress(FileNotFoundError, psutil.Error):
                 samples.append(((run / "metrics.jsonl").read_bytes().count(b"\n"), looked_at(rank)))
     assert process.returncode == 0, Path(f"{run}.log").read_text()[-3000:]
+    assert len(losses(run)) == steps
     return samples
 
 
@@ -51,11 +61,22 @@ def least(samples: list[tuple[int, dict[str, list[int]]]], first: int, last: int
     return {key: [min(values) for values in zip(*(found[key] for found in part), strict=True)] for key in part[0]}
 
 
-def test_ten_thousand_steps_take_no_more_than_a_thousand(latents, tmp_path):
+def test_hundreds_of_steps_take_no_more_files_and_threads_than_dozens(tmp_path):
+    run = tmp_path / "run"
+    samples = watched(forks.Popen, run, 240, 0.02, "checkpoint.every=20")
+    early, late = least(samples, 40, 120), least(samples, 160, 240)
+    assert late["files"] == early["files"] and late["threads"] == early["threads"]
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["latest", step(200), step(220), step(240)]
+    assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.long
+def test_ten_thousand_steps_take_no_more_than_a_thousand(tmp_path):
     """Memory within 1%, as many open files, as many checkpoints; in the rank and in the processes that read for it."""
     run = tmp_path / "run"
-    samples = watched(latents, run, 10_000)
-    assert len(losses(run)) == 10_000
+    # A true interpreter: of a forked one's memory much is its parent's until it is touched.
+    samples = watched(subprocess.Popen, run, 10_000, 1.0, "checkpoint.every=500", "data.workers=auto")
     early, late = least(samples, 1000, 3000), least(samples, 8000, 9950)
     assert len(early["files"]) > 1
     assert late["files"] == early["files"]
