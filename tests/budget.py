@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-UNIT_SECONDS = 150.0  # CPU seconds; they took 75 on 2026-11-27
+UNIT_SECONDS = 240.0  # CPU seconds; they took 145 beside other work on 2026-11-27
 MARK = "MOE_DIT_SUITE"  # environment variable that all processes of a run of the suite have
 PYTHON = re.compile(r"(^|[/\s])(python[\d.]*|deepspeed|torchrun|srun)(\s|$)")
 STARTS = ("subprocess.Popen", "os.posix_spawn", "os.exec", "os.spawn")

@@ -15,7 +15,7 @@ export OMP_NUM_THREADS=1
 
 if [ "${1:-}" = --oldest ]; then
     source jobs/setup.sh oldest
-    oldest=(model kernels compile engine flow precision optimizer dropout)
+    oldest=(models kernels compile engine flow precision optimizer dropout)
     exec python -m pytest -n 2 --dist loadfile $(compgen -G "tests/*/test_*.py" | grep -E "/test_($(IFS='|' && echo "${oldest[*]}")).py")
 fi
 long=no
