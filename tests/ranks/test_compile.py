@@ -13,14 +13,21 @@ from moe_dit.parallel.recompute import apply_activation_checkpointing
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
-@pytest.mark.parametrize("name", ["digits", "digits_pixels", "digits_diffmoe"])
+ALL = ["none", "blocks", "experts"]
+
+
+# A compiler takes a second a kernel: in the ten minutes it compiles one mode, and all else is traced alone.
 @pytest.mark.parametrize(
-    ("backend", "modes"),
+    ("name", "backend", "modes"),
     [
-        # A compiler takes a second a kernel: it compiles one mode of each, and the others are traced alone.
-        ("inductor", ["none"]),
-        ("aot_eager", ["none", "blocks", "experts"]),
-        pytest.param("inductor", ["none", "blocks", "experts"], marks=pytest.mark.long),
+        ("digits", "inductor", ["none"]),
+        ("digits", "aot_eager", ALL),
+        ("digits_pixels", "aot_eager", ALL),
+        ("digits_diffmoe", "aot_eager", ALL),
+        *(
+            pytest.param(name, "inductor", ALL, marks=pytest.mark.long)
+            for name in ("digits", "digits_pixels", "digits_diffmoe")
+        ),
     ],
 )
 def test_compiled_blocks_give_the_plain_ones_losses_and_gradients(name, backend, modes):
