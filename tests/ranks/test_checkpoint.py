@@ -97,7 +97,7 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(shared, tmp_path):
         kill(process)
     assert 8 <= len((run / "metrics.jsonl").read_text().splitlines()) <= 10
     # what a kill in the middle of a save leaves behind, and a half-written line of metrics
-    (run / "checkpoints" / ".step_00000008.tmp").mkdir(exist_ok=True)
+    (run / "checkpoints" / ".step_00000007.tmp").mkdir()
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
     assert "continuing" in train(run, *flags, ranks=2)

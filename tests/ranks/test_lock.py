@@ -57,7 +57,12 @@ def test_a_run_waits_for_one_that_is_saving(tmp_path):
         assert holder.stdout.readline() == "held\n"
         waiting = small.start(run, "--steps=1", code=f"TRIES = {str(tries)!r}{TRIES}")
         try:
-            wait_for(lambda: tries.exists() and tries.stat().st_size > 1, "a second try", Path(f"{run}.log"))
+
+            def tried() -> bool:
+                return tries.exists() and tries.stat().st_size > 1
+
+            wait_for(lambda: tried() or waiting.poll() is not None, "a second try", Path(f"{run}.log"))
+            assert tried(), Path(f"{run}.log").read_text()
             holder.communicate("")
             assert waiting.wait(120) == 0
         finally:
