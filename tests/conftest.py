@@ -1,20 +1,17 @@
 """What several test files need: real digits as latents and as pixels, and the runs that others are held against."""
 
 import os
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from data_prep import digits
-from helpers import ENV, ROOT, STEPS, finish, forks, once, start_training
-from moe_dit import build_model, load_recipe
-from moe_dit.data import Latents, batches, training_inputs
-from moe_dit.flow import Flow
-from moe_dit.manifest import read_manifest
-from moe_dit.runtime.ranks import World
+from budget import Budget
+
+# What imports torch is imported where it is used: of several test processes the first runs no test.
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Budget(config))
 
 
 @pytest.fixture(scope="session")
@@ -27,13 +24,16 @@ def shared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def latents(shared) -> Path:
     """All digits as latent shards, through an autoencoder fitted for a few steps."""
+    from data_prep import digits
+    from helpers import call, once
 
     def make(folder: Path) -> None:
         digits.write_images(folder / "images")
-        digits.write_autoencoder(folder / "images", folder / "vae", steps=60, seed=0)
-        flags = f"--images {folder}/images --vae {folder}/vae --size 32 --shard-size 512 --out {folder}/shards"
-        command = [sys.executable, "-m", "data_prep.encode_latents", *flags.split()]
-        forks.run(command, check=True, cwd=ROOT, env=ENV, timeout=300)
+        digits.write_autoencoder(folder / "images", folder / "vae", steps=20, seed=0)
+        flags = (
+            f"--images {folder}/images --vae {folder}/vae --size 32 --shard-size 512 --out {folder}/shards --workers 0"
+        )
+        assert call("data_prep.encode_latents", *flags.split()) == 0
 
     return once(shared, "latents", make) / "shards"
 
@@ -41,12 +41,13 @@ def latents(shared) -> Path:
 @pytest.fixture(scope="session")
 def pixels(shared) -> Path:
     """All digits as pixel shards."""
+    from data_prep import digits
+    from helpers import call, once
 
     def make(folder: Path) -> None:
         digits.write_images(folder / "images")
-        flags = f"--images {folder}/images --size 32 --out {folder}/shards"
-        command = [sys.executable, "-m", "data_prep.pack_pixels", *flags.split()]
-        forks.run(command, check=True, cwd=ROOT, env=ENV)
+        flags = f"--images {folder}/images --size 32 --out {folder}/shards --workers 0"
+        assert call("data_prep.pack_pixels", *flags.split()) == 0
 
     return once(shared, "pixels", make) / "shards"
 
@@ -54,6 +55,17 @@ def pixels(shared) -> Path:
 @pytest.fixture(scope="session")
 def plain(latents):
     """The same steps in one plain torch process: losses, gradient norms and EMA."""
+    from dataclasses import replace
+
+    import torch
+
+    from helpers import STEPS
+    from moe_dit import build_model, load_recipe
+    from moe_dit.data import Latents, batches, training_inputs
+    from moe_dit.flow import Flow
+    from moe_dit.manifest import read_manifest
+    from moe_dit.runtime.ranks import World
+
     recipe = replace(load_recipe("digits"), steps=STEPS)
     manifest, model = read_manifest(latents), build_model(recipe)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
@@ -75,6 +87,7 @@ def plain(latents):
 @pytest.fixture(scope="session")
 def two_ranks(latents, shared) -> Path:
     """An uninterrupted run of STEPS steps on 2 expert-parallel ranks; to be read, not changed."""
+    from helpers import STEPS, finish, once, start_training
 
     def make(folder: Path) -> None:
         flags = ["--steps", str(STEPS), "--set", "checkpoint.every=4"]

@@ -1,37 +1,42 @@
 #!/usr/bin/env bash
-# Sets up everything and checks everything; the first part that fails ends it. Other arguments than --long go to pytest,
-# and then only pytest runs:
-#   bash tests/run.sh
-#   bash tests/run.sh --long           then what torch computes, once more on the oldest torch that is admitted
-#   bash tests/run.sh tests/test_recipe.py -k digits
+# Sets up everything and checks everything; the first part that fails ends it. Other arguments go to pytest, and then
+# only pytest runs:
+#   bash tests/run.sh                  ten minutes on two cores
+#   bash tests/run.sh --long           then what is marked long: endurance, many ranks, kills, whole matrices
+#   bash tests/run.sh --oldest         what torch computes, on the oldest torch that is admitted, in .venv-oldest
+#   bash tests/run.sh tests/unit       what starts no process: a minute
+#   bash tests/run.sh tests/unit/test_recipe.py -k digits
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-long=no
-if [ "${1:-}" = --long ]; then long=yes && shift; fi
-source jobs/setup.sh dev
 
 # Tests never reach the network.
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1
 
-if [ $# -eq 0 ]; then
-    echo "== ruff check" && ruff check .
-    echo "== ruff format" && ruff format --check .
-    echo "== mypy" && mypy moe_dit data_prep eval jobs
-    echo "== bash -n"
-    for script in jobs/*.sh jobs/slurm/* tests/run.sh tests/gpu.sh .ci/run; do bash -n "$script"; done
-    echo "== pytest"
-fi
-# Two files at a time: much of a training test is starting processes, which keeps one core busy.
-python -m pytest -n 2 --dist loadfile "$@"
-
-if [ $# -eq 0 ]; then
-    echo "== GPU"
-    bash tests/gpu.sh --here || { [ $? -eq 3 ] && echo "tests/gpu.sh is skipped"; }
-fi
-if [ $long = yes ]; then
-    echo "== pytest, oldest torch"
+if [ "${1:-}" = --oldest ]; then
     source jobs/setup.sh oldest
     oldest=(model kernels compile engine flow precision optimizer dropout)
-    python -m pytest -n 2 --dist loadfile $(printf "tests/test_%s.py " "${oldest[@]}")
+    exec python -m pytest -n 2 --dist loadfile $(compgen -G "tests/*/test_*.py" | grep -E "/test_($(IFS='|' && echo "${oldest[*]}")).py")
+fi
+long=no
+if [ "${1:-}" = --long ]; then long=yes && shift; fi
+source jobs/setup.sh dev
+
+# More files at a time than cores: some tests wait, for SLURM, for signals, for a time that must run out.
+tests() { python -m pytest -n "${TESTS_AT_A_TIME:-$(($(nproc) + 1))}" --dist loadfile --durations 20 "$@"; }
+[ $# -eq 0 ] || { tests "$@" && exit; }
+
+SECONDS=0
+echo "== ruff check" && ruff check .
+echo "== ruff format" && ruff format --check .
+echo "== mypy" && mypy moe_dit data_prep eval jobs
+echo "== bash -n"
+for script in jobs/*.sh jobs/slurm/* tests/run.sh tests/gpu.sh .ci/run; do bash -n "$script"; done
+echo "== pytest" && tests
+echo "== GPU"
+bash tests/gpu.sh --here || { [ $? -eq 3 ] && echo "tests/gpu.sh is skipped"; }
+echo "== all but the long part: $SECONDS s"
+if [ $long = yes ]; then
+    echo "== long" && tests -m long
+    echo "== all: $SECONDS s"
 fi

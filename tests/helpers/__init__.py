@@ -85,7 +85,8 @@ def finish(process: subprocess.Popen, run: Path, timeout: float = 300) -> str:
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     """The ranks of a training command: itself, or what its launcher started."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    return [member for member in family if "jobs/train.py" in member.cmdline()[1:3]]
+    # What was forked has its command line as one word.
+    return [member for member in family if "jobs/train.py" in " ".join(member.cmdline()).split()[1:3]]
 
 
 def records(run: Path) -> list[dict]:
@@ -127,12 +128,13 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen, timeout: floa
     raise AssertionError(f"step {step} was not reached in {timeout} s")
 
 
-def wait_for(true, what: str, log: Path, timeout: float = 400) -> None:
-    """Wait until something is true of a run that writes a log."""
+def wait_for(true, what: str, log: Path | None, timeout: float = 400) -> None:
+    """Wait until something is true, for example of a run that writes a log."""
     deadline = time.monotonic() + timeout
     while not true():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout} s\n{log.read_text()[-6000:]}"
-        time.sleep(0.1)
+        told = f"\n{log.read_text()[-6000:]}" if log else ""
+        assert time.monotonic() < deadline, f"{what}: not within {timeout} s{told}"
+        time.sleep(0.05)
 
 
 def told(run: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """A process that has imported what commands import, and forks one for each command line that it is sent.
 
-    python tests/helpers/fork_server.py SOCKET (project | libraries)
+    python tests/helpers/fork_server.py SOCKET (project | libraries | nothing)
 
 Its client is :mod:`helpers.forks`, which started it. It never computes, joins a group or starts a thread: so what it
 forks is as sound as a new interpreter, and is there in a hundredth of the time.
@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -30,15 +31,18 @@ from typing import NoReturn
 from setproctitle import getproctitle, setproctitle
 
 LIBRARIES = ("torch", "torch.distributed.checkpoint", "deepspeed", "timm", "diffusers", "webdataset")
-# What these import when an optimizer is made, a group is joined, a checkpoint is written.
+# What these import when an optimizer is made, a group is joined, a checkpoint is written; and what tests import.
 LATER = ("torch._dynamo", "torch.utils.serialization.config", "deepspeed.comm.mori", "setuptools.command.build_ext")
+TESTS = ("pytest", "sklearn.datasets", "scipy.linalg", "matplotlib.figure", "torch_fidelity")
 PACKAGES = ("moe_dit", "data_prep", "eval")
 LARGEST = 1 << 20  # bytes of a request
 
 
 def preload(what: str) -> None:
-    """Import the libraries, and for ``project`` its modules too."""
-    for name in (*LIBRARIES, *LATER):
+    """Import nothing, the libraries, or for ``project`` its modules too."""
+    if what == "nothing":
+        return
+    for name in (*LIBRARIES, *LATER, *TESTS):
         importlib.import_module(name)
     _ = sys.modules["deepspeed"].ops.__compatible_ops__  # asks a compiler, once
     for name in PACKAGES if what == "project" else ():
@@ -70,20 +74,23 @@ def run(command: list[str]) -> None:
 
 def run_and_exit(command: list[str]) -> NoReturn:
     """As :func:`run`, and exit as Python does, but for taking all modules apart: 0.6 s of a forked process."""
-    status = 0
+    status, interrupted = 0, False
     try:
         run(command)
     except SystemExit as done:
         status = done.code if isinstance(done.code, int) else int(done.code is not None)
         if status and not isinstance(done.code, int):
             print(done.code, file=sys.stderr)
-    except BaseException:
+    except BaseException as error:
         sys.excepthook(*sys.exc_info())
-        status = 1
+        status, interrupted = 1, isinstance(error, KeyboardInterrupt)
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(status & 0xFF)
 
 
@@ -126,13 +133,31 @@ def fork(request: dict, streams: list[int]) -> int | None:
     return None
 
 
+def of_sessions(sessions: set[int]) -> list[int]:
+    """The processes of these sessions that have not ended."""
+    found = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):  # it ends now
+            state, _, _, session = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) in sessions and state not in "ZX":
+                found.append(int(process))
+    return found
+
+
 def serve(connection: socket.socket) -> dict:
     """Answer requests until the client is gone; returns only in what was forked, with the request."""
     sessions: set[int] = set()
     while True:
         message, streams, _, _ = socket.recv_fds(connection, LARGEST, 3)
-        if not message:
-            break
+        if message in (b"", b"left"):
+            left = of_sessions(sessions)
+            if message:
+                connection.send(json.dumps(left).encode())
+                continue
+            for number in left:
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            os._exit(0)
         request = json.loads(message)
         number = fork(request, streams)
         if number is None:
@@ -142,13 +167,6 @@ def serve(connection: socket.socket) -> dict:
             os.close(stream)
         sessions.add(number)
         connection.send(b"%d" % number)
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and os.getsid(int(process.name)) in sessions:
-                os.kill(int(process.name), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    os._exit(0)
 
 
 def main() -> None:

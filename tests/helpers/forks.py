@@ -19,8 +19,14 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from budget import anything_may_start, may_start
+
 ROOT = Path(__file__).parents[2]
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+LARGEST = 1 << 20  # bytes of an answer
+_servers: list["Server"] = []
 
 
 class Server:
@@ -31,20 +37,26 @@ class Server:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno()), preload]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        self._process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        how = {"cwd": ROOT, "env": environment, "pass_fds": [theirs.fileno()], "start_new_session": True}
+        with anything_may_start():
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **how)
         theirs.close()
         if self._connection.recv(100) != b"ready":
             raise RuntimeError("the fork server ended as it began; its error is above")
         atexit.register(self.close)
+        _servers.append(self)
 
     def fork(self, request: dict, streams: list[int]) -> int:
         """A new process's number; it is a child of this one."""
         with self._lock, _taking_orphans():
             socket.send_fds(self._connection, [json.dumps(request).encode()], streams)
             return int(self._connection.recv(100))
+
+    def left(self) -> list[int]:
+        """The processes of what it started that have not ended."""
+        with self._lock:
+            self._connection.send(b"left")
+            return json.loads(self._connection.recv(LARGEST))
 
     def close(self) -> None:
         """End the server, and all that it started and that is still there."""
@@ -63,6 +75,15 @@ def _taking_orphans():
         libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
+def close_all() -> list[int]:
+    """End this process's servers; gives the processes that they had started and that had not ended."""
+    left = [process for server in _servers for process in server.left()]
+    while _servers:
+        _servers.pop().close()
+    server.cache_clear()
+    return left
+
+
 @cache
 def server(preload: str) -> Server:
     """This process's server, started when it is first asked for."""
@@ -73,11 +94,12 @@ class Popen(subprocess.Popen):
     """A process forked by the server.
 
     Args:
-        preload: "project", or "libraries" for commands of a copy of the project.
+        preload: "project"; "libraries" for commands of a copy of the project; "nothing".
         finalize: end as Python does, to the last destructor, which takes 0.6 s.
     """
 
     def __init__(self, args, *, preload: str = "project", finalize: bool = False, **options):
+        may_start(" ".join(map(str, args)), forked=True)
         self._server, self._finalize = server(preload), finalize
         super().__init__(args, **options)
 

@@ -4,8 +4,9 @@
     python tests/tools/mutate.py --only flow-sign kid-subsets
     python tests/tools/mutate.py --list
 
-A mutation is an edit of a copy of the project, and the tests that must fail for it. One that survives is a hole in the
-tests; one whose text is not found is to be renewed, with the line that it broke.
+A mutation is an edit of a copy of the project, and the test that must fail for it, one of those that are not marked
+long. One that survives is a hole in the tests; one whose text is not found is to be renewed, with the
+line that it broke.
 """
 
 import argparse
@@ -14,16 +15,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import ENV, ROOT, project_files
+from helpers import ENV, ROOT, forks, project_files
 
 LIMIT = 300  # seconds; a mutation whose tests then still run has made them hang, which is noticed too
+COPIES = 2  # tested at a time
 
 console = Console(soft_wrap=True)
 
@@ -811,13 +816,14 @@ class Copy:
         # Bytecode is told by its source's size and second: an edit of equal length might not be seen.
         env = ENV | {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
-        log = self.folder / "pytest.log"
+        log = self.folder.with_suffix(".log")
         with open(log, "w") as output:
+            how = {"cwd": self.folder, "env": env, "stdout": output, "stderr": output, "timeout": limit}
             try:
-                status = subprocess.run(command, cwd=self.folder, env=env, stdout=output, stderr=output, timeout=limit)
+                done = forks.run(command, preload="libraries", **how)
             except subprocess.TimeoutExpired:
                 return None, log.read_text()
-        return status.returncode, log.read_text()
+        return done.returncode, log.read_text()
 
 
 def judge(copy: Copy, mutation: Mutation) -> tuple[bool, str]:
@@ -832,6 +838,12 @@ def judge(copy: Copy, mutation: Mutation) -> tuple[bool, str]:
         return True, "killed"
     # Any status but 0 means that no test ran, so that nothing is known.
     return False, "SURVIVED" if status == 0 else f"no test ran: {output.strip().splitlines()[-1]}"
+
+
+def timed(copy: Copy, mutation: Mutation) -> tuple[bool, str, float]:
+    """As :func:`judge`, with the seconds that it took."""
+    began = time.monotonic()
+    return *judge(copy, mutation), time.monotonic() - began
 
 
 def chosen(names: list[str] | None) -> list[Mutation]:
@@ -852,21 +864,31 @@ def main() -> None:
         for mutation in mutations:
             console.print(f"{mutation.name}  {mutation.file}  {mutation.test}", markup=False, highlight=False)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Copy(Path(folder) / "project")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(COPIES) as pool:
+        copies: SimpleQueue[Copy] = SimpleQueue()
+        for number in range(COPIES):
+            copies.put(Copy(Path(folder) / f"project{number}"))
+
+        def on_a_copy(work, *arguments):
+            copy = copies.get()
+            try:
+                return work(copy, *arguments)
+            finally:
+                copies.put(copy)
+
         # A test that fails anyhow would kill every mutation.
         tests = sorted({mutation.test for mutation in mutations})
         console.print(f"running the {len(tests)} tests without a mutation")
-        status, output = copy.test(tests)
-        if status:
-            sys.exit(f"error: without any mutation the tests must pass:\n{output[-3000:]}")
+        parts = [part for i in range(COPIES) if (part := tests[i::COPIES])]
+        for status, output in pool.map(partial(on_a_copy, Copy.test), parts):
+            if status:
+                sys.exit(f"error: without any mutation the tests must pass:\n{output[-3000:]}")
         table = Table("mutation", "file", "seconds", "", title="mutations")
         good = 0
-        for mutation in mutations:
-            began = time.monotonic()
-            killed, verdict = judge(copy, mutation)
+        verdicts = pool.map(partial(on_a_copy, timed), mutations)
+        for mutation, (killed, verdict, seconds) in zip(mutations, verdicts, strict=True):
             good += killed
-            row = mutation.name, mutation.file, f"{time.monotonic() - began:.0f}", verdict
+            row = mutation.name, mutation.file, f"{seconds:.0f}", verdict
             console.print(*row, markup=False, highlight=False)
             table.add_row(*row)
     console.print(table)

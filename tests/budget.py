@@ -1,0 +1,141 @@
+"""What keeps the suite fast and clean: a part of tests/conftest.py.
+
+- A test in tests/unit starts no process; one in tests/ranks no Python interpreter of its own, which takes seconds to
+  import torch, but has it forked (:mod:`helpers.forks`).
+- The unit tests take no more than UNIT_SECONDS of CPU time together.
+- What the suite started is gone when it ends, and what it put into shared memory.
+"""
+
+import atexit
+import gc
+import os
+import re
+import secrets
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+UNIT_SECONDS = 150.0  # CPU seconds; they took 75 on 2026-11-27
+MARK = "MOE_DIT_SUITE"  # environment variable that all processes of a run of the suite have
+PYTHON = re.compile(r"(^|[/\s])(python[\d.]*|deepspeed|torchrun|srun)(\s|$)")
+STARTS = ("subprocess.Popen", "os.posix_spawn", "os.exec", "os.spawn")
+LONGEST_ENDING = 10.0  # seconds that processes have to end after the last test
+
+_refused = ""  # what the test that runs now must not start
+
+
+def may_start(line: str, forked: bool = False) -> None:
+    """Refuse a command line that the test which runs now must not start."""
+    if _refused == "process" or (_refused and not forked and PYTHON.search(line)):
+        raise RuntimeError(f"tests/budget.py: a test in this folder starts no {_refused} of its own: {line}")
+
+
+def _audit(event: str, arguments: tuple) -> None:
+    if _refused and event in STARTS:
+        program, words = arguments[:2]
+        words = [words] if isinstance(words, (str, bytes)) else words
+        may_start(" ".join(map(os.fsdecode, [program or "", *words])))
+
+
+sys.addaudithook(_audit)
+
+
+@contextmanager
+def anything_may_start():
+    """For the fork server itself."""
+    global _refused
+    before, _refused = _refused, ""
+    try:
+        yield
+    finally:
+        _refused = before
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).parts[0]
+
+
+class Budget:
+    """One process's part of the checks; the first process adds them up."""
+
+    def __init__(self, config: pytest.Config):
+        self.config = config
+        self.unit_seconds = 0.0
+        self.wrong: list[str] = []
+        self.memory = set(os.listdir("/dev/shm"))
+        atexit.register(gc.freeze)  # else the last collection visits all that torch made, for a second
+        if not hasattr(config, "workerinput"):
+            os.environ[MARK] = secrets.token_hex(8)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item):
+        global _refused
+        folder = _folder(item)
+        if folder == "unit":
+            _refused = "process"
+        elif folder == "ranks" and item.get_closest_marker("long") is None:
+            _refused = "Python interpreter"
+        before = time.process_time()
+        yield
+        _refused = ""
+        if folder == "unit":
+            self.unit_seconds += time.process_time() - before
+
+    def pytest_testnodedown(self, node):
+        self.unit_seconds += getattr(node, "workeroutput", {}).get("unit_seconds", 0.0)
+        self.wrong += getattr(node, "workeroutput", {}).get("wrong", [])
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session):
+        if "helpers.forks" in sys.modules:
+            left = sys.modules["helpers.forks"].close_all()
+            self.wrong += [f"process {process} is left of what tests had forked" for process in left]
+        if hasattr(self.config, "workerinput"):
+            self.config.workeroutput |= {"unit_seconds": self.unit_seconds, "wrong": self.wrong}
+            return
+        if self.unit_seconds > UNIT_SECONDS:
+            self.wrong.append(f"the unit tests took {self.unit_seconds:.0f} CPU seconds of {UNIT_SECONDS:.0f}")
+        self.wrong += [f"a process is left: {line}" for line in _left()]
+        self.wrong += [f"/dev/shm/{name} is left" for name in _unused(set(os.listdir("/dev/shm")) - self.memory)]
+        if self.wrong and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.unit_seconds:
+            terminalreporter.write_line(f"unit tests: {self.unit_seconds:.0f} CPU seconds of {UNIT_SECONDS:.0f}")
+        for line in self.wrong:
+            terminalreporter.write_line(f"error: {line}", red=True)
+
+
+def _unused(names: set[str]) -> list[str]:
+    """Those names in shared memory that no process has mapped; others may use this machine too."""
+    maps = []
+    for process in psutil.pids() if names else ():
+        with suppress(OSError):
+            maps.append(Path(f"/proc/{process}/maps").read_text())
+    return sorted(name for name in names if not any(f"/dev/shm/{name}" in text for text in maps))
+
+
+def _left() -> list[str]:
+    """What else this run of the suite started, and what is still there, with their command lines."""
+    deadline = time.monotonic() + LONGEST_ENDING
+    while (left := list(filter(_ours, psutil.process_iter()))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = []
+    for process in left:
+        try:
+            found.append(f"{process.pid} {process.status()} {' '.join(process.cmdline())[:200]}")
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def _ours(process: psutil.Process) -> bool:
+    try:
+        return process.pid != os.getpid() and process.environ().get(MARK) == os.environ[MARK]
+    except psutil.Error:
+        return False
