@@ -113,6 +113,8 @@ def test_what_a_step_of_s_costs(tmp_path):
 
 @needs_compiler
 def test_compiled_draws_are_the_draws():
+    from torch._inductor.compile_fx import compile_fx  # takes a second, which no other test here needs
+
     recipe = load_recipe("dsmoe_s_e16")
     generator = torch.Generator().manual_seed(0)
     batch = {
@@ -121,7 +123,7 @@ def test_compiled_draws_are_the_draws():
         "position": torch.tensor([5, 2**33, 7]),
     }
     want = training_inputs(recipe, batch, Latents(0.18215, 0.5, True))
-    got = training_inputs(recipe, batch, Latents(0.18215, 0.5, True), backend=torch._inductor.compile_fx.compile_fx)
+    got = training_inputs(recipe, batch, Latents(0.18215, 0.5, True), backend=compile_fx)
     for key in ("y", "u", "position"):
         assert torch.equal(got[key], want[key])
     for key in ("x", "noise"):
