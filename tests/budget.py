@@ -21,7 +21,7 @@ import pytest
 
 UNIT_SECONDS = 240.0  # CPU seconds; they took 145 beside other work on 2026-11-27
 MARK = "MOE_DIT_SUITE"  # environment variable that all processes of a run of the suite have
-PYTHON = re.compile(r"(^|[/\s])(python[\d.]*|deepspeed|torchrun|srun)(\s|$)")
+PYTHON = re.compile(r"(^|\s)([^-\s]\S*/)?(python[\d.]*|deepspeed|torchrun|srun)(\s|$)")  # not -I.../python3.11
 STARTS = ("subprocess.Popen", "os.posix_spawn", "os.exec", "os.spawn")
 LONGEST_ENDING = 10.0  # seconds that processes have to end after the last test
 

@@ -18,6 +18,7 @@ from helpers import ENV, ROOT, finish, forks, free_port, project_files
 PAGE = ROOT / "docs/extending.md"
 STEPS = 4
 SMALL = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "global_batch_size=16", "checkpoint.every=2"]
+SMALL += ["data.workers=0"]
 DIGITS = [*SMALL, "model.moe.expert_width=16"]
 # What DeepSpeed's launcher makes of a command line: how many ranks of what.
 UNDERSTAND = """\

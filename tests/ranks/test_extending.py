@@ -238,7 +238,7 @@ def tiny_autoencoder(make, project: Copy, name: str) -> None:
 
 
 SMALL_IMAGENET = [*DIGITS, "model.moe.num_experts=4", "model.moe.expert_width=8", "global_batch_size=4"]
-SMALL_IMAGENET += ["data.workers=0", "model.num_classes=2"]
+SMALL_IMAGENET += ["model.num_classes=2"]
 
 
 def check_first_loss(run: Path, shards: Path, prepare) -> None:
