@@ -16,14 +16,14 @@ export OMP_NUM_THREADS=1
 if [ "${1:-}" = --oldest ]; then
     source jobs/setup.sh oldest
     oldest=(models kernels compile engine flow precision optimizer dropout)
-    exec python -m pytest -n 2 --dist loadfile $(compgen -G "tests/*/test_*.py" | grep -E "/test_($(IFS='|' && echo "${oldest[*]}")).py")
+    exec python -m pytest -n 2 --dist loadfile $(printf "tests/unit/test_%s.py " "${oldest[@]}") tests/ranks/test_engine.py
 fi
 long=no
 if [ "${1:-}" = --long ]; then long=yes && shift; fi
 source jobs/setup.sh dev
 
-# More files at a time than cores: some tests wait, for SLURM, for signals, for a time that must run out.
-tests() { python -m pytest -n "${TESTS_AT_A_TIME:-$(($(nproc) + 1))}" --dist loadfile --durations 20 "$@"; }
+# More files at a time than cores, those first that wait most: for SLURM, for signals, for a time that must run out.
+tests() { python -m pytest -n "$(($(nproc) + 1))" --dist loadfile --no-loadscope-reorder --durations 20 "$@"; }
 [ $# -eq 0 ] || { tests "$@" && exit; }
 
 SECONDS=0
