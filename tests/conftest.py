@@ -7,7 +7,7 @@ import pytest
 
 from budget import Budget
 
-# What imports torch is imported where it is used: of several test processes the first runs no test. Then these are read.
+# What imports torch is imported where it is used: of several test processes the first runs no test. Before:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # test processes that each take every core slow each other down several times
 
