@@ -58,8 +58,9 @@ def test_a_run_goes_on_with_the_nodes_that_are_left(latents, tmp_path):
         begun = saved(run)
         wait_for(lambda: told(run).count("started") == 2 and saved(run) > begun, "a second start", log, 180)
         assert log.read_text().count("digits on 4 ranks") == 2
+        ranks = of_agent(agents[1])
         os.killpg(agents[1].pid, signal.SIGKILL)
-        for rank in of_agent(agents[1]):
+        for rank in ranks:
             rank.send_signal(signal.SIGKILL)
         wait_for(lambda: told(run).count("started") == 3, "a third start", log, 180)
         assert agents[0].wait(180) == 0, log.read_text()[-5000:]

@@ -1,14 +1,11 @@
-"""From images to shards: the centre crop, encoding, continuing after a stop, several ranks, verifying, bad input."""
+"""From images to shards: the centre crop, encoding, verifying, bad input."""
 
 import hashlib
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +18,15 @@ from data_prep import digits, encode_latents, pack_pixels, verify
 from data_prep.autoencoder import load_vae
 from data_prep.encode_latents import read_pixels
 from data_prep.images import center_crop, list_images
+from helpers import ROOT, call, once
+from helpers.few_digits import contents, encode, latent_flags, read_back
 from moe_dit.runtime.command import run
 from moe_dit.runtime.errors import InputError
-
-ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-PYTHON = [sys.executable, "-m"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """The thread count of the subprocesses, so that bytes can be compared."""
+    """The thread count that the shards were encoded with, so that values can be compared."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,69 +34,32 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """300 of the digits as class folders."""
-    folder = tmp_path_factory.mktemp("digits") / "images"
-    digits.write_images(folder)
-    for path in list(folder.glob("*/*.png")):
-        if int(path.stem) >= 300:
-            path.unlink()
-    return folder
+def few(shared) -> Path:
+    """The folder of helpers.few_digits.encode."""
+    return once(shared, "few_digits", encode)
 
 
 @pytest.fixture(scope="module")
-def vae(images, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "vae"
-    digits.write_autoencoder(images, folder, steps=4, seed=0)
-    return folder
+def images(few) -> Path:
+    """300 of the digits as class folders."""
+    return few / "images"
 
 
-def latent_flags(images, vae, out) -> list[str]:
-    return f"--images {images} --vae {vae} --out {out} --size 32 --shard-size 16 --batch 8".split()
+@pytest.fixture(scope="module")
+def vae(few) -> Path:
+    return few / "vae"
 
 
-def call(module, monkeypatch, *flags) -> None:
+@pytest.fixture(scope="module")
+def shards(few) -> Path:
+    """Encoded by one rank without a stop."""
+    return few / "shards"
+
+
+def run_here(module, monkeypatch, *flags) -> None:
     """Run a command in this process; raises InputError on bad input."""
     monkeypatch.setattr(sys, "argv", ["command", *map(str, flags)])
     module.main()
-
-
-@pytest.fixture(scope="module")
-def shards(images, vae, tmp_path_factory) -> Path:
-    """Encoded by one rank without a stop."""
-    out = tmp_path_factory.mktemp("shards") / "one"
-    with pytest.MonkeyPatch.context() as patch:
-        call(encode_latents, patch, *latent_flags(images, vae, out))
-    return out
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.tar")}
-
-
-def assert_same_shards(got: Path, want: Path) -> None:
-    """The same samples in the same shards; moments up to float16's rounding.
-
-    A convolution's last bit may depend on where memory was allocated, so bytes are too much to ask.
-    """
-    assert contents(got).keys() == contents(want).keys()
-    for name in contents(want):
-        ours, theirs = ({sample["__key__"]: sample for sample in read_file(f / name)} for f in (got, want))
-        assert list(ours) == list(theirs)
-        for key, sample in theirs.items():
-            assert ours[key]["cls"] == sample["cls"]
-            for member in ("latent.npy", "latent_flip.npy"):
-                np.testing.assert_allclose(ours[key][member], sample[member], rtol=2e-3, atol=1e-4)
-
-
-def read_file(path: Path):
-    return webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False).decode("rgb8")
-
-
-def read_back(folder: Path) -> dict[str, dict]:
-    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
-    dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8")
-    return {sample["__key__"]: sample for sample in dataset}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,10 +97,14 @@ def test_digits_are_the_data_sets(images):
         assert np.corrcoef(small.ravel(), data.images[index].ravel())[0, 1] > 0.95
 
 
-def test_autoencoder_depends_on_the_seed_alone(images, vae, tmp_path):
-    digits.write_autoencoder(images, tmp_path / "again", steps=4, seed=0)
-    digits.write_autoencoder(images, tmp_path / "other", steps=4, seed=1)
-    weights = [f / "diffusion_pytorch_model.safetensors" for f in (vae, tmp_path / "again", tmp_path / "other")]
+def test_autoencoder_depends_on_the_seed_alone(images, tmp_path):
+    for path in images.glob("*/*.png"):
+        if int(path.stem) < 20:
+            (tmp_path / "images" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "images" / path.parent.name)
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        digits.write_autoencoder(tmp_path / "images", tmp_path / name, steps=4, seed=seed)
+    weights = [tmp_path / name / "diffusion_pytorch_model.safetensors" for name in ("first", "again", "other")]
     first, again, other = (path.read_bytes() for path in weights)
     assert first == again != other
 
@@ -186,7 +148,7 @@ def test_shards_mix_classes(shards):
 
 
 def test_pixels_are_the_crops(images, tmp_path, monkeypatch):
-    call(pack_pixels, monkeypatch, "--images", images, "--out", tmp_path / "out", "--size", 24, "--workers", 2)
+    run_here(pack_pixels, monkeypatch, "--images", images, "--out", tmp_path / "out", "--size", 24)
     paths, labels, _ = list_images(images)
     samples = read_back(tmp_path / "out")
     assert len(samples) == 300
@@ -197,46 +159,9 @@ def test_pixels_are_the_crops(images, tmp_path, monkeypatch):
     assert verify.verify(tmp_path / "out") == (1, 300)
 
 
-def test_continues_after_kill_to_the_same_shards(images, vae, shards, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    command = [*PYTHON, "data_prep.encode_latents", *latent_flags(images, vae, out)]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("*.tar"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGSTOP)
-        # Stopped, it still holds the folder.
-        with pytest.raises(InputError, match="another command is writing"):
-            call(encode_latents, monkeypatch, *latent_flags(images, vae, out))
-    finally:
-        process.kill()
-        process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert 3 <= len(kept) < 19 and not (out / "manifest.json").exists()
-    # One shard as a crash of the machine, not of the process, may leave it.
-    broken = sorted(kept)[0]
-    os.truncate(broken, 5000)
-    (out / ".shard-000018.tar.1.tmp").write_bytes(b"half")
-
-    call(encode_latents, monkeypatch, *latent_flags(images, vae, out))
-    assert_same_shards(out, shards)
-    assert len(contents(out)) == 19
-    assert all(path.stat().st_mtime_ns == when for path, when in kept.items() if path != broken)
-    assert not list(out.glob("*.tmp")) + list(out.glob(".*.tmp"))
-    assert call(verify, monkeypatch, out) is None
-
-
-def test_ranks_change_nothing(images, vae, shards, tmp_path):
-    launcher = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command = [*launcher, "data_prep.encode_latents", *latent_flags(images, vae, tmp_path / "two")]
-    subprocess.run(command, cwd=ROOT, env=ENV, check=True, timeout=120)
-    assert_same_shards(tmp_path / "two", shards)
-
-
 def test_complete_folder_is_left_alone(images, vae, shards, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in shards.glob("*.*")}
-    call(encode_latents, monkeypatch, *latent_flags(images, vae, shards))
+    run_here(encode_latents, monkeypatch, *latent_flags(images, vae, shards))
     assert "complete already" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in shards.glob("*.*")} == before
 
@@ -336,27 +261,11 @@ def test_bad_input_is_one_line(change, message, images, vae, shards, tmp_path, m
     assert contents(shards) == before and not list(names["out"].glob("*.tar"))
 
 
-def test_bad_input_from_the_shell(images, tmp_path):
-    """Nothing but the line, from imports and reading processes neither."""
-    (tmp_path / "images/a").mkdir(parents=True)
-    (tmp_path / "images/a/1.png").write_bytes(b"not an image")
-    pack = ("pack_pixels", "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out"))
-    for module, *flags in (
-        ("verify", str(images)),
-        (*pack, "--workers", "1"),
-        (*pack, "--workers", "1", "--strict"),
-    ):
-        command = [*PYTHON, f"data_prep.{module}", *flags]
-        result = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
-        assert result.returncode == 2 and result.stdout == ""
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-
-
 def test_digits_overwrites_nothing(images, vae, monkeypatch):
     with pytest.raises(InputError, match="would be replaced"):
-        call(digits, monkeypatch, "images", "--out", images)
+        run_here(digits, monkeypatch, "images", "--out", images)
     with pytest.raises(InputError, match="would be replaced"):
-        call(digits, monkeypatch, "autoencoder", "--images", images, "--out", vae)
+        run_here(digits, monkeypatch, "autoencoder", "--images", images, "--out", vae)
 
 
 @pytest.mark.parametrize("module", ["encode_latents", "pack_pixels", "verify", "digits"])
@@ -374,3 +283,34 @@ def test_vae_and_pixels_load_in_the_documented_form(images, vae):
     assert not model.training and model.dtype == torch.float32
     pixels = read_pixels(str(next(images.glob("5/*.png"))), 32)
     assert pixels.dtype == torch.uint8 and pixels.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--size", "100000"], "--size 100000: it should be at most 8192"),
+        (["--size", "9" * 30], "must be a whole number above 0"),
+        (["--workers", "-1"], "--workers -1: it should be 0 to 512"),
+        (["--workers", "100000"], "--workers 100000: it should be 0 to 512"),
+    ],
+)
+def test_absurd_numbers_are_one_line(tmp_path, capfd, flags, line):
+    assert call("data_prep.pack_pixels", "--images", tmp_path, "--out", tmp_path / "out", *flags) == 2
+    printed = capfd.readouterr().err
+    assert line in printed and printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_leave_other_hidden_files_alone(tmp_path):
+    """What a killed run of ours left is removed; a person's own hidden temporary files are not."""
+    images = tmp_path / "images/a"
+    images.mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(images / "1.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".mine.tmp").write_text("keep")
+    (out / ".shard-000000.tar.tmp").write_text("half")
+    flags = ["--images", tmp_path / "images", "--out", out, "--size", 16, "--workers", 0]
+    assert call("data_prep.pack_pixels", *flags) == 0
+    assert (out / ".mine.tmp").read_text() == "keep"
+    assert not (out / ".shard-000000.tar.tmp").exists()

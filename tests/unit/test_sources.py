@@ -1,15 +1,11 @@
 """Where images come from, how odd ones come out, and what becomes of those that cannot be read."""
 
-import hashlib
 import io
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -19,53 +15,35 @@ import torch
 import webdataset
 from PIL import Image
 
-from data_prep import encode_latents, index, pack_pixels, shards, verify
+from data_prep import encode_latents, index, shards, verify
 from data_prep.digits import build_vae
 from data_prep.images import as_seen, list_images, load_image
 from data_prep.sources import open_source
-from helpers import ENV, ROOT, free_port
 from helpers.server import serving
+from helpers.sources import (
+    BROKEN,
+    as_arrow,
+    as_class_tars,
+    as_parquet,
+    as_tar_of_tars,
+    as_webdataset,
+    break_images,
+    jpeg,
+    pack,
+    png,
+    samples,
+    write_images,
+)
 from moe_dit.data import ShardReader, stored_png
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
 
 
-def jpeg(value, size=(20, 14)):
-    file = io.BytesIO()
-    Image.new("RGB", size, (value, 255 - value, 100)).save(file, "JPEG", quality=95)
-    return file.getvalue()
-
-
-def png(image, **how):
-    file = io.BytesIO()
-    image.save(file, "PNG", **how)
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Three classes of seven JPEGs; names with spaces and accents."""
     folder = tmp_path_factory.mktemp("sources") / "images"
-    for k, name in enumerate(("a", "b b", "ç")):
-        (folder / name).mkdir(parents=True)
-        for i in range(7):
-            (folder / name / f"é {i}.jpg").write_bytes(jpeg(30 * k + 10 * i))
+    write_images(folder)
     return folder
-
-
-def pack(images, out, *flags, module=pack_pixels):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["x", "--images", str(images), "--out", str(out), "--size", "8", *map(str, flags)])
-        module.main()
-    return out
-
-
-def samples(folder):
-    """Each sample's class name and pixels, sorted."""
-    manifest = read_manifest(folder)
-    urls = [str(folder / shard["name"]) for shard in manifest.shards]
-    found = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8")
-    return sorted((manifest.classes[one["cls"]], one["png"].tobytes()) for one in found)
 
 
 @pytest.fixture(scope="module")
@@ -74,62 +52,6 @@ def packed(images, tmp_path_factory):
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
-
-
-def class_tar(folder, file):
-    with tarfile.open(file, "w") as tar:
-        for path in sorted(folder.iterdir()):
-            tar.add(path, path.name)
-
-
-def as_class_tars(images, out):
-    out.mkdir()
-    for folder in images.iterdir():
-        class_tar(folder, out / f"{folder.name}.tar")
-    return out
-
-
-def as_tar_of_tars(images, out):
-    inner = as_class_tars(images, out.with_name("inner"))
-    with tarfile.open(out.with_suffix(".tar"), "w") as tar:
-        for path in sorted(inner.iterdir()):
-            tar.add(path, path.name)
-    return out.with_suffix(".tar")
-
-
-def as_webdataset(images, out):
-    out.mkdir()
-    paths, labels, _ = list_images(images)
-    for part in range(2):
-        with webdataset.TarWriter(str(out / f"{part}.tar"), encoder=False) as tar:
-            for i in range(part, len(paths), 2):
-                content = open(paths[i], "rb").read()
-                tar.write({"__key__": f"{i:05d}", "jpg": content, "cls": str(labels[i]).encode()})
-    return out
-
-
-def as_table(images, names=True):
-    paths, labels, classes = list_images(images)
-    rows = [{"bytes": open(path, "rb").read(), "path": path} for path in paths]
-    table = pa.table({"image": rows, "label": pa.array(labels, pa.int64())})
-    features = {"info": {"features": {"label": {"names": classes, "_type": "ClassLabel"}}}}
-    return table.replace_schema_metadata({"huggingface": json.dumps(features)}) if names else table
-
-
-def as_parquet(images, out):
-    out.mkdir()
-    table = as_table(images)
-    pa.parquet.write_table(table.slice(0, 12), out / "train-0.parquet", row_group_size=5)
-    pa.parquet.write_table(table.slice(12), out / "train-1.parquet", row_group_size=5)
-    return out
-
-
-def as_arrow(images, out):
-    table = as_table(images)
-    path = out.with_suffix(".arrow")
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-        stream.write_table(table)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -142,30 +64,14 @@ def as_arrow(images, out):
         (as_arrow, True),
     ],
 )
-@pytest.mark.parametrize("workers", [0, 2])
-def test_every_source_gives_the_same_samples(images, packed, tmp_path, make, named, workers):
-    out = pack(make(images, tmp_path / "source"), tmp_path / "out", "--workers", workers, "--shard-size", 6)
+def test_every_source_gives_the_same_samples(images, packed, tmp_path, make, named):
+    out = pack(make(images, tmp_path / "source"), tmp_path / "out", "--shard-size", 6)
     want = samples(packed)
     assert len(want) == 21
     if not named:  # WebDataset shards tell numbers
         want = sorted((str(["a", "b b", "ç"].index(name)), pixels) for name, pixels in want)
     assert samples(out) == want
     assert verify.verify(out) == (4, 21)
-
-
-@pytest.mark.parametrize("make", [None, as_class_tars, as_tar_of_tars, as_webdataset, as_parquet])
-def test_a_source_behind_a_server_that_fails_is_the_same(images, tmp_path, make):
-    source = make(images, tmp_path / "source") if make else images
-    here = pack(source, tmp_path / "here", "--shard-size", 6)
-    with serving(source if source.is_dir() else source.parent) as server:
-        server.every = 5
-        url = server.url if source.is_dir() else f"{server.url}/{source.name}"
-        there = pack(url, tmp_path / "there", "--shard-size", 6, "--workers", 2)
-    for path in here.glob("[!.]*"):
-        if path.name != "manifest.json":
-            assert path.read_bytes() == (there / path.name).read_bytes(), path.name
-    of = [json.loads((folder / "manifest.json").read_text()) for folder in (here, there)]
-    assert of[1].pop("source") == url and of[0].pop("source") == str(source) and of[0] == of[1]
 
 
 def test_servers_that_stop_or_give_no_parts(images, tmp_path, monkeypatch):
@@ -328,23 +234,13 @@ def test_stored_png_is_png(shape):
 
 # --- images that cannot be read ---------------------------------------------------------------------------------------
 
-BROKEN = {"ç/é 1.jpg": b"", "a/é 3.jpg": jpeg(30)[:300], "a/notes.jpg": b"just text\n", "b b/é 6.jpg": b"\xff\xd8\xff"}
-
 
 @pytest.fixture(scope="module")
 def damaged(images, tmp_path_factory):
     """The images with broken ones among them: 22 files, 4 of which cannot be read."""
     folder = shutil.copytree(images, tmp_path_factory.mktemp("damaged") / "images")
-    for name, content in BROKEN.items():
-        (folder / name).write_bytes(content)
+    break_images(folder)
     return folder
-
-
-def everything(folder):
-    names = [
-        path for path in folder.iterdir() if path.suffix in (".tar", ".jsonl", ".npy") or path.name == "manifest.json"
-    ]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
 
 
 @pytest.fixture(scope="module")
@@ -367,44 +263,6 @@ def test_every_file_is_accounted_for(damaged, left_out):
     listed = {os.path.relpath(path, damaged) for path in paths}
     assert {os.path.relpath(paths[int(key)], damaged) for key in keys} == listed - set(BROKEN)
     assert verify.verify(left_out)[1] == 18 and not list(left_out.glob(".*.broken.json"))
-
-
-def command(damaged, out, *flags):
-    return [
-        "-m",
-        "data_prep.pack_pixels",
-        "--images",
-        str(damaged),
-        "--out",
-        str(out),
-        "--size",
-        "8",
-        "--shard-size",
-        "3",
-        *flags,
-    ]
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_give_the_same_bytes(damaged, left_out, tmp_path, ranks):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    done = subprocess.run([sys.executable, *launcher, *command(damaged, tmp_path / "out")], cwd=ROOT, env=ENV)
-    assert done.returncode == 0 and everything(tmp_path / "out") == everything(left_out)
-
-
-def test_kills_give_the_same_bytes(damaged, left_out, tmp_path):
-    out = tmp_path / "out"
-    line = [sys.executable, *command(damaged, out)]
-    for k in range(10):
-        process = subprocess.Popen(line, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("*.tar"))) <= k // 2 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.002 * (k % 3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert subprocess.run(line, cwd=ROOT, env=ENV).returncode == 0
-    assert everything(out) == everything(left_out)
 
 
 def test_strict_stops_and_most_broken_stops(damaged, tmp_path):

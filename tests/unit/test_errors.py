@@ -4,19 +4,15 @@ import copy
 import io
 import json
 import random
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from data_prep.digits import build_vae
 from data_prep.shards import read_keys
-from helpers import ENV, ROOT
 from moe_dit import build_model, load_recipe
 from moe_dit.build import load_settings
 from moe_dit.data import ShardReader, batches
@@ -113,7 +109,7 @@ def read_all(file):
 def test_a_damaged_shard_is_one_line(shard):
     data = shard.read_bytes()
     outcomes = {"read": 0, "refused": 0}
-    for seed in range(300):
+    for seed in range(150):
         shard.write_bytes(damaged(data, seed))
         try:
             assert len(read_all(shard)) == 1
@@ -125,7 +121,7 @@ def test_a_damaged_shard_is_one_line(shard):
             read_keys(shard, "latents")
         except ValueError as error:
             assert "\n" not in str(error)
-    assert outcomes["refused"] > 50, outcomes
+    assert outcomes["refused"] > 25, outcomes
 
 
 @pytest.mark.parametrize("label", [b"10", b"-1", b"cat", b"", b"9" * 40, b"\xff"])
@@ -270,34 +266,3 @@ def test_damaged_published_weights_are_one_line(tmp_path):
             _read_checkpoint(file, "model")
         except InputError as error:
             one_line(error, file)
-
-
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (["--size", "100000"], "--size 100000: it should be at most 8192"),
-        (["--size", "9" * 30], "must be a whole number above 0"),
-        (["--workers", "-1"], "--workers -1: it should be 0 to 512"),
-        (["--workers", "100000"], "--workers 100000: it should be 0 to 512"),
-    ],
-)
-def test_absurd_numbers_are_one_line(tmp_path, flags, line):
-    command = [sys.executable, "-m", "data_prep.pack_pixels", "--images", str(tmp_path), "--out", str(tmp_path / "out")]
-    done = subprocess.run([*command, *flags], cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_shards_leave_other_hidden_files_alone(tmp_path):
-    """What a killed run of ours left is removed; a person's own hidden temporary files are not."""
-    images = tmp_path / "images/a"
-    images.mkdir(parents=True)
-    Image.new("RGB", (16, 16)).save(images / "1.png")
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / ".mine.tmp").write_text("keep")
-    (out / ".shard-000000.tar.tmp").write_text("half")
-    command = [sys.executable, "-m", "data_prep.pack_pixels", "--images", str(tmp_path / "images"), "--out", str(out)]
-    subprocess.run([*command, "--size", "16", "--workers", "0"], cwd=ROOT, env=ENV, check=True, timeout=120)
-    assert (out / ".mine.tmp").read_text() == "keep"
-    assert not (out / ".shard-000000.tar.tmp").exists()
