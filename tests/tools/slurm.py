@@ -46,7 +46,7 @@ SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 SlurmdParameters=config_overrides
-SlurmdTimeout=10
+SlurmdTimeout=60
 KillWait=30
 OverTimeLimit=0
 InactiveLimit=0
@@ -112,7 +112,8 @@ class Slurm:
         if "slurmctld" in self._daemons:
             subprocess.run(["scancel", "--user", getpass.getuser()], env=self.env, timeout=30, check=False)
             subprocess.run(["scancel", "--signal=KILL", "--full", "-u", getpass.getuser()], env=self.env, check=False)
-            time.sleep(1)
+            with suppress(AssertionError):
+                self._until(lambda: not self.run("squeue", "--noheader"), "end of all jobs", 20)
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
         for daemon in self._daemons.values():
@@ -168,6 +169,11 @@ class Slurm:
         """What `scontrol show job` says of a job."""
         words = self.run("scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def minutes(self, job: str) -> int:
+        """How long a job has been running, whole minutes."""
+        hours, minutes, _ = self.show(job)["RunTime"].split(":")
+        return 60 * int(hours) + int(minutes)
 
     def state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED, ..."""
