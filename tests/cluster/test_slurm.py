@@ -29,7 +29,7 @@ MEMORY=0
 GPU=h100-80g
 TIME=10
 SAVE_SECONDS=20
-JOIN_SECONDS=120
+JOIN_SECONDS=30
 enter() { export PATH="$TEST_PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; }
 IN=()
 SRUN=()
@@ -79,35 +79,22 @@ def train_job(
     return slurm.sbatch(*own, "jobs/slurm/train.sbatch", *training, "--steps", str(steps), *SMALL, *more, cwd=ROOT)
 
 
-def test_the_chain_finishes_in_order(slurm, latents, tmp_path):
-    """Encode, train on both nodes, evaluate: each begins when the one before has succeeded."""
-    shards, run = tmp_path / "shards", tmp_path / "run"
-    flags = ["--recipe", "digits", "--nodes", 2, "--ds", "ds_configs/zero2_ep2.json", "--steps", 12]
-    flags += ["--images", latents.parent / "images", "--vae", latents.parent / "vae", "--size", 32, "--data", shards]
-    flags += ["--set", f"data.vae={latents.parent / 'vae'}", *SMALL, "--out", run]
-    flags += ["--reference", latents.parent / "images", "--protocol", "fidelity"]
-    done = submit(slurm, "chain", *flags, "--output", f"{tmp_path}/%x.out", "--", "-n", 40, "--steps", 2)
-    assert done.returncode == 0, done.stderr
-    said = re.findall(r"(\w+): job (\d+)(?:, when (\d+) has succeeded)?", done.stderr)
-    assert [(job, after) for job, _, after in said] == [
-        ("encode", ""),
-        ("train", said[0][1]),
-        ("evaluate", said[1][1]),
-    ]
-    logs = lambda: "\n".join(log.read_text()[-3000:] for log in tmp_path.glob("*.out"))  # noqa: E731
-    assert [slurm.wait(number) for _, number, _ in said] == ["COMPLETED"] * 3, logs()
-    jobs = [slurm.show(number) for _, number, _ in said]
-    assert jobs[0]["EndTime"] <= jobs[1]["StartTime"] and jobs[1]["EndTime"] <= jobs[2]["StartTime"]
-    assert [job["NumNodes"] for job in jobs] == ["2"] * 3
-    assert "1797 samples: all good" in (tmp_path / "encode-digits.out").read_text()
-    assert len(losses(run)) == 12
-    scores = json.loads((run / "samples/step_00000012/metrics.json").read_text())
-    assert scores["num_samples"] == 40 and scores["fid"] > 0
-
-
-STEPS = 110
+STEPS = 90
 # On however fast a machine two steps take a second: a save waits for the one before, whose 0.9 MB take two.
 SLOW = ["--set", "checkpoint.every=4", "--set", "checkpoint.write_gb_per_second=0.00045"]
+
+
+@pytest.fixture(scope="module")
+def chain(slurm, latents, tmp_path_factory) -> tuple[list[tuple[str, str, str]], Path]:
+    """Jobs that encode, train on both nodes, and evaluate: what submit.py says of each, and their folder."""
+    folder = tmp_path_factory.mktemp("chain")
+    flags = ["--recipe", "digits", "--nodes", 2, "--ds", "ds_configs/zero2_ep2.json", "--steps", 12]
+    flags += ["--images", latents.parent / "images", "--vae", latents.parent / "vae", "--size", 32]
+    flags += ["--set", f"data.vae={latents.parent / 'vae'}", *SMALL, "--data", folder / "shards"]
+    flags += ["--reference", latents.parent / "images", "--protocol", "fidelity", "--out", folder / "run"]
+    done = submit(slurm, "chain", *flags, "--output", f"{folder}/%x.out", "--", "-n", 40, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"(\w+): job (\d+)(?:, when (\d+) has succeeded)?", done.stderr), folder
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +104,8 @@ def failing(slurm, latents, tmp_path_factory) -> tuple[str, Path]:
     return train_job(slurm, run, latents, 20, nodes=1, ds="zero1_ep1", more=["--set", "optimizer.lr=1e30"]), run
 
 
-def test_a_job_that_is_stopped_in_every_way_ends_as_if_nobody_had(slurm, latents, failing, tmp_path):
-    """It meets the end of its time, a step's end, scontrol requeue, and a slurmd that is killed."""
+def test_a_job_that_is_stopped_in_every_way_ends_as_if_nobody_had(slurm, latents, tmp_path, request):
+    """It meets a slurmd that is killed, the end of its time, a step's end, and scontrol requeue."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     job = train_job(slurm, run, latents, STEPS, "--time=60", "--signal=B:USR1@150", more=SLOW)
     log = Path(f"{run}.out")
@@ -129,34 +116,57 @@ def test_a_job_that_is_stopped_in_every_way_ends_as_if_nobody_had(slurm, latents
     def trains() -> bool:
         return told(run) == [*stops, "started"] and last_step(run) > list(events(run))[-1]["step"] + 3
 
-    # SLURM looks at limits twice a minute, and signals jobs that end within 150 s and half a minute more.
     wait_for(trains, "3 steps", log)
-    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={slurm.minutes(job) + 3}")
-    wait_for(lambda: "requeued" in told(run), "a signal", log)
-    assert slurm.wait(job, states=("PENDING",)) == "PENDING"
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-    stops.extend(["started", "stopped", "requeued"])
-    wait_for(trains, "a second start", log)
-
-    # TERM is what SLURM sends when it ends a step; agents that heard nothing would start their ranks once more.
-    slurm.run("scancel", "--signal=TERM", job)
-    stops.extend(["started", "stopped", "requeued"])
-    wait_for(trains, "a third start", log)
-
-    slurm.run("scontrol", "requeue", job)
-    stops.extend(["started", "stopped"])
-    wait_for(trains, "a fourth start", log)
-
     slurm.kill_node("n2")
     slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=killed")  # as after SlurmdTimeout
     slurm.until_node("n2", "DOWN")
     slurm.start_node("n2")  # what ran there is ended, for the job has lost the node
-    wait_for(lambda: told(run).count("started") == 5, "a fifth start", log)
+    for other in ("failing", "chain"):  # jobs of the other tests, which run while this one's waits
+        request.getfixturevalue(other)
+    wait_for(lambda: told(run).count("started") == 2, "a second start", log)
+    stops.extend(told(run)[:-1])
+
+    # SLURM looks at limits twice a minute, and signals jobs that end within 150 s and half a minute more.
+    wait_for(trains, "3 steps more", log)
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={slurm.minutes(job) + 3}")
+    wait_for(lambda: told(run)[-1] == "requeued", "a signal", log)
+    assert slurm.wait(job, states=("PENDING",)) == "PENDING"
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    stops.extend(["started", "stopped", "requeued"])
+    wait_for(trains, "a third start", log)
+
+    # TERM is what SLURM sends when it ends a step; agents that heard nothing would start their ranks once more.
+    slurm.run("scancel", "--signal=TERM", job)
+    stops.extend(["started", "stopped", "requeued"])
+    wait_for(trains, "a fourth start", log)
+
+    slurm.run("scontrol", "requeue", job)
+    stops.extend(["started", "stopped"])
+    wait_for(trains, "a fifth start", log)
 
     assert slurm.wait(job, 900) == "COMPLETED", log.read_text()[-6000:]
     assert "gave up" not in told(run) and told(run)[-1] == "done"
     assert int(slurm.show(job)["Restarts"]) >= 3
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
+
+
+def test_the_chain_finishes_in_order(slurm, chain):
+    """Each begins when the one before has succeeded."""
+    said, folder = chain
+    assert [(job, after) for job, _, after in said] == [
+        ("encode", ""),
+        ("train", said[0][1]),
+        ("evaluate", said[1][1]),
+    ]
+    logs = lambda: "\n".join(log.read_text()[-3000:] for log in folder.glob("*.out"))  # noqa: E731
+    assert [slurm.wait(number) for _, number, _ in said] == ["COMPLETED"] * 3, logs()
+    jobs = [slurm.show(number) for _, number, _ in said]
+    assert jobs[0]["EndTime"] <= jobs[1]["StartTime"] and jobs[1]["EndTime"] <= jobs[2]["StartTime"]
+    assert [job["NumNodes"] for job in jobs] == ["2"] * 3
+    assert "1797 samples: all good" in (folder / "encode-digits.out").read_text()
+    assert len(losses(folder / "run")) == 12
+    scores = json.loads((folder / "run/samples/step_00000012/metrics.json").read_text())
+    assert scores["num_samples"] == 40 and scores["fid"] > 0
 
 
 def test_ranks_that_srun_starts_find_each_other(slurm, latents, tmp_path):
