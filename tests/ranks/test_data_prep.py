@@ -98,3 +98,4 @@ def test_bad_input_from_the_shell(images, tmp_path):
         result = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
         assert result.returncode == 2 and result.stdout == ""
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+        assert "Traceback" not in result.stderr
