@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, forks, kill, losses, start_training, wait_for, wait_for_step
+from helpers import ENV, ROOT, forks, kill, losses, start_training, wait_for
 from helpers.server import Server, serving
 from moe_dit.store import RemoteFolder
 
@@ -88,12 +88,15 @@ def test_training_from_a_server_that_fails(latents, tmp_path, monkeypatch):
 def test_training_from_a_server_that_stays_away(latents, tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, "MOE_DIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(ENV, "MOE_DIT_PATIENCE", "1")
-    server = Server(latents)
+    server, cache = Server(latents), tmp_path / "cache"
+    server.slow = 0.05
     process = start_training(1, "zero1_ep1", server.url, tmp_path / "run", "--steps", "100000", *FLAGS)
     try:
-        wait_for_step(tmp_path / "run", 1, process)
+        # A shard that was opened stays readable, whatever becomes of its name: one must still be missing.
+        log = tmp_path / "run.log"
+        wait_for(lambda: [*cache.rglob("*.tar")] and [*cache.rglob(".*.tmp")], "a second shard", log, 120)
         server.down()
-        for path in (tmp_path / "cache").rglob("*.tar"):  # as if another run had needed the room
+        for path in cache.rglob("*.tar"):  # as if another run had needed the room
             path.unlink()
         assert process.wait(120) == 2
     finally:

@@ -31,7 +31,7 @@ def test_what_is_said_of_an_edit(tmp_path):
     copy = Copy(tmp_path / "project")
     for mutation in chosen(["warm-up-off-by-one", "average-of-the-other-weight"]):
         assert judge(copy, mutation) == (True, "killed")
-    file, test = "moe_dit/schedule.py", "tests/test_optimizer.py::test_the_rate_of_each_step"
+    file, test = "moe_dit/schedule.py", "tests/unit/test_optimizer.py::test_the_rate_of_each_step"
     before = (copy.folder / file).read_text()
     harmless = Mutation("harmless", file, "The rate of one step.", "The rate of a step.", test)
     assert judge(copy, harmless) == (False, "SURVIVED")
