@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from base64 import urlsafe_b64encode
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,12 +21,14 @@ LAUNCH = "deepspeed.launcher.launch"
 
 
 def start(launcher: str, run: Path, workers: int = 0) -> subprocess.Popen:
-    """Two ranks that would train on and on."""
-    port = str(free_port())
-    if launcher == "deepspeed":
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    """Two ranks that would train on and on; "launch" is what DeepSpeed's runner starts on a node."""
+    here = urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    launchers = {
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"],
+        "launch": ["-m", LAUNCH, f"--world_info={here}", "--master_addr", "127.0.0.1"],
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+    }
+    command = [sys.executable, *launchers[launcher], "--master_port", str(free_port())]
     command += ["jobs/train.py", *flags_of(run, "zero2_ep2"), "--steps=100000", "--set=checkpoint.every=50000"]
     with open(f"{run}.log", "a") as log:
         return subprocess.Popen(
@@ -39,8 +42,8 @@ def start(launcher: str, run: Path, workers: int = 0) -> subprocess.Popen:
     [
         # DeepSpeed's runner dies of what it does not handle; its ranks see it, and save.
         ("deepspeed", TERM, "launcher", 0, -TERM),
-        ("deepspeed", USR1, "group", 2, -USR1),
-        # torchrun tells its ranks, which end it.
+        ("deepspeed", USR1, "group", 0, -USR1),
+        # torchrun tells its ranks, and what they have started, and they end it.
         ("torchrun", TERM, "launcher", 2, -USR1),
     ],
 )
@@ -72,7 +75,7 @@ def test_told_to_stop_in_any_way_it_saves(shared, tmp_path, launcher, number, ta
 
 
 def test_a_rank_that_dies_takes_the_others_down(tmp_path):
-    launcher = start("deepspeed", tmp_path / "run")
+    launcher = start("launch", tmp_path / "run")
     try:
         wait_for_step(tmp_path / "run", 1, launcher)
         ranks = ranks_of(launcher)
