@@ -116,7 +116,7 @@ def test_a_job_that_is_stopped_in_every_way_ends_as_if_nobody_had(slurm, latents
     def trains() -> bool:
         return told(run) == [*stops, "started"] and last_step(run) > list(events(run))[-1]["step"] + 3
 
-    wait_for(trains, "3 steps", log)
+    wait_for(lambda: trains() and (run / "checkpoints/latest").exists(), "3 steps and a checkpoint", log)
     slurm.kill_node("n2")
     slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=killed")  # as after SlurmdTimeout
     slurm.until_node("n2", "DOWN")
@@ -124,6 +124,7 @@ def test_a_job_that_is_stopped_in_every_way_ends_as_if_nobody_had(slurm, latents
     for other in ("failing", "chain"):  # jobs of the other tests, which run while this one's waits
         request.getfixturevalue(other)
     wait_for(lambda: told(run).count("started") == 2, "a second start", log)
+    assert [event["step"] for event in events(run) if event["what"] == "started"][1] > 0
     stops.extend(told(run)[:-1])
 
     # SLURM looks at limits twice a minute, and signals jobs that end within 150 s and half a minute more.
