@@ -132,8 +132,9 @@ def wait_for(true, what: str, log: Path | None, timeout: float = 400) -> None:
     """Wait until something is true, for example of a run that writes a log."""
     deadline = time.monotonic() + timeout
     while not true():
-        told = f"\n{log.read_text()[-6000:]}" if log else ""
-        assert time.monotonic() < deadline, f"{what}: not within {timeout} s{told}"
+        if time.monotonic() > deadline:
+            told = f"\n{log.read_text()[-6000:]}" if log else ""
+            raise AssertionError(f"{what}: not within {timeout} s{told}")
         time.sleep(0.05)
 
 
