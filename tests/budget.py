@@ -14,6 +14,7 @@ import secrets
 import sys
 import time
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -136,6 +137,8 @@ def _left() -> list[str]:
 
 def _ours(process: psutil.Process) -> bool:
     try:
-        return process.pid != os.getpid() and process.environ().get(MARK) == os.environ[MARK]
+        # Python's tracker, which reading shards starts, ends with this process.
+        mine = os.getpid(), resource_tracker._resource_tracker._pid
+        return process.pid not in mine and process.environ().get(MARK) == os.environ[MARK]
     except psutil.Error:
         return False
