@@ -14,7 +14,6 @@ import secrets
 import sys
 import time
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -137,8 +136,9 @@ def _left() -> list[str]:
 
 def _ours(process: psutil.Process) -> bool:
     try:
-        # Python's tracker, which reading shards starts, ends with this process.
-        mine = os.getpid(), resource_tracker._resource_tracker._pid
-        return process.pid not in mine and process.environ().get(MARK) == os.environ[MARK]
+        if process.pid == os.getpid() or process.environ().get(MARK) != os.environ[MARK]:
+            return False
+        # Python's own helpers, which reading shards starts, end with this process.
+        return process.ppid() != os.getpid() or "from multiprocessing." not in " ".join(process.cmdline())
     except psutil.Error:
         return False
