@@ -55,35 +55,30 @@ def pixels(shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few_digits(shared) -> Path:
+    """300 of the digits, ``images``, their ``vae``, and ``shards`` that one rank encoded without a stop."""
+    from helpers import once
+    from helpers.few_digits import encode
+
+    return once(shared, "few_digits", encode)
+
+
+@pytest.fixture(scope="session")
 def plain(latents):
     """The same steps in one plain torch process: losses, gradient norms and EMA."""
-    from dataclasses import replace
-
-    import torch
-
     from helpers import STEPS
+    from helpers.small_runs import train_plainly
     from moe_dit import build_model, load_recipe
-    from moe_dit.data import Latents, batches, training_inputs
-    from moe_dit.flow import Flow
-    from moe_dit.manifest import read_manifest
-    from moe_dit.runtime.ranks import World
 
-    recipe = replace(load_recipe("digits"), steps=STEPS)
-    manifest, model = read_manifest(latents), build_model(recipe)
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
-    ema = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    history, norms = [], []
-    for batch in batches(recipe, manifest, recipe.global_batch_size, 0, World()):
-        inputs = training_inputs(recipe, batch, Latents.of(recipe, manifest))
-        loss = Flow().loss(model, inputs["x"], inputs["y"], noise=inputs["noise"], t=inputs["u"])["loss"]
-        adam.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()]).item())
-        adam.step()
+    recipe = load_recipe("digits")
+    ema = {name: weight.detach().clone() for name, weight in build_model(recipe).named_parameters()}
+
+    def average(model):
         for name, weight in model.named_parameters():
             ema[name] = 0.995 * ema[name] + 0.005 * weight.detach()
-        history.append(loss.item())
-    return history, norms, ema
+
+    trained = train_plainly(recipe, latents, STEPS, after_step=average)
+    return trained.losses, trained.norms, ema
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
 import fcntl
 import importlib
 import json
-import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,20 +18,26 @@ import psutil
 import torch
 
 from helpers import forks
-from helpers.forks import kill
+from helpers.forks import ENV, ROOT, kill
 from moe_dit import build_model, load_model
 from moe_dit.events import events
 from moe_dit.runtime import command
 
-ROOT = Path(__file__).parents[2]
 STEPS = 12  # of the runs that others are held against
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def project_files() -> list[str]:
     """The project's files as they stand: those that git knows, and new ones that it does not ignore."""
     found = subprocess.check_output(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, text=True)
     return [name for name in found.split("\0") if name and (ROOT / name).is_file()]
+
+
+def copy_project(folder: Path, but: str | None = None) -> None:
+    """Copy the project's files, but for those whose path begins so."""
+    for name in project_files():
+        if but is None or not name.startswith(but):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
 
 
 def ds_file(folder: Path, stage: int, ep: int, **zero) -> Path:
@@ -160,6 +166,22 @@ def call(name: str, *arguments):
         return done.code
     finally:
         sys.argv = before
+
+
+def refused(captured, name: str, *arguments, harmless: Path | None = None) -> str:
+    """Run a command in this process (:func:`call`) that must exit 2 with one line; gives it, with its end.
+
+    Args:
+        captured: pytest's capfd or capsys.
+        harmless: a folder in which it makes and removes nothing.
+    """
+    before = harmless and sorted(harmless.rglob("*"))
+    captured.readouterr()
+    status = call(name, *arguments)
+    out, err = captured.readouterr()
+    assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1, (status, out, err)
+    assert (harmless and sorted(harmless.rglob("*"))) == before
+    return err
 
 
 def run_ranks(

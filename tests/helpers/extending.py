@@ -8,17 +8,16 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from helpers import ENV, ROOT, finish, forks, free_port, project_files
+from helpers import ENV, ROOT, copy_project, finish, forks, free_port
+from helpers.small_runs import TINY, sets
 
 PAGE = ROOT / "docs/extending.md"
 STEPS = 4
-SMALL = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "global_batch_size=16", "checkpoint.every=2"]
-SMALL += ["data.workers=0"]
+SMALL = [*TINY, "checkpoint.every=2", "data.workers=0"]
 DIGITS = [*SMALL, "model.moe.expert_width=16"]
 # What DeepSpeed's launcher makes of a command line: how many ranks of what.
 UNDERSTAND = """\
@@ -36,11 +35,6 @@ def sections() -> dict[str, list[tuple[str, str, str]]]:
     return {number: block.findall(text) for number, text in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def sets(keys: list[str]) -> list[str]:
-    """Recipe keys as flags."""
-    return [part for key in keys for part in ("--set", key)]
-
-
 class Copy:
     """A copy of the project, without what its tests are held against.
 
@@ -50,10 +44,7 @@ class Copy:
 
     def __init__(self, folder: Path, launched: bool = False):
         self.folder, self.launched = folder, launched
-        for name in project_files():
-            if not name.startswith("tests/"):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, folder / name)
+        copy_project(folder, but="tests/")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         # The ceiling: `git apply` would skip files if the copy lay in some other repository.
         self.env = ENV | {"PATH": path, "PYTHONPATH": str(folder), "GIT_CEILING_DIRECTORIES": str(folder.parent)}

@@ -4,7 +4,6 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import torch
 import webdataset
 
 from data_prep import digits
@@ -18,11 +17,8 @@ def encode(folder: Path) -> None:
         if int(path.stem) >= 300:
             path.unlink()
     digits.write_autoencoder(folder / "images", folder / "vae", steps=4, seed=0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as other processes have it, so that their values can be compared
     flags = latent_flags(folder / "images", folder / "vae", folder / "shards")
     assert call("data_prep.encode_latents", *flags) == 0
-    torch.set_num_threads(threads)
 
 
 def latent_flags(images, vae, out) -> list[str]:

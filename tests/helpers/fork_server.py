@@ -35,7 +35,7 @@ LIBRARIES = ("torch", "torch.distributed.checkpoint", "deepspeed", "timm", "diff
 LATER = ("torch._dynamo", "torch.utils.serialization.config", "deepspeed.comm.mori", "setuptools.command.build_ext")
 TESTS = ("pytest", "sklearn.datasets", "scipy.linalg", "matplotlib.figure", "torch_fidelity")
 PACKAGES = ("moe_dit", "data_prep", "eval")
-LARGEST = 1 << 20  # bytes of a request
+LARGEST = 1 << 20  # bytes of a request or an answer
 
 
 def preload(what: str) -> None:

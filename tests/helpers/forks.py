@@ -20,12 +20,12 @@ from functools import cache
 from pathlib import Path
 
 from budget import anything_may_start, may_start
+from helpers.fork_server import LARGEST
 
 ROOT = Path(__file__).parents[2]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
-
-LARGEST = 1 << 20  # bytes of an answer
 _servers: list["Server"] = []
 
 
@@ -36,7 +36,7 @@ class Server:
         self._lock = threading.Lock()
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno()), preload]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment = ENV | {"PYTHONPATH": str(ROOT)}
         how = {"cwd": ROOT, "env": environment, "pass_fds": [theirs.fileno()], "start_new_session": True}
         with anything_may_start():
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **how)

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, call, finish, forks, free_port, losses, once, start_training
-from helpers.older_run import FLAGS, OLD
+from helpers import ENV, ROOT, finish, forks, free_port, losses, once, start_training
+from helpers.older_run import FLAGS, OLD, SHARDS
 
-SHARDS = OLD / "shards"
 SMALL = [f"--set={flag}" for flag in FLAGS if "checkpoint" not in flag]
 LOSSES = json.loads((OLD / "losses.json").read_text())  # of its eight steps, recorded once and for all
 
@@ -78,15 +77,6 @@ ShardReader.read = stand
 """
 
 
-def refused(capfd: pytest.CaptureFixture, *flags) -> str:
-    """The training command in this process, for what is refused before ranks start: exits 2 with one line; gives it."""
-    capfd.readouterr()
-    assert call("jobs/train.py", "--recipe", "digits", *flags) == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: "), error
-    return error
-
-
 def eight_steps(shared: Path) -> Path:
     """A run of its eight steps with a checkpoint at every second; tests take a copy."""
 
@@ -133,6 +123,18 @@ def names(run: Path) -> list[str]:
 def latest(run: Path) -> str:
     """The checkpoint that a run's ``latest`` names."""
     return (run / "checkpoints" / "latest").read_text().strip()
+
+
+def assert_stopped_as_asked(run: Path, shared: Path) -> None:
+    """A run on two ranks that was told to stop once saved its last step, said so once, and is the undisturbed one."""
+    log, done = Path(f"{run}.log").read_text(), len(losses(run))
+    assert 4 <= done < 50000
+    assert latest(run) == step(done)
+    assert log.count(f"stopped as asked after step {done}, saved in") == 1
+    assert "Traceback" not in log
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    both = min(done, 12)
+    assert losses(run)[:both] == pytest.approx(losses(on_two_ranks(shared))[:both], rel=1e-6)
 
 
 def copy(run: Path, folder: Path) -> Path:

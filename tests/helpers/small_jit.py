@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from helpers import call
 from moe_dit import build_model, load_recipe
 from moe_dit.export import save_export
 
@@ -44,11 +43,3 @@ def save_mixture(folder: Path) -> Path:
 def flags_from(folder, steps=2):
     values = [*MIXTURE, f"initial_weights={folder}"]
     return ["--recipe", "digits_pixels", "--steps", str(steps), *(f for value in values for f in ("--set", value))]
-
-
-def refused(capfd, script: str, *flags) -> str:
-    """Run a job in this process: it must exit 2 with one line; gives it."""
-    status = call(f"jobs/{script}.py", *flags)
-    error = capfd.readouterr().err
-    assert status == 2 and error.count("\n") == 1 and error.startswith("error: "), error
-    return error

@@ -1,22 +1,22 @@
 """Runs of small networks: what they begin from, and one plain torch process that they are held against."""
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from helpers import finish, start_training
-from helpers.older_run import OLD
+from helpers.older_run import SHARDS
 from moe_dit import build_model, load_recipe
 from moe_dit.data import Latents, batches, training_inputs
 from moe_dit.export import save_export
-from moe_dit.flow import Flow
+from moe_dit.flow import build_flow
 from moe_dit.manifest import read_manifest
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.ranks import World
 
-SHARDS = OLD / "shards"  # 96 of the digits
 TINY = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "global_batch_size=16"]
 SMALL = [*TINY, "model.moe.expert_width=16"]  # where tokens choose experts
 
@@ -33,26 +33,40 @@ class Trained:
     losses: list[float]
     norms: list[float]
     model: torch.nn.Module
-    adam: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
 
     def moments(self, kind: str) -> dict[str, torch.Tensor]:
         """Adam's ``exp_avg`` or ``exp_avg_sq`` of each weight, flattened."""
-        return {name: self.adam.state[weight][kind].flatten() for name, weight in self.model.named_parameters()}
+        return {name: self.optimizer.state[weight][kind].flatten() for name, weight in self.model.named_parameters()}
 
 
-def train_plainly(recipe: Recipe, shards: Path, steps: int, clip: float = float("inf")) -> Trained:
-    """The steps that the command should take of a recipe whose rate is 1e-3 and whose samples are latents."""
-    manifest, model = read_manifest(shards), build_model(recipe)
-    adam = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
-    done = Trained([], [], model, adam)
+def adamw(weights: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
+    """The optimizer of the digits' recipe."""
+    return torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+
+
+def train_plainly(
+    recipe: Recipe,
+    shards: Path,
+    steps: int,
+    clip: float = float("inf"),
+    make_optimizer: Callable[..., torch.optim.Optimizer] = adamw,
+    after_step: Callable[[torch.nn.Module], None] = lambda model: None,
+) -> Trained:
+    """The steps that the command should take of a recipe whose samples are latents."""
+    manifest, model, flow = read_manifest(shards), build_model(recipe), build_flow(recipe)
+    optimizer = make_optimizer(model.parameters())
+    done = Trained([], [], model, optimizer)
     stream = batches(replace(recipe, steps=steps), manifest, recipe.global_batch_size, 0, World())
     for _, batch in zip(range(steps), stream, strict=False):
         inputs = training_inputs(recipe, batch, Latents.of(recipe, manifest))
-        adam.zero_grad()
-        loss = Flow().loss(model, inputs["x"], inputs["y"], noise=inputs["noise"], t=inputs["u"])["loss"]
+        optimizer.zero_grad()
+        t = flow.times(inputs["u"])
+        loss = flow.loss(model, inputs["x"], inputs["y"], noise=inputs["noise"], t=t)["loss"]
         loss.backward()
         done.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item())
-        adam.step()
+        optimizer.step()
+        after_step(model)
         done.losses.append(loss.item())
     return done
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers import ENV, ROOT, free_port, kill, losses, ranks_of, small, wait_for_step
-from helpers.small import flags_of, latest, step
+from helpers import ENV, ROOT, free_port, kill, ranks_of, wait_for_step
+from helpers.small import assert_stopped_as_asked, flags_of
 
 TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
 LAUNCH = "deepspeed.launcher.launch"
@@ -63,15 +63,7 @@ def test_told_to_stop_in_any_way_it_saves(shared, tmp_path, launcher, number, ta
         assert not left
     finally:
         kill(process)
-    log = Path(f"{run}.log").read_text()
-    done = len(losses(run))
-    assert 4 <= done < 50000
-    assert latest(run) == step(done)
-    assert log.count(f"stopped as asked after step {done}, saved in") == 1
-    assert "Traceback" not in log
-    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
-    both = min(done, 12)
-    assert losses(run)[:both] == pytest.approx(losses(small.on_two_ranks(shared))[:both], rel=1e-6)
+    assert_stopped_as_asked(run, shared)
 
 
 def test_a_rank_that_dies_takes_the_others_down(tmp_path):

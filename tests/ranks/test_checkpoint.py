@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from helpers import ENV, ROOT, ds_file, export, forks, kill, losses, small, wait_for_step
-from helpers.small import SHARDS, latest, step, train, train_here
+from helpers.older_run import SHARDS
+from helpers.small import latest, step, train, train_here
 from moe_dit.data import ShardReader
 from moe_dit.manifest import read_manifest
 from moe_dit.randomness import permutation

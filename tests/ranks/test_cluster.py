@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, call, forks
+from helpers import ENV, ROOT, forks
+from helpers import refused as refused_here
 
 SITE = """\
 GPUS_PER_NODE=0; RANKS_PER_NODE=2; CPUS_PER_NODE=4; MEMORY=0; GPU=a100-40g; TIME=10; SAVE_SECONDS=20
@@ -39,10 +40,8 @@ def refused(site, capfd):
     """The one line that jobs/submit.py, in this process, says of what it refuses."""
 
     def refused(*arguments) -> str:
-        assert call("jobs.submit", "--site", site, *arguments) == 2
-        out, err = capfd.readouterr()
-        assert err.startswith("error: ") and err.count("\n") == 1 and not out
-        return err.removeprefix("error: ").removesuffix("\n")
+        line = refused_here(capfd, "jobs.submit", "--site", site, *arguments)
+        return line.removeprefix("error: ").removesuffix("\n")
 
     return refused
 

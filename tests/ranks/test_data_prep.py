@@ -8,43 +8,27 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from data_prep import verify
-from helpers import ENV, ROOT, call, forks, once, run_ranks
-from helpers.few_digits import assert_same_shards, contents, encode, latent_flags
+from helpers import ENV, ROOT, call, forks, run_ranks
+from helpers.few_digits import assert_same_shards, contents, latent_flags
 
 PYTHON = [sys.executable, "-m"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The thread count of the processes that are started, so that values can be compared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="module")
+def images(few_digits) -> Path:
+    return few_digits / "images"
 
 
 @pytest.fixture(scope="module")
-def few(shared) -> Path:
-    """The folder of helpers.few_digits.encode."""
-    return once(shared, "few_digits", encode)
+def vae(few_digits) -> Path:
+    return few_digits / "vae"
 
 
 @pytest.fixture(scope="module")
-def images(few) -> Path:
-    return few / "images"
-
-
-@pytest.fixture(scope="module")
-def vae(few) -> Path:
-    return few / "vae"
-
-
-@pytest.fixture(scope="module")
-def shards(few) -> Path:
-    return few / "shards"
+def shards(few_digits) -> Path:
+    return few_digits / "shards"
 
 
 def test_continues_after_kill_to_the_same_shards(images, vae, shards, tmp_path, capfd):

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from helpers import finish, losses, records, start_training
 from helpers.autoencoders import dc, flux_like, kl, write_images
 from helpers.extending import DIGITS, SMALL, STEPS, Copy, sections, sets
+from helpers.small_runs import train_plainly
 from moe_dit import build_model, load_recipe
 from moe_dit.data import Latents, batches, training_inputs
-from moe_dit.flow import build_flow
 from moe_dit.manifest import read_manifest
 from moe_dit.models.diffmoe import ExpertChoiceMoE
 from moe_dit.models.moe import Router
@@ -42,22 +42,6 @@ def first_inputs(recipe, shards):
     manifest = read_manifest(shards)
     batch = next(batches(recipe, manifest, recipe.global_batch_size, 0, World()))
     return training_inputs(recipe, batch, Latents.of(recipe, manifest))
-
-
-def plain_losses(recipe, shards, make_optimizer) -> list[float]:
-    """Losses of training in one plain torch process."""
-    manifest, model, flow = read_manifest(shards), build_model(recipe), build_flow(recipe)
-    optimizer, history = make_optimizer(model.parameters()), []
-    stream = batches(recipe, manifest, recipe.global_batch_size, 0, World())
-    for _, batch in zip(range(STEPS), stream, strict=False):
-        inputs = training_inputs(recipe, batch, Latents.of(recipe, manifest))
-        t = flow.times(inputs["u"])
-        loss = flow.loss(model, inputs["x"], inputs["y"], noise=inputs["noise"], t=t)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history.append(loss.item())
-    return history
 
 
 def entropy_of(shares) -> float:
@@ -93,7 +77,12 @@ def test_a_recipe_key(digits, latents, tmp_path):
     assert losses(begun) == pytest.approx(losses(whole), rel=1e-6)
 
     recipe = load_recipe("digits", DIGITS)
-    want = plain_losses(recipe, latents, lambda weights: torch.optim.AdamW(weights, 1e-3, eps=1e-4, weight_decay=0))
+    want = train_plainly(
+        recipe,
+        latents,
+        STEPS,
+        make_optimizer=lambda weights: torch.optim.AdamW(weights, 1e-3, eps=1e-4, weight_decay=0),
+    ).losses
     assert want[1:] != pytest.approx(losses(whole)[1:], rel=1e-5)
     assert losses(digits.train(command, DIGITS)) == pytest.approx(want, rel=1e-6)
     assert "optimizer.eps is 0" in digits.refusal(command, "--set", "optimizer.eps=0")
@@ -112,7 +101,7 @@ def test_a_network_family(digits, latents):
 
     # Without registers it is a DSMoE whose blocks are all dense, to the names of its weights.
     dense = load_recipe("digits", [*DIGITS, "model.dense_first=2", "model.learn_sigma=false"])
-    want = plain_losses(dense, latents, lambda weights: torch.optim.AdamW(weights, 1e-3, weight_decay=0))
+    want = train_plainly(dense, latents, STEPS).losses
     plain = digits.train(train, [*SMALL, "model.registers=0"], "--out", "runs/plain")
     assert losses(plain) == pytest.approx(want, rel=1e-6)
 
@@ -212,7 +201,9 @@ def keep_inputs(recipe, shards, kind) -> list[tuple[torch.nn.Module, np.ndarray]
 def test_an_optimizer(digits, latents):
     [command] = digits.extend("5")
     recipe = load_recipe("digits", DIGITS)
-    want = plain_losses(recipe, latents, lambda weights: torch.optim.Adamax(weights, 1e-3))
+    want = train_plainly(
+        recipe, latents, STEPS, make_optimizer=lambda weights: torch.optim.Adamax(weights, 1e-3)
+    ).losses
     two = digits.train(command, DIGITS)
     assert losses(two) == pytest.approx(want, rel=1e-6)
     # One rank goes on where two were after step 2.

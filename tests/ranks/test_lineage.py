@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT, kill, losses, records, small, start_training, wait_for_step
-from helpers.small import LOSSES, SHARDS, SMALL, copy, flip, latest, names, step, train, train_here
+from helpers.older_run import SHARDS
+from helpers.small import LOSSES, SMALL, copy, flip, latest, names, step, train, train_here
 from moe_dit.checkpoint_files import check_complete, step_of
 from moe_dit.lineage import State, choose, complete_checkpoints, find_checkpoint, superfluous
 from moe_dit.runtime.errors import InputError

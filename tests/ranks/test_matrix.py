@@ -3,7 +3,7 @@
 import pytest
 
 from helpers import ROOT, call
-from helpers.small import SHARDS
+from helpers.older_run import SHARDS
 
 
 def matrix(*flags: str) -> int:

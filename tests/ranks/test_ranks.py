@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from helpers import ENV, ROOT, forks, run_ranks, run_scripts
-from helpers.small import SHARDS, flags_of
+from helpers.older_run import SHARDS
+from helpers.small import flags_of
 
 HOST = socket.gethostname()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import ENV, ROOT, STEPS, ds_file, export, finish, forks, kill, losses, records, start_training
-from helpers.older_run import FLAGS, OLD
+from helpers.older_run import FLAGS, OLD, taken_back
 from helpers.small_runs import SHARDS, SMALL, begin, sets, train, train_plainly
 from moe_dit import build_model, load_model, load_recipe
 from moe_dit.checkpoint import read_state
@@ -329,22 +329,11 @@ def test_milestones_are_kept_beside_the_newest(tmp_path):
     assert kept == {"step_00000002", "step_00000004", "step_00000005"}
 
 
-@pytest.fixture
-def taken_back(tmp_path):
-    """The recorded run at step 3, which `latest` names, with a checkpoint of step 9 left over from before."""
-    run = shutil.copytree(OLD / "run", tmp_path / "run")
-    left = shutil.copytree(run / "checkpoints/step_00000003", run / "checkpoints/step_00000009")
-    description = json.loads((left / "state.json").read_text())
-    description |= {"step": 9, "recipe": description["recipe"] | {"name": "left"}}
-    (left / "state.json").write_text(json.dumps(description))
-    assert (run / "checkpoints/latest").read_text() == "step_00000003\n"
-    return run
-
-
-def test_latest_says_where_a_run_goes_on(taken_back):
-    log = train(taken_back, 4, "--recipe", str(taken_back / "config.yaml"))
+def test_latest_says_where_a_run_goes_on(tmp_path):
+    run = taken_back(tmp_path)
+    log = train(run, 4, "--recipe", str(run / "config.yaml"))
     assert "continuing" in log and "step_00000003" in log
-    assert len(losses(taken_back)) == 4
+    assert len(losses(run)) == 4
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):

@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from helpers import ENV, ROOT, forks, losses
-from helpers.small import SHARDS, step
+from helpers.older_run import SHARDS
+from helpers.small import step
 
 TINY = [
     *("model.depth=2", "model.hidden_size=32", "model.num_heads=2", "model.moe.num_experts=4"),

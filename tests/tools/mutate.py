@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import ENV, ROOT, forks, project_files
+from helpers import ENV, ROOT, copy_project, forks
 
 LIMIT = 300  # seconds; a mutation whose tests then still run has made them hang, which is noticed too
 COPIES = 2  # tested at a time
@@ -794,9 +794,7 @@ class Copy:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        for name in project_files():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+        copy_project(folder)
 
     def apply(self, mutation: Mutation) -> bool:
         """Edit the file; False, and nothing done, where the text is not there exactly once."""

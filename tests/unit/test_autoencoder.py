@@ -22,13 +22,13 @@ from data_prep.images import center_crop, list_images
 from eval import sample
 from eval.features import Extractor
 from eval.generate import generate, image_size, load_decoder, resolve
+from helpers import refused
 from helpers.autoencoders import dc, flux_like, kl, tiny, vq, write_images
 from moe_dit import build_model, load_recipe
 from moe_dit.data import Latents, ShardReader, batches, check_manifest, training_inputs
 from moe_dit.flow import build_flow
 from moe_dit.manifest import read_manifest
 from moe_dit.randomness import Stream, normal
-from moe_dit.runtime.command import run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.ranks import World
 
@@ -298,12 +298,7 @@ def test_what_is_no_autoencoder_of_images_is_one_line(flags, message, images, tm
     kl(3).save_pretrained(folders["other"])
     (folders["other"] / "config.json").write_bytes((folders["good"] / "config.json").read_bytes())
     given = ["--images", images, "--vae", folders["good"], "--size", SIZE, "--out", tmp_path / "out"]
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, given), *flags.format(**folders).split()])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as status:
-        run(encode_latents.main)
-    printed = capsys.readouterr().err
-    assert status.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1, printed
+    printed = refused(capsys, "data_prep.encode_latents", *given, *flags.format(**folders).split())
     assert re.search(message, printed), printed
     assert not (tmp_path / "out").exists()
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import call
+from helpers import call, refused
 from helpers.autoencoders import write_images
-from helpers.small_jit import MIXTURE, flags_from, recipe, refused, save_mixture
+from helpers.small_jit import MIXTURE, flags_from, recipe, save_mixture
 from moe_dit.initial_weights import check_initial_weights, open_weights, read_flat
 from moe_dit.runtime.errors import InputError
 
@@ -89,8 +89,8 @@ def test_bad_initial_weights_end_a_run_before_it_begins(mixture, tmp_path, capfd
     assert call("data_prep.pack_pixels", "--images", tmp_path / "images", "--size", 32, "--out", pixels) in (None, 0)
     capfd.readouterr()
     usual = ["--ds", "ds_configs/zero1_ep1.json", "--data", pixels, "--out", run]
-    error = refused(capfd, "train", *usual, *flags_from(tmp_path / "nowhere"))
+    error = refused(capfd, "jobs/train.py", *usual, *flags_from(tmp_path / "nowhere"))
     assert "nowhere is not an exported model" in error
-    error = refused(capfd, "train", *usual, *flags_from(mixture), "--set", "model.depth=4")
+    error = refused(capfd, "jobs/train.py", *usual, *flags_from(mixture), "--set", "model.depth=4")
     assert "its depth is 2, the recipe's model.depth 4" in error
     assert not run.exists()

@@ -11,7 +11,7 @@ import yaml
 from golden import check
 from safetensors.torch import load_file
 
-from helpers import call, published
+from helpers import call, published, refused
 from moe_dit import build_model, load_model, load_recipe
 from moe_dit.data import Latents, training_inputs
 from moe_dit.export import load_export
@@ -383,9 +383,5 @@ def test_a_bad_checkpoint_is_one_line_and_nothing_is_written(tmp_path, damage, l
         else:
             state["y_embedder.embedding_table.weight"] = torch.zeros(5, 32)
         torch.save(checkpoint, file)
-    before = sorted(tmp_path.iterdir())
     flags = ["--recipe", recipe, file, "--weights", weights, "--out", tmp_path / "out" / "model"]
-    assert call("jobs/import_reference.py", *flags) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and line in err and err.count("\n") == 1, err
-    assert sorted(tmp_path.iterdir()) == before
+    assert line in refused(capsys, "jobs/import_reference.py", *flags, harmless=tmp_path)

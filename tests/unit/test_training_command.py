@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from helpers import ROOT
-from helpers.small import SHARDS, flags_of, refused
+from helpers import ROOT, refused
+from helpers.older_run import SHARDS
+from helpers.small import flags_of
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def at_the_root(monkeypatch):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capfd, flags, line):
-    assert line in refused(capfd, *flags_of(tmp_path / "run"), *flags)
+    assert line in refused(capfd, "jobs/train.py", *flags_of(tmp_path / "run"), *flags)
     assert not (tmp_path / "run").exists()
 
 
@@ -45,11 +46,11 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capfd, flags, line):
 )
 def test_a_wrong_deepspeed_file(tmp_path, capfd, content, line):
     (tmp_path / "ds.json").write_text(content)
-    assert line in refused(capfd, *flags_of(tmp_path / "run"), "--ds", tmp_path / "ds.json")
+    assert line in refused(capfd, "jobs/train.py", *flags_of(tmp_path / "run"), "--ds", tmp_path / "ds.json")
 
 
 def test_a_truncated_shard(tmp_path, capfd):
     shards = shutil.copytree(SHARDS, tmp_path / "shards")
     os.truncate(shards / "shard-000000.tar", 5000)
-    error = refused(capfd, *flags_of(tmp_path / "run"), "--data", shards)
+    error = refused(capfd, "jobs/train.py", *flags_of(tmp_path / "run"), "--data", shards)
     assert "shard-000000.tar has 5000 bytes instead of" in error

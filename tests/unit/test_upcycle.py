@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from helpers import call
-from helpers.small_jit import MIXTURE, TINY, UNITS, fill, recipe, refused, save_mixture
+from helpers import call, refused
+from helpers.small_jit import MIXTURE, TINY, UNITS, fill, recipe, save_mixture
 from moe_dit import build_model, load_model
 from moe_dit.export import load_export, save_export
 from moe_dit.upcycle import upcycle, upcycle_model
@@ -98,12 +98,12 @@ def test_what_cannot_be_upcycled_is_one_line_and_writes_nothing(dense, tmp_path,
     flags = ["--recipe", name, "--out", str(tmp_path / "out" / "model")]
     for change in [*(MIXTURE if name == "digits_pixels" else []), *changes]:
         flags += ["--set", change]
-    assert line in refused(capfd, "upcycle", str(dense), *flags)
+    assert line in refused(capfd, "jobs/upcycle.py", str(dense), *flags)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_mixture_or_no_model_is_refused(mixture, tmp_path, capfd):
     flags = ["--recipe", str(mixture / "recipe.yaml"), "--out", str(tmp_path / "model")]
-    assert "has experts already" in refused(capfd, "upcycle", str(mixture), *flags)
-    assert "nowhere is not an exported model" in refused(capfd, "upcycle", "nowhere", *flags)
+    assert "has experts already" in refused(capfd, "jobs/upcycle.py", str(mixture), *flags)
+    assert "nowhere is not an exported model" in refused(capfd, "jobs/upcycle.py", "nowhere", *flags)
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from helpers.small import flags_of, refused
+from helpers import refused
+from helpers.small import flags_of
 from moe_dit.events import events
 from moe_dit.runtime.rank_log import RankLog
 from moe_dit.status import read_status
@@ -108,6 +109,6 @@ def test_how_long_is_too_long(tmp_path, monkeypatch):
 
 def test_a_bad_patience_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MOE_DIT_PATIENCE_SECONDS", "0")
-    line = refused(capfd, *flags_of(tmp_path / "run"))
+    line = refused(capfd, "jobs/train.py", *flags_of(tmp_path / "run"))
     assert line == "error: MOE_DIT_PATIENCE_SECONDS is '0'; it should be a number of seconds\n"
     assert not (tmp_path / "run").exists()
