@@ -1,6 +1,7 @@
 """What several test files need: real digits as latents and as pixels, and the runs that others are held against."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ from budget import Budget
 # What imports torch is imported where it is used: of several test processes the first runs no test. Before:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # test processes that each take every core slow each other down several times
+
+
+# A shell starts what is in the background with SIGINT ignored, which all that tests start would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):

@@ -23,8 +23,11 @@ if [ "${1:-}" = --long ]; then long=yes && shift; fi
 source jobs/setup.sh dev
 
 # More files at a time than cores, those first that wait most: for SLURM, for signals, for a time that must run out.
-tests() { python -m pytest -n "$(($(nproc) + 1))" --dist loadfile --no-loadscope-reorder --durations 20 "$@"; }
-[ $# -eq 0 ] || { tests "$@" && exit; }
+tests() { python -m pytest -n "$(($(nproc) + 2))" --dist loadfile --no-loadscope-reorder --durations 20 "$@"; }
+if [ $# -gt 0 ]; then
+    tests "$@"
+    exit
+fi
 
 SECONDS=0
 echo "== ruff check" && ruff check .

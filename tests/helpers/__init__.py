@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from textwrap import dedent, indent
 
@@ -88,11 +89,20 @@ def finish(process: subprocess.Popen, run: Path, timeout: float = 300) -> str:
     return log
 
 
+def started(process: subprocess.Popen, word: str) -> list[psutil.Process]:
+    """A process and all that it started, where this word follows the interpreter on the command line."""
+    found = []
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
+            # What was forked has its command line as one word.
+            if word in " ".join(member.cmdline()).split()[1:4]:
+                found.append(member)
+    return found
+
+
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     """The ranks of a training command: itself, or what its launcher started."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    # What was forked has its command line as one word.
-    return [member for member in family if "jobs/train.py" in " ".join(member.cmdline()).split()[1:3]]
+    return started(process, "jobs/train.py")
 
 
 def records(run: Path) -> list[dict]:

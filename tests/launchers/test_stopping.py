@@ -7,16 +7,15 @@ import subprocess
 import sys
 import time
 from base64 import urlsafe_b64encode
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from helpers import ENV, ROOT, free_port, kill, ranks_of, wait_for_step
+from helpers import ENV, ROOT, free_port, kill, ranks_of, started, wait_for_step
 from helpers.small import assert_stopped_as_asked, flags_of
 
-TERM, USR1 = signal.SIGTERM, signal.SIGUSR1
+TERM, USR1, KILL = signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL
 LAUNCH = "deepspeed.launcher.launch"
 
 
@@ -42,9 +41,20 @@ def start(launcher: str, run: Path, workers: int = 0) -> subprocess.Popen:
     [
         # DeepSpeed's runner dies of what it does not handle; its ranks see it, and save.
         ("deepspeed", TERM, "launcher", 0, -TERM),
-        ("deepspeed", USR1, "group", 0, -USR1),
         # torchrun tells its ranks, and what they have started, and they end it.
         ("torchrun", TERM, "launcher", 2, -USR1),
+        # The same under what tests/ranks/test_stopping.py has stand-ins for.
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in [
+                ("deepspeed", USR1, "group", 0, -USR1),
+                ("deepspeed", USR1, "launcher", 2, -USR1),
+                ("deepspeed", KILL, "launcher", 0, -KILL),
+                ("deepspeed", TERM, "rank", 0, 75),
+                ("torchrun", USR1, "launcher", 0, -USR1),
+                ("torchrun", TERM, "rank", 0, -USR1),
+            ]
+        ),
     ],
 )
 def test_told_to_stop_in_any_way_it_saves(shared, tmp_path, launcher, number, target, workers, status):
@@ -57,7 +67,7 @@ def test_told_to_stop_in_any_way_it_saves(shared, tmp_path, launcher, number, ta
         if target == "group":
             os.killpg(process.pid, number)
         else:
-            process.send_signal(number)
+            (ranks[1] if target == "rank" else process).send_signal(number)
         assert process.wait(120) == status
         _, left = psutil.wait_procs(ranks, timeout=120)
         assert not left
@@ -79,21 +89,11 @@ def test_a_rank_that_dies_takes_the_others_down(tmp_path):
         kill(launcher)
 
 
-def launchers(runner: int) -> list[psutil.Process]:
-    """The second launchers of a deepspeed command; another child may end while it is looked at."""
-    found = []
-    for child in psutil.Process(runner).children():
-        with suppress(psutil.NoSuchProcess):
-            if LAUNCH in child.cmdline():
-                found.append(child)
-    return found
-
-
 def test_ranks_of_a_launcher_that_died_before_they_began_end_too(tmp_path):
     run = tmp_path / "run"
     runner = start("deepspeed", run)
     try:
-        while not (family := launchers(runner.pid)):
+        while not (family := started(runner, LAUNCH)):
             time.sleep(0.01)
         runner.kill()
         _, left = psutil.wait_procs(family, timeout=120)  # the second launcher ends when its ranks have

@@ -39,6 +39,7 @@ def test_deepspeed_starts_it(plain, latents, tmp_path):
     assert losses(run, "grad_norm") == pytest.approx(plain[1][:3], rel=1e-4)
 
 
+@pytest.mark.long  # launchers/test_stopping.py starts it so, and asks for the same losses
 def test_torchrun_starts_it_too(small, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     start(tmp_path / "run", *launcher, "jobs/train.py", "--ds", "ds_configs/zero2_ep2.json")

@@ -1,6 +1,7 @@
 """The view of runs by itself: what it loads, and what a terminal sees of it."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,12 +27,10 @@ def test_it_starts_without_torch(run):
 def test_a_terminal_sees_news_until_it_is_left(run):
     """On a terminal of 80 columns it draws again and again; Ctrl-C leaves the last picture, and no traceback."""
     import pty
-    import signal
 
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, as these tests may be, ignore it
         environment = ENV | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "30"}
         os.execve(sys.executable, [sys.executable, "jobs/watch.py", str(run), "--every", "0.2"], environment)
     seen = ""

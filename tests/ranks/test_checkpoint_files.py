@@ -57,11 +57,15 @@ def whole(request, eight_steps, tmp_path) -> Path:
     return shutil.copytree(source, tmp_path / source.name)
 
 
-def test_a_changed_byte_of_the_index_never_loads_wrong(whole):
+MANY = pytest.mark.parametrize("count", [200, pytest.param(600, marks=pytest.mark.long)])
+
+
+@MANY
+def test_a_changed_byte_of_the_index_never_loads_wrong(whole, count):
     truth = everything(whole)
     outcomes = Counter()
     new = "index_sha256" in (whole / "state.json").read_text()
-    for _, changed in flips((whole / ".metadata").read_bytes(), 200):
+    for _, changed in flips((whole / ".metadata").read_bytes(), count):
         (whole / ".metadata").write_bytes(changed)
         try:
             got = everything(whole)
@@ -71,13 +75,14 @@ def test_a_changed_byte_of_the_index_never_loads_wrong(whole):
         else:  # a byte that means nothing
             outcomes["loaded"] += 1
             assert got.keys() == truth.keys() and all(torch.equal(got[name], truth[name]) for name in truth)
-    assert outcomes["refused"] == 200 if new else outcomes["refused"] > 166
+    assert outcomes["refused"] == count if new else outcomes["refused"] > 0.83 * count
 
 
-def test_a_changed_byte_of_the_description_is_noticed(whole):
+@MANY
+def test_a_changed_byte_of_the_description_is_noticed(whole, count):
     truth, _ = check_complete(whole)
     new = "sha256" in (whole / "state.json").read_text()
-    for _, changed in flips((whole / "state.json").read_bytes(), 200):
+    for _, changed in flips((whole / "state.json").read_bytes(), count):
         (whole / "state.json").write_bytes(changed)
         try:
             got, _ = check_complete(whole)
@@ -87,13 +92,14 @@ def test_a_changed_byte_of_the_description_is_noticed(whole):
             assert not new or got == truth
 
 
-def test_a_changed_byte_of_a_record_is_noticed(whole):
+@MANY
+def test_a_changed_byte_of_a_record_is_noticed(whole, count):
     """torch.load reads most of them without a word: it is built without the check of a zip archive's checksums."""
     _, index = check_complete(whole)
     file = whole / "__0_0.distcp"
     data, truth = file.read_bytes(), everything(whole)
     unnoticed_by_torch = 0
-    for byte, changed in flips(data, 150):
+    for byte, changed in flips(data, count):
         file.write_bytes(changed)
         slices = ((key.fqn, place) for key, place in index.storage_data.items() if place.file == file.name)
         name, place = next(found for found in slices if found[1].offset <= byte < found[1].offset + found[1].length)
@@ -110,7 +116,7 @@ def test_a_changed_byte_of_a_record_is_noticed(whole):
             assert f"{file.name}: the record at byte {place.offset} is damaged" in str(error) and "\n" not in str(error)
         else:  # padding, and dates of the archive
             assert torch.equal(state[name], truth[name])
-    assert unnoticed_by_torch > 25
+    assert unnoticed_by_torch > count / 6
 
 
 class Call:

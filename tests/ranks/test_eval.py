@@ -1,9 +1,9 @@
-"""Sampling that is killed, and continued."""
+"""Sampling by several ranks, and sampling that is killed and continued."""
 
 import sys
 import time
 
-from helpers import ENV, ROOT, call, forks
+from helpers import ENV, ROOT, call, forks, free_port
 from helpers.sampling import assert_same, pictures, write_model
 
 
@@ -25,3 +25,13 @@ def test_a_killed_run_continues_to_the_same_samples(tmp_path):
     assert call("eval.sample", *flags, "--out", tmp_path / "whole") == 0
     assert_same(pictures(out), pictures(tmp_path / "whole"))
     assert not list(out.glob("images/.*"))
+
+
+def test_two_ranks_make_the_same_samples(tmp_path):
+    write_model(tmp_path)
+    flags = list(map(str, ["--model", tmp_path / "model", "-n", 40, "--batch", 8]))
+    assert call("eval.sample", *flags, "--out", tmp_path / "one") == 0
+    tasks = [sys.executable, "tests/helpers/tasks.py", "2", str(free_port())]
+    command = [*tasks, "-m", "eval.sample", *flags, "--out", str(tmp_path / "two")]
+    assert forks.run(command, cwd=ROOT, env=ENV, timeout=300).returncode == 0
+    assert_same(pictures(tmp_path / "two"), pictures(tmp_path / "one"))

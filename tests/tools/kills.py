@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def wait_for_new_step(run: Path, saved: int, process: subprocess.Popen) -> None:
     """Wait until a run has done a step after those that were saved."""
     wait_for_step(run, saved + 1, process)
     # Records of steps that will be done again are cut at the start; until then they are the killed run's.
-    while not any(path.stat().st_mtime > psutil.Process(process.pid).create_time() for path in [run / "metrics.jsonl"]):
+    while (run / "metrics.jsonl").stat().st_mtime <= psutil.Process(process.pid).create_time():
         time.sleep(0.02)
 
 
@@ -73,7 +74,8 @@ def strike(process: subprocess.Popen, target: str, chosen: random.Random) -> Non
     ranks = ranks_of(process)
     if target == "everything":
         for member in family:
-            member.send_signal(signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGKILL)
     elif target == "rank" and ranks:
         chosen.choice(ranks).send_signal(signal.SIGKILL)
     else:
