@@ -37,7 +37,7 @@ def latents(shared) -> Path:
 
     def make(folder: Path) -> None:
         digits.write_images(folder / "images")
-        digits.write_autoencoder(folder / "images", folder / "vae", steps=60, seed=0)
+        digits.write_autoencoder(folder / "images", folder / "vae", steps=8, seed=0)
         flags = (
             f"--images {folder}/images --vae {folder}/vae --size 32 --shard-size 512 --out {folder}/shards --workers 0"
         )

@@ -12,6 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Tests never reach the network.
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1
+# Each test process would rewrite the assertions of all test files anew, for three seconds.
+unset PYTHONDONTWRITEBYTECODE
 
 if [ "${1:-}" = --oldest ]; then
     source jobs/setup.sh oldest

@@ -38,11 +38,15 @@ def test_graphs_serve_all_blocks_of_a_kind():
         # shared experts; of time and final layer; of the objective's two parts, in evaluation its first. Class tokens
         # make each of a block's four two, and dropout those that drop.
         ("digits", [], 8, 7),
-        # These two hold no kind of block that the next one has not.
+        ("digits_pixels", ["in_context_start=3", "moe=null", "depth=8", "proj_dropout=0.2"], 8, 7),
+        ("digits_diffmoe", [], 6, 5),
+        # Experts that drop: as long as all others together.
         pytest.param("digits_pixels", ["in_context_start=1"], 9, 8, marks=pytest.mark.long),
         pytest.param("digits_pixels", ["in_context_start=3", "moe=null", "depth=8"], 6, 5, marks=pytest.mark.long),
-        ("digits_pixels", ["in_context_start=3", "depth=8", "proj_dropout=0.2", "moe.dropout=0.2"], 16, 15),
-        ("digits_diffmoe", [], 6, 5),
+        pytest.param(
+            *("digits_pixels", ["in_context_start=3", "depth=8", "proj_dropout=0.2", "moe.dropout=0.2"], 16, 15),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_no_number_of_shapes_is_too_many(two_graphs, name, flags, trains, looks):
