@@ -3,7 +3,8 @@
 - A test in tests/unit starts no process; one in tests/ranks no Python interpreter of its own, which takes seconds to
   import torch, but has it forked (:mod:`helpers.forks`).
 - The unit tests take no more than UNIT_SECONDS of CPU time together.
-- What the suite started is gone when it ends, and what it put into shared memory.
+- What the suite started is gone when it ends, and what it put into shared memory and into folders for temporary files;
+  pytest keeps the folders of tests that failed.
 """
 
 import atexit
@@ -11,7 +12,9 @@ import gc
 import os
 import re
 import secrets
+import shutil
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,6 +73,9 @@ class Budget:
         atexit.register(gc.freeze)  # else the last collection visits all that torch made, for a second
         if not hasattr(config, "workerinput"):
             os.environ[MARK] = secrets.token_hex(8)
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # for pytest's own
+            # Torch's agents and compiler, multiprocessing and what is killed leave theirs.
+            self.folder = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="moe-dit-tests-")
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
@@ -100,6 +106,7 @@ class Budget:
         if self.unit_seconds > UNIT_SECONDS:
             self.wrong.append(f"the unit tests took {self.unit_seconds:.0f} CPU seconds of {UNIT_SECONDS:.0f}")
         self.wrong += [f"a process is left: {line}" for line in _left()]
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.wrong += [f"/dev/shm/{name} is left" for name in _unused(set(os.listdir("/dev/shm")) - self.memory)]
         if self.wrong and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -31,19 +31,11 @@ def shared(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def latents(shared) -> Path:
-    """All digits as latent shards, through an autoencoder fitted for a few steps."""
-    from data_prep import digits
-    from helpers import call, once
+    """All digits as latent shards, through an autoencoder that was hardly fitted."""
+    from helpers import once
+    from helpers.few_digits import encode_all
 
-    def make(folder: Path) -> None:
-        digits.write_images(folder / "images")
-        digits.write_autoencoder(folder / "images", folder / "vae", steps=8, seed=0)
-        flags = (
-            f"--images {folder}/images --vae {folder}/vae --size 32 --shard-size 512 --out {folder}/shards --workers 0"
-        )
-        assert call("data_prep.encode_latents", *flags.split()) == 0
-
-    return once(shared, "latents", make) / "shards"
+    return once(shared, "latents", lambda folder: encode_all(folder, steps=8)) / "shards"
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@
 #   bash tests/run.sh                  ten minutes on two cores
 #   bash tests/run.sh --long           then what is marked long: endurance, many ranks, kills, whole matrices
 #   bash tests/run.sh --oldest         what torch computes, on the oldest torch that is admitted, in .venv-oldest
-#   bash tests/run.sh tests/unit       what starts no process: a minute
+#   bash tests/run.sh tests/unit       what starts no process: a minute and a half
 #   bash tests/run.sh tests/unit/test_recipe.py -k digits
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

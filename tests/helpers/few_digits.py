@@ -1,4 +1,4 @@
-"""300 of the digits, a VAE that was fitted to them for a moment, and their latents."""
+"""The digits or 300 of them, a VAE that was fitted to them for a moment, and their latents."""
 
 import hashlib
 from pathlib import Path
@@ -19,6 +19,14 @@ def encode(folder: Path) -> None:
     digits.write_autoencoder(folder / "images", folder / "vae", steps=4, seed=0)
     flags = latent_flags(folder / "images", folder / "vae", folder / "shards")
     assert call("data_prep.encode_latents", *flags) == 0
+
+
+def encode_all(folder: Path, steps: int) -> None:
+    """The same for all digits, in shards of 512, with a VAE of so many steps."""
+    digits.write_images(folder / "images")
+    digits.write_autoencoder(folder / "images", folder / "vae", steps=steps, seed=0)
+    flags = f"--images {folder}/images --vae {folder}/vae --size 32 --shard-size 512 --out {folder}/shards --workers 0"
+    assert call("data_prep.encode_latents", *flags.split()) == 0
 
 
 def latent_flags(images, vae, out) -> list[str]:

@@ -80,7 +80,8 @@ def test_ten_thousand_steps_take_no_more_than_a_thousand(tmp_path):
     samples = watched(subprocess.Popen, run, 10_000, 1.0, "checkpoint.every=500", "data.workers=auto")
     early, late = least(samples, 1000, 3000), least(samples, 8000, 9950)
     assert len(early["files"]) > 1
-    assert late["files"] == early["files"]
+    for before, after in zip(early["files"], late["files"], strict=True):
+        assert after <= before + 2, (early, late)  # batches on their way are files; what grows has had 14 saves since
     for key in ("resident", "anonymous"):
         for before, after in zip(early[key], late[key], strict=True):
             assert after < 1.01 * before + NOISE, (key, early, late)
