@@ -17,7 +17,7 @@ def test_random_kills_lose_nothing():
 
 @pytest.mark.long
 def test_many_random_kills_lose_nothing():
-    assert kills("--forked", "--kills", "25", "--seed", "8") == 0
+    assert kills("--forked", "--kills", "20", "--seed", "8") == 0
 
 
 @pytest.mark.long
