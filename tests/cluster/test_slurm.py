@@ -178,6 +178,7 @@ def test_a_job_that_is_stopped_in_every_way_ends_as_if_nobody_had(slurm, latents
 
     assert slurm.wait(job, 900) == "COMPLETED", log.read_text()[-6000:]
     assert "gave up" not in told(run) and told(run)[-1] == "done"
+    assert int(slurm.show(job)["Restarts"]) >= sum(leaves is not None for leaves in ways.values())
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
 
 
