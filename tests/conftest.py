@@ -18,8 +18,16 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Of the long part these take longest: at its end they would leave cores idle.
+FIRST = ("test_slurm.py", "test_gpu.py", "test_weeks.py", "test_train.py")
+
+
 def pytest_configure(config):
     config.pluginmanager.register(Budget(config))
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None or item.path.name not in FIRST)
 
 
 @pytest.fixture(scope="session")

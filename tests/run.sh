@@ -25,7 +25,8 @@ if [ "${1:-}" = --long ]; then long=yes && shift; fi
 source jobs/setup.sh dev
 
 # More files at a time than cores, those first that wait most: for SLURM, for signals, for a time that must run out.
-tests() { python -m pytest -n "$(($(nproc) + 2))" --dist loadfile --no-loadscope-reorder --durations 20 "$@"; }
+workers=$(($(env -u OMP_NUM_THREADS nproc) + 1)) # nproc says no more than that variable
+tests() { python -m pytest -n $workers --dist loadfile --no-loadscope-reorder --durations 20 "$@"; }
 if [ $# -gt 0 ]; then
     tests "$@"
     exit

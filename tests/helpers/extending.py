@@ -36,14 +36,10 @@ def sections() -> dict[str, list[tuple[str, str, str]]]:
 
 
 class Copy:
-    """A copy of the project, without what its tests are held against.
+    """A copy of the project, without what its tests are held against."""
 
-    Args:
-        launched: start the page's commands by a shell, as a reader does, instead of forking what they start.
-    """
-
-    def __init__(self, folder: Path, launched: bool = False):
-        self.folder, self.launched = folder, launched
+    def __init__(self, folder: Path):
+        self.folder = folder
         copy_project(folder, but="tests/")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         # The ceiling: `git apply` would skip files if the copy lay in some other repository.
@@ -74,9 +70,6 @@ class Copy:
         """Start one of the page's commands, with more flags, output to a log; see :meth:`run`."""
         with open(self.folder / "command.log", "w") as log:
             how = {"cwd": self.folder, "env": self.env, "stdout": log, "stderr": log}
-            if self.launched:
-                command = command.replace("deepspeed ", f"deepspeed --master_port {free_port()} ", 1)
-                return subprocess.Popen(["bash", "-c", f"{command} {shlex.join(flags)}"], start_new_session=True, **how)
             name, *words = [*shlex.split(command.replace("\\\n", "")), *flags]
             if name == "deepspeed":
                 understood = forks.run([sys.executable, "-c", UNDERSTAND, *words], stdout=subprocess.PIPE, check=True)

@@ -1,11 +1,11 @@
-"""The training command under true launchers and interpreters."""
+"""The training command by DeepSpeed's launcher and by itself; torchrun starts it in test_stopping.py."""
 
 import subprocess
 import sys
 
 import pytest
 
-from helpers import ENV, ROOT, finish, forks, free_port, losses, start_training
+from helpers import ENV, ROOT, finish, forks, losses, start_training
 from helpers.small_runs import SHARDS, SMALL, sets, train_plainly
 from moe_dit import load_recipe
 
@@ -37,13 +37,6 @@ def test_deepspeed_starts_it(plain, latents, tmp_path):
     finish(start_training(2, "zero2_ep2", latents, run, "--steps", "3", launcher="deepspeed"), run)
     assert losses(run) == pytest.approx(plain[0][:3], rel=1e-5)
     assert losses(run, "grad_norm") == pytest.approx(plain[1][:3], rel=1e-4)
-
-
-@pytest.mark.long  # launchers/test_stopping.py starts it so, and asks for the same losses
-def test_torchrun_starts_it_too(small, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    start(tmp_path / "run", *launcher, "jobs/train.py", "--ds", "ds_configs/zero2_ep2.json")
-    assert losses(tmp_path / "run") == pytest.approx(small.losses, rel=1e-5)
 
 
 def test_one_rank_needs_no_launcher(small, tmp_path):

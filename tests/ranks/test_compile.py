@@ -25,8 +25,12 @@ ALL = ["none", "blocks", "experts"]
         ("digits_pixels", "aot_eager", ALL),
         ("digits_diffmoe", "aot_eager", ALL),
         *(
-            pytest.param(name, "inductor", ALL, marks=pytest.mark.long)
-            for name in ("digits", "digits_pixels", "digits_diffmoe")
+            pytest.param(name, "inductor", modes, marks=pytest.mark.long)
+            for name, modes in (
+                ("digits", ["blocks", "experts"]),
+                ("digits_pixels", ["none", "experts"]),
+                ("digits_diffmoe", ["none", "blocks"]),
+            )
         ),
     ],
 )

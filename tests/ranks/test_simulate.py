@@ -65,15 +65,23 @@ def test_a_step_sends_what_arithmetic_says(rank):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("ranks", "rank", "master"), [(64, 0, 193_854_320), (512, 511, 24_231_792)])
-def test_the_3b_network_on_many_ranks(ranks, rank, master):
-    """8 GB and minutes: the whole network, an image a rank."""
-    seen = simulated("dsmoe_3b_e16", "zero2_ep8", ranks, rank, f"global_batch_size={ranks}")
-    shared, expert = 3_101_669_024 - 15 * 16 * 3 * 1152 * 2880, 15 * 2 * 3 * 1152 * 2880
+@pytest.mark.parametrize(
+    ("ranks", "rank", "depth", "weights", "master"),
+    [
+        (64, 0, 6, 624_726_176, 39_045_392),
+        (512, 511, 30, 3_101_669_024, 24_231_792),  # 8 GB and a minute: the whole network
+    ],
+)
+def test_the_3b_network_on_many_ranks(ranks, rank, depth, weights, master):
+    """An image a rank."""
+    changes = [f"model.depth={depth}", f"global_batch_size={ranks}"]
+    seen = simulated("dsmoe_3b_e16", "zero2_ep8", ranks, rank, *changes)
+    mixtures = depth // 2
+    shared, expert = weights - mixtures * 16 * 3 * 1152 * 2880, mixtures * 2 * 3 * 1152 * 2880
     assert seen["held"] == {"weights": 2 * (shared + expert), "master": master, "state": 3 * master}
     assert master == pytest.approx(4 * (shared / ranks + expert / (ranks / 8)), rel=1e-4)
     assert (seen["made"], seen["groups"]) == (ranks // 8 + 8 + 2, [ranks, ranks, *sorted([8, ranks // 8])[::-1]])
-    assert seen["calls"]["all-to-all 8"] == 15 * 5
+    assert seen["calls"]["all-to-all 8"] == mixtures * 5
     assert seen["memory"] < 10e9
 
 
