@@ -16,18 +16,17 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compi
 ALL = ["none", "blocks", "experts"]
 
 
-# A compiler takes a second a kernel: in the ten minutes it compiles one mode, and all else is traced alone.
+# A compiler takes a second a kernel: in the ten minutes all is traced alone.
 @pytest.mark.parametrize(
     ("name", "backend", "modes"),
     [
-        ("digits", "inductor", ["none"]),
         ("digits", "aot_eager", ALL),
         ("digits_pixels", "aot_eager", ALL),
         ("digits_diffmoe", "aot_eager", ALL),
         *(
             pytest.param(name, "inductor", modes, marks=pytest.mark.long)
             for name, modes in (
-                ("digits", ["blocks", "experts"]),
+                ("digits", ["none", "experts"]),
                 ("digits_pixels", ["none", "experts"]),
                 ("digits_diffmoe", ["none", "blocks"]),
             )

@@ -17,4 +17,4 @@ def test_kills_during_saves_of_two_ranks():
 
 @pytest.mark.long
 def test_every_topology_and_every_other_that_continues_it():
-    assert matrix("--steps", "20", "--kills", "8") == 0
+    assert matrix("--kills", "8") == 0
