@@ -27,8 +27,8 @@ ALL = ["none", "blocks", "experts"]
             pytest.param(name, "inductor", modes, marks=pytest.mark.long)
             for name, modes in (
                 ("digits", ["none", "experts"]),
-                ("digits_pixels", ["none", "experts"]),
-                ("digits_diffmoe", ["none", "blocks"]),
+                ("digits_pixels", ["blocks"]),
+                ("digits_diffmoe", ["blocks"]),
             )
         ),
     ],

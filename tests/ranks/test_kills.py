@@ -18,8 +18,3 @@ def test_random_kills_lose_nothing():
 @pytest.mark.long
 def test_many_random_kills_lose_nothing():
     assert kills("--forked", "--kills", "10", "--seed", "8") == 0
-
-
-@pytest.mark.long
-def test_random_kills_under_deepspeed_s_launcher_lose_nothing():
-    assert kills("--kills", "2", "--seed", "9") == 0

@@ -49,8 +49,7 @@ class Starts:
     starting: float
     training: float
 
-    def start(self, run: Path, steps: int, launcher: str = "deepspeed") -> subprocess.Popen:
-        """A run's process."""
+    def start(self, run: Path, steps: int) -> subprocess.Popen:
         flags = [*SMALL, "--steps", str(steps)]
         if self.forked:
             launcher = small.launcher_named("deepspeed", run.parent)
@@ -58,7 +57,7 @@ class Starts:
             # A rank without the other waits for it for minutes: DeepSpeed's second launcher would start both.
             wait_for(lambda: len(ranks_of(process)) == 2, "two ranks", Path(f"{run}.log"))
             return process
-        return start_training(2, "zero2_ep2", self.data, run, *flags, launcher=launcher)
+        return start_training(2, "zero2_ep2", self.data, run, *flags, launcher="deepspeed")
 
 
 def wait_for_new_step(run: Path, saved: int, process: subprocess.Popen) -> None:
@@ -109,7 +108,7 @@ def compare(starts: Starts, run: Path, out: Path) -> float:
     """The largest relative difference of the run's losses from those of a run that nobody killed."""
     got = losses(run)
     whole = out / "whole"
-    finish(starts.start(whole, len(got), launcher="tasks"), whole, 3600)
+    finish(starts.start(whole, len(got)), whole, 3600)
     return max(abs(a - b) / abs(b) for a, b in zip(got, losses(whole), strict=True))
 
 
