@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, finish, last_step, losses, start_training, told, wait_for
+from helpers import ENV, ROOT, TIMEOUT, finish, last_step, losses, start_training, told, wait_for
 from moe_dit.events import events
 from tools.slurm import Slurm, missing
 
@@ -61,7 +61,7 @@ def slurm(tmp_path_factory):
 def submit(slurm, *arguments) -> subprocess.CompletedProcess:
     """jobs/submit.py with the site's file."""
     command = [sys.executable, "jobs/submit.py", "--site", slurm.env["SITE"], *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=ENV | slurm.env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=ENV | slurm.env, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def train_job(

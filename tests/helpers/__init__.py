@@ -2,7 +2,9 @@
 
 import fcntl
 import importlib
+import itertools
 import json
+import os
 import runpy
 import shutil
 import socket
@@ -25,6 +27,7 @@ from moe_dit.events import events
 from moe_dit.runtime import command
 
 STEPS = 12  # of the runs that others are held against
+TIMEOUT = 400  # seconds after which what a test waits for has hung, on however busy a machine
 
 
 def project_files() -> list[str]:
@@ -49,11 +52,20 @@ def ds_file(folder: Path, stage: int, ep: int, **zero) -> Path:
     return path
 
 
+_PORTS = itertools.count()
+
+
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port of this machine that nobody listens on.
+
+    What listens there starts seconds later: the next port is another, and all are below those that the system gives to
+    whoever connects. Jobs of tests/cluster have those from 20,000.
+    """
+    while True:
+        port = 10_000 + (97 * os.getpid() + next(_PORTS)) % 10_000
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
 
 
 def start_training(
@@ -78,7 +90,7 @@ def start_training(
         return forks.Popen([sys.executable, *tasks, *command, *flags], **how)
 
 
-def finish(process: subprocess.Popen, run: Path, timeout: float = 300) -> str:
+def finish(process: subprocess.Popen, run: Path, timeout: float = TIMEOUT) -> str:
     """Wait for a training command to end well; gives its output."""
     try:
         status = process.wait(timeout)
@@ -134,7 +146,7 @@ def state_of(run: Path, step: int, kind: str, recipe: str = "digits") -> dict[st
     return {name.removeprefix(f"{kind}/"): value for name, value in state.items()}
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen, timeout: float = 120) -> None:
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, timeout: float = TIMEOUT) -> None:
     """Wait until a run has recorded a step; metrics are flushed every second, so this may be late, never early."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and process.poll() is None:
@@ -144,7 +156,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen, timeout: floa
     raise AssertionError(f"step {step} was not reached in {timeout} s")
 
 
-def wait_for(true, what: str, log: Path | None, timeout: float = 400) -> None:
+def wait_for(true, what: str, log: Path | None, timeout: float = TIMEOUT) -> None:
     """Wait until something is true, for example of a run that writes a log."""
     deadline = time.monotonic() + timeout
     while not true():
@@ -195,7 +207,7 @@ def refused(captured, name: str, *arguments, harmless: Path | None = None) -> st
 
 
 def run_ranks(
-    commands: list[list[str]], folders: list[Path], timeout: float = 120, **more: str
+    commands: list[list[str]], folders: list[Path], timeout: float = TIMEOUT, **more: str
 ) -> list[subprocess.CompletedProcess]:
     """One process a rank, each with its own command and folder to run in; ``more`` of the environment is as given."""
     port = str(free_port())

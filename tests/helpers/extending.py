@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import ENV, ROOT, copy_project, finish, forks, free_port
+from helpers import ENV, ROOT, TIMEOUT, copy_project, finish, forks, free_port
 from helpers.small_runs import TINY, sets
 
 PAGE = ROOT / "docs/extending.md"
@@ -81,7 +81,7 @@ class Copy:
 
     def run(self, command: str, *flags: str) -> str:
         """Run a command, which must end well; gives its output."""
-        return finish(self.start(command, *flags), self.folder / "command", timeout=180)
+        return finish(self.start(command, *flags), self.folder / "command", timeout=TIMEOUT)
 
     def train(self, command: str, keys: list[str], *flags: str) -> Path:
         """Run a training command for STEPS steps, with these recipe keys too; gives the run's folder."""
@@ -91,7 +91,7 @@ class Copy:
     def refusal(self, command: str, *flags: str) -> str:
         """Run a command that must refuse its input: one line, exit 2, nothing written; gives the line."""
         before = {path for path in self.folder.rglob("*") if "__pycache__" not in path.parts}
-        status = self.start(command, *flags).wait(timeout=60)
+        status = self.start(command, *flags).wait(timeout=TIMEOUT)
         output = (self.folder / "command.log").read_text()
         assert status == 2 and output.startswith("error: ") and output.count("\n") == 1, output
         after = {path for path in self.folder.rglob("*") if "__pycache__" not in path.parts}
@@ -101,7 +101,7 @@ class Copy:
     def python(self, code: str) -> None:
         """Run Python code in the copy."""
         command = [sys.executable, "-c", code]
-        forks.run(command, preload="libraries", cwd=self.folder, env=self.env, check=True, timeout=120)
+        forks.run(command, preload="libraries", cwd=self.folder, env=self.env, check=True, timeout=TIMEOUT)
 
 
 def _out(command: str) -> int:

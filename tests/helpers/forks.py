@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 from budget import anything_may_start, may_start
@@ -26,14 +25,14 @@ ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
-_servers: list["Server"] = []
+_lock = threading.RLock()  # threads that fork at once start a server once, and one at a time takes orphans
+_servers: dict[str, "Server"] = {}
 
 
 class Server:
     """The other end of tests/helpers/fork_server.py."""
 
     def __init__(self, preload: str):
-        self._lock = threading.Lock()
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno()), preload]
         environment = ENV | {"PYTHONPATH": str(ROOT)}
@@ -44,17 +43,16 @@ class Server:
         if self._connection.recv(100) != b"ready":
             raise RuntimeError("the fork server ended as it began; its error is above")
         atexit.register(self.close)
-        _servers.append(self)
 
     def fork(self, request: dict, streams: list[int]) -> int:
         """A new process's number; it is a child of this one."""
-        with self._lock, _taking_orphans():
+        with _lock, _taking_orphans():
             socket.send_fds(self._connection, [json.dumps(request).encode()], streams)
             return int(self._connection.recv(100))
 
     def left(self) -> list[int]:
         """The processes of what it started that have not ended."""
-        with self._lock:
+        with _lock:
             self._connection.send(b"left")
             return json.loads(self._connection.recv(LARGEST))
 
@@ -77,17 +75,18 @@ def _taking_orphans():
 
 def close_all() -> list[int]:
     """End this process's servers; gives the processes that they had started and that had not ended."""
-    left = [process for server in _servers for process in server.left()]
+    left = [process for server in _servers.values() for process in server.left()]
     while _servers:
-        _servers.pop().close()
-    server.cache_clear()
+        _servers.popitem()[1].close()
     return left
 
 
-@cache
 def server(preload: str) -> Server:
     """This process's server, started when it is first asked for."""
-    return Server(preload)
+    with _lock:
+        if preload not in _servers:
+            _servers[preload] = Server(preload)
+        return _servers[preload]
 
 
 class Popen(subprocess.Popen):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, finish, forks, free_port, losses, once, start_training
+from helpers import ENV, ROOT, TIMEOUT, finish, forks, free_port, losses, once, start_training
 from helpers.older_run import FLAGS, OLD, SHARDS
 
 SMALL = [f"--set={flag}" for flag in FLAGS if "checkpoint" not in flag]
@@ -32,7 +32,7 @@ def train(run: Path, *flags: str, ranks: int = 1) -> str:
 def train_here(run: Path, *flags: str, code: str = "") -> subprocess.CompletedProcess:
     """The same on one rank, for what may end otherwise; its process first runs ``code``."""
     command = [sys.executable, *_script(code), *flags_of(run), *flags]
-    return forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    return forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def start(

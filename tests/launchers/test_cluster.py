@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, finish, free_port, kill, losses, ranks_of, start_training, told, wait_for
+from helpers import ENV, ROOT, TIMEOUT, finish, free_port, kill, losses, ranks_of, start_training, told, wait_for
 
 STEPS = 120
 SMALL = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2", "model.moe.expert_width=16"]
@@ -22,7 +22,13 @@ def agent(port: int, shards: Path, run: Path) -> subprocess.Popen:
     command += ["--max-restarts=3"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
     command += ["--rdzv-conf=last_call_timeout=10,join_timeout=180"]
-    command += ["--signals-to-handle=SIGHUP,SIGINT", "--shutdown-timeout=300", "jobs/train.py", "--recipe", "digits"]
+    command += [
+        "--signals-to-handle=SIGHUP,SIGINT",
+        "--shutdown-timeout=300",
+        "jobs/train.py",
+        "--recipe",
+        "digits",
+    ]
     command += ["--ds", "ds_configs/zero2_ep2.json", "--data", str(shards), "--out", str(run), "--steps", str(STEPS)]
     command += [*SMALL, "--set", "checkpoint.every=20"]
     with open(f"{run}.log", "a") as log:
@@ -43,22 +49,22 @@ def test_a_run_goes_on_with_the_nodes_that_are_left(latents, tmp_path):
     agents = [agent(port, latents, run)]
     try:
         with socket.socket() as probe:
-            wait_for(lambda: probe.connect_ex(("127.0.0.1", port)) == 0, "the agents' store", log, 180)
+            wait_for(lambda: probe.connect_ex(("127.0.0.1", port)) == 0, "the agents' store", log)
         agents.append(agent(port, latents, run))
 
         # Just after a save: a rank that dies during one makes it fail, which ends the run on all nodes.
-        wait_for(lambda: saved(run) >= 20, "a checkpoint", log, 180)
+        wait_for(lambda: saved(run) >= 20, "a checkpoint", log)
         assert "digits on 4 ranks" in log.read_text()
         ranks_of(agents[1])[0].send_signal(signal.SIGKILL)
         begun = saved(run)
-        wait_for(lambda: told(run).count("started") == 2 and saved(run) > begun, "a second start", log, 180)
+        wait_for(lambda: told(run).count("started") == 2 and saved(run) > begun, "a second start", log)
         assert log.read_text().count("digits on 4 ranks") == 2
         theirs = ranks_of(agents[1])
         os.killpg(agents[1].pid, signal.SIGKILL)
         for rank in theirs:
             rank.send_signal(signal.SIGKILL)
-        wait_for(lambda: told(run).count("started") == 3, "a third start", log, 180)
-        assert agents[0].wait(180) == 0, log.read_text()[-5000:]
+        wait_for(lambda: told(run).count("started") == 3, "a third start", log)
+        assert agents[0].wait(TIMEOUT) == 0, log.read_text()[-5000:]
     finally:
         for process in agents:
             kill(process)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from helpers import ENV, ROOT, forks, project_files
+from helpers import ENV, ROOT, TIMEOUT, forks, project_files
 
 COMMANDS = [
     *("jobs/bench.py", "jobs/export.py", "jobs/import_reference.py", "jobs/plan.py", "jobs/submit.py", "jobs/train.py"),
@@ -33,7 +33,7 @@ def one_line(done: subprocess.CompletedProcess) -> bool:
 def test_a_wrong_command_line_is_one_line_and_status_2(command):
     """Of the project nothing has been imported before; the libraries have, which take four seconds each time."""
     line = [sys.executable, *command.split(), "--nonsense"]
-    done = forks.run(line, preload="libraries", cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    done = forks.run(line, preload="libraries", cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=TIMEOUT)
     assert (done.returncode, done.stdout) == (2, "")
     assert one_line(done), done.stderr
 
@@ -47,6 +47,6 @@ FEW = ("jobs/train.py", "jobs/watch.py", "-m eval.report", "-m eval.score", "-m 
 def test_a_shell_sees_one_line_and_status_2(command):
     """And a new interpreter imports what the command needs."""
     line = f'set -o pipefail; "{sys.executable}" {command} --nonsense | cat; echo status $?'
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.stdout == "status 2\n"
     assert one_line(done), done.stderr

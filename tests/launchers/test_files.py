@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ENV, ROOT, free_port, losses, small, state_of
+from helpers import ENV, ROOT, TIMEOUT, free_port, losses, small, state_of
 from helpers.small import flags_of
 from helpers.tasks import environments
 
@@ -51,7 +51,7 @@ def no_locks(tmp_path):
 
 def test_a_file_system_without_locks_is_told_of(tmp_path, no_locks):
     command = [sys.executable, "jobs/train.py", *flags_of(tmp_path / "run"), "--steps=1"]
-    done = subprocess.run(command, cwd=ROOT, env=no_locks, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=no_locks, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is on a file system without locks (Function not implemented)") == 1
 
@@ -111,7 +111,7 @@ def test_what_another_node_wrote_may_be_seen_late(shared, tmp_path):
     with open(log, "w") as file:
         ranks = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file) for env in each]
     try:
-        assert [rank.wait(300) for rank in ranks] == [0, 0], log.read_text()
+        assert [rank.wait(TIMEOUT) for rank in ranks] == [0, 0], log.read_text()
     finally:
         for rank in ranks:
             rank.kill()

@@ -10,7 +10,7 @@ from functools import partial
 import psutil
 import pytest
 
-from helpers import ROOT, forks, wait_for
+from helpers import ROOT, TIMEOUT, forks, wait_for
 
 FORKED = partial(forks.Popen, preload="nothing")
 TRUE = partial(subprocess.Popen, start_new_session=True)
@@ -44,7 +44,7 @@ def test_it_is_what_python_would_be(tmp_path, code):
         process = start(
             [sys.executable, "-c", code, "one", "two words"], cwd=tmp_path, env={"LC_ALL": "C.UTF-8"}, **PIPES
         )
-        out, err = process.communicate("given", timeout=60)
+        out, err = process.communicate("given", timeout=TIMEOUT)
         # of a traceback the server's own frames are not Python's
         found.append((process.returncode, out, [line for line in err.splitlines() if not line.startswith("  ")]))
     assert found[0] == found[1]
@@ -60,23 +60,23 @@ def test_scripts_and_modules(tmp_path, command):
     for name in ("script.py", "folder/script.py", "package/module.py"):
         (tmp_path / name).write_text(code)
     found = [start([sys.executable, *command, "a"], cwd=tmp_path, **PIPES) for start in (TRUE, FORKED)]
-    assert found[0].communicate(timeout=60) == found[1].communicate(timeout=60)
+    assert found[0].communicate(timeout=TIMEOUT) == found[1].communicate(timeout=TIMEOUT)
 
 
 def test_it_can_be_stopped_continued_and_killed():
     process = FORKED([sys.executable, "-c", "import time\nwhile True: time.sleep(0.01)"])
     seen = psutil.Process(process.pid)
-    wait_for(lambda: " ".join(seen.cmdline()).startswith(f"{sys.executable} -c import"), "its title", None, 60)
+    wait_for(lambda: " ".join(seen.cmdline()).startswith(f"{sys.executable} -c import"), "its title", None)
     assert seen.ppid() == os.getpid()
     for number, state in ((signal.SIGSTOP, psutil.STATUS_STOPPED), (signal.SIGCONT, psutil.STATUS_SLEEPING)):
         process.send_signal(number)
-        wait_for(lambda state=state: seen.status() == state, f"{seen} {state}", None, 60)
+        wait_for(lambda state=state: seen.status() == state, f"{seen} {state}", None)
         assert process.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.01)
     process.send_signal(signal.SIGSTOP)
     process.kill()
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(TIMEOUT) == -signal.SIGKILL
     assert not psutil.pid_exists(process.pid)
 
 
@@ -93,7 +93,7 @@ def test_what_takes_too_long_is_killed_with_all_that_it_started():
         forks.run([sys.executable, "-c", SLEEPERS], preload="nothing", timeout=1, capture_output=True, text=True)
     started = {int(word) for word in ended.value.stdout.decode().split()} - {0}
     assert len(started) == 2
-    wait_for(lambda: not any(map(running, started)), f"{started} end", None, 60)
+    wait_for(lambda: not any(map(running, started)), f"{started} end", None)
 
 
 def running(number: int) -> bool:
@@ -122,9 +122,28 @@ def test_when_who_asked_is_gone_all_is(number):
         words = [*client.stdout.readline().split(), *client.stdout.readline().split()]
         client.stdout.readline()
         client.send_signal(number)
-        assert client.wait(60) in (-number, 1)
+        assert client.wait(TIMEOUT) in (-number, 1)
     started = {int(word) for word in words} - {0}
-    wait_for(lambda: not any(map(running, started)), f"{started} end", None, 60)
+    wait_for(lambda: not any(map(running, started)), f"{started} end", None)
+
+
+THREADS = """\
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from helpers import forks
+with ThreadPoolExecutor(8) as pool:
+    exit = lambda n: forks.run([sys.executable, "-c", f"raise SystemExit({n})"], preload="nothing")
+    ended = pool.map(exit, range(64))
+    assert [process.returncode for process in ended] == list(range(64))
+print("threads:", len(forks._servers))
+"""
+
+
+def test_threads_may_fork_at_once_from_the_beginning():
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    code = [sys.executable, "-c", THREADS]
+    done = forks.run(code, preload="libraries", env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.stdout, done.returncode) == ("threads: 1\n", 0), done.stderr
 
 
 def test_what_is_left_is_known():
@@ -132,11 +151,11 @@ def test_what_is_left_is_known():
     ended = FORKED([sys.executable, "-c", ""])
     started = FORKED([sys.executable, "-c", SLEEPERS], stdout=subprocess.PIPE, text=True)
     words = started.stdout.readline().split() + started.stdout.readline().split()
-    wait_for(lambda: not running(ended.pid), "the first ends", None, 60)
+    wait_for(lambda: not running(ended.pid), "the first ends", None)
     left = set(map(int, words)) - {0}
     assert set(forks.server("nothing").left()) == left and len(left) == 2
     forks.kill(started)
-    wait_for(lambda: not forks.server("nothing").left(), "they end", None, 60)
+    wait_for(lambda: not forks.server("nothing").left(), "they end", None)
     started.stdout.close()
     assert ended.wait() == 0
 

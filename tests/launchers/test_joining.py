@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 
-from helpers import ENV, ROOT, free_port
+from helpers import ENV, ROOT, TIMEOUT, free_port
 
 HOST = socket.gethostname()
 
@@ -30,6 +30,6 @@ def test_ranks_that_torchrun_restarts_meet_anew(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1", "--monitor-interval=0.1"]
     command = [sys.executable, *torchrun, "--master_port", str(free_port()), str(script)]
     env = ENV | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"sum 2.0 ['{HOST}', '{HOST}']"] * 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers import ENV, ROOT, free_port, kill, ranks_of, started, wait_for_step
+from helpers import ENV, ROOT, TIMEOUT, free_port, kill, ranks_of, started, wait_for_step
 from helpers.small import assert_stopped_as_asked, flags_of
 
 TERM, USR1, KILL = signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL
@@ -68,8 +68,8 @@ def test_told_to_stop_in_any_way_it_saves(shared, tmp_path, launcher, number, ta
             os.killpg(process.pid, number)
         else:
             (ranks[1] if target == "rank" else process).send_signal(number)
-        assert process.wait(120) == status
-        _, left = psutil.wait_procs(ranks, timeout=120)
+        assert process.wait(TIMEOUT) == status
+        _, left = psutil.wait_procs(ranks, timeout=TIMEOUT)
         assert not left
     finally:
         kill(process)
@@ -82,8 +82,8 @@ def test_a_rank_that_dies_takes_the_others_down(tmp_path):
         wait_for_step(tmp_path / "run", 1, launcher)
         ranks = ranks_of(launcher)
         next(rank for rank in ranks if "--local_rank=1" in rank.cmdline()).kill()
-        assert launcher.wait(120) != 0
-        _, left = psutil.wait_procs(ranks, timeout=60)
+        assert launcher.wait(TIMEOUT) != 0
+        _, left = psutil.wait_procs(ranks, timeout=TIMEOUT)
         assert not left
     finally:
         kill(launcher)
@@ -96,7 +96,7 @@ def test_ranks_of_a_launcher_that_died_before_they_began_end_too(tmp_path):
         while not (family := started(runner, LAUNCH)):
             time.sleep(0.01)
         runner.kill()
-        _, left = psutil.wait_procs(family, timeout=120)  # the second launcher ends when its ranks have
+        _, left = psutil.wait_procs(family, timeout=TIMEOUT)  # the second launcher ends when its ranks have
         assert not left
     finally:
         kill(runner)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from helpers import ENV, ROOT, finish, forks, losses, start_training
+from helpers import ENV, ROOT, TIMEOUT, finish, forks, losses, start_training
 from helpers.small_runs import SHARDS, SMALL, sets, train_plainly
 from moe_dit import load_recipe
 
@@ -24,7 +24,7 @@ def start(run, *command: str) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
         try:
-            output, _ = process.communicate(timeout=300)
+            output, _ = process.communicate(timeout=TIMEOUT)
         finally:
             forks.kill(process)
     assert process.returncode == 0, output[-5000:]

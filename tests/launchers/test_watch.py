@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from helpers import ENV, ROOT
+from helpers import ENV, ROOT, TIMEOUT
 from helpers.watching import hand_made
 
 
@@ -19,7 +19,7 @@ def run(tmp_path):
 
 def test_it_starts_without_torch(run):
     command = [sys.executable, "-X", "importtime", "jobs/watch.py", str(run)]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=TIMEOUT, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "rich.table" in imported and not {"torch", "deepspeed", "numpy", "matplotlib"} & imported
 

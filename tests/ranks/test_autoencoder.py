@@ -8,7 +8,7 @@ import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from helpers import ENV, ROOT, call, export, forks
+from helpers import ENV, ROOT, TIMEOUT, call, export, forks
 from helpers.autoencoders import kl, write_images
 from moe_dit.manifest import read_manifest
 from moe_dit.randomness import Stream, normal
@@ -27,7 +27,7 @@ def test_512_pixels_in_latent_space(tmp_path):
     flags = [f"--data={shards}", f"--out={tmp_path / 'run'}", "--steps=2", "--recipe=digits"]
     flags += [part for key in [*sizes, "global_batch_size=2"] for part in ("--set", key)]
     command = [sys.executable, "jobs/train.py", "--ds", "ds_configs/zero1_ep1.json", *flags]
-    forks.run(command, cwd=ROOT, env=ENV, check=True, timeout=300)
+    forks.run(command, cwd=ROOT, env=ENV, check=True, timeout=TIMEOUT)
     network = export(tmp_path / "run", tmp_path / "model", "model")
     data = yaml.safe_load((tmp_path / "model/recipe.yaml").read_text())["data"]
     assert (data["latent_scale"], data["latent_shift"], data["vae"]) == (0.7, 0.1, str(tmp_path / "vae"))

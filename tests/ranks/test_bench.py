@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from helpers import ENV, ROOT, forks
+from helpers import ENV, ROOT, TIMEOUT, forks
 
 SMALL = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2"]
 
@@ -18,7 +18,7 @@ def test_what_the_bench_reports_adds_up(name, more, tmp_path):
     small = [flag for change in [*SMALL, *more] for flag in ("--set", change)]
     command = [sys.executable, "jobs/bench.py", "--recipe", name, "--batch", "4", "--pairs", "3", *small]
     command += ["--json", str(table), "--plot", str(plot)]
-    done = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+    done = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     result = json.loads(table.read_text())
     assert result["recipe"] == name and result["batch"] == 4 and len(result["pairs"]) == 3

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from helpers import ENV, ROOT, ds_file, export, forks, kill, losses, small, wait_for_step
+from helpers import ENV, ROOT, TIMEOUT, ds_file, export, forks, kill, losses, small, wait_for_step
 from helpers.older_run import SHARDS
 from helpers.small import latest, step, train, train_here
 from moe_dit.data import ShardReader
@@ -84,7 +84,7 @@ print("well")
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16")])
 def test_nothing_changes_the_state_before_a_save_has_copied_it(tmp_path, stage, precision):
     command = [sys.executable, "-c", BESIDE_A_SAVE, str(ds_file(tmp_path, stage, 1)), precision]
-    done = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    done = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.stdout.endswith("well\n"), done.stderr
 
 
@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     code = WHEN_SAVED.replace("LATEST", f"Path({str(run / 'checkpoints/latest')!r})")
     start = small.start(run, "--steps=12", "--set=checkpoint.every=2", "--data", str(shards), ranks=2, code=code)
     try:
-        assert start.wait(120) == 1
+        assert start.wait(TIMEOUT) == 1
     finally:
         kill(start)
     log = (tmp_path / "run.log").read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, forks
+from helpers import ENV, ROOT, TIMEOUT, forks
 from helpers import refused as refused_here
 
 SITE = """\
@@ -32,7 +32,7 @@ def good(latents, tmp_path):
 
 def submit(site: Path, *arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "jobs/submit.py", "--site", site, *arguments]
-    return forks.run(list(map(str, command)), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    return forks.run(list(map(str, command)), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 @pytest.fixture

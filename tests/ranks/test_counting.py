@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from helpers import ENV, ROOT, ds_file, forks
+from helpers import ENV, ROOT, TIMEOUT, ds_file, forks
 from moe_dit import load_recipe
 from moe_dit.data import Latents, training_inputs
 
@@ -71,7 +71,7 @@ print(counted, waits, len(asked), float(norm) > 0, float(norm.isfinite()))
 def test_a_whole_step_never_waits(tmp_path, stage, settings):
     """DeepSpeed's own part too, which is not counted by recipe."""
     command = [sys.executable, "-c", WHOLE_STEP, str(ds_file(tmp_path, stage, 1)), *settings]
-    done = forks.run(command, capture_output=True, text=True, cwd=ROOT, env=ENV, timeout=300)
+    done = forks.run(command, capture_output=True, text=True, cwd=ROOT, env=ENV, timeout=TIMEOUT)
     assert done.stdout.split("\n")[-2] == "0 set() 0 True 1.0", done.stdout + done.stderr
 
 

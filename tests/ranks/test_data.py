@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from helpers import ENV, ROOT, forks, kill, losses, start_training, wait_for_step
+from helpers import ENV, ROOT, TIMEOUT, forks, kill, losses, start_training, wait_for_step
 from helpers.small_shards import DIGITS, flip, sequence, write_latents
 from moe_dit.data import batches
 from moe_dit.data.index import ensure_index, index_name, record_type
@@ -95,7 +95,7 @@ def test_a_shard_deleted_while_training_is_one_line(latents, tmp_path):
     try:
         wait_for_step(run, 3, process)
         (shards / "shard-000000.tar").unlink()
-        assert process.wait(120) == 2
+        assert process.wait(TIMEOUT) == 2
     finally:
         kill(process)
     errors = [line for line in (tmp_path / "run.log").read_text().splitlines() if "rror" in line]
@@ -111,7 +111,7 @@ def test_workers_end_with_a_rank_that_is_killed(latents, tmp_path):
         assert len(workers) >= 3
         os.kill(process.pid, 9)
         process.wait()
-        _, alive = psutil.wait_procs(workers, timeout=60)
+        _, alive = psutil.wait_procs(workers, timeout=TIMEOUT)
         assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
     finally:
         kill(process)
@@ -122,7 +122,7 @@ def test_the_order_of_a_run_is_kept(latents, tmp_path):
     run, straight = tmp_path / "run", tmp_path / "straight"
 
     def train(out, *flags):
-        return start_training(1, "zero1_ep1", latents, out, *SMALL, "--set", "checkpoint.every=2", *flags).wait(120)
+        return start_training(1, "zero1_ep1", latents, out, *SMALL, "--set", "checkpoint.every=2", *flags).wait(TIMEOUT)
 
     windows = ("--set", "data.window_gb=0.0001")
     assert train(run, "--steps", "2", *windows) == 0

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from helpers import ENV, ROOT, call, forks, free_port
+from helpers import ENV, ROOT, TIMEOUT, call, forks, free_port
 from helpers.sampling import assert_same, pictures, write_model
 
 
@@ -33,5 +33,5 @@ def test_two_ranks_make_the_same_samples(tmp_path):
     assert call("eval.sample", *flags, "--out", tmp_path / "one") == 0
     tasks = [sys.executable, "tests/helpers/tasks.py", "2", str(free_port())]
     command = [*tasks, "-m", "eval.sample", *flags, "--out", str(tmp_path / "two")]
-    assert forks.run(command, cwd=ROOT, env=ENV, timeout=300).returncode == 0
+    assert forks.run(command, cwd=ROOT, env=ENV, timeout=TIMEOUT).returncode == 0
     assert_same(pictures(tmp_path / "two"), pictures(tmp_path / "one"))

@@ -7,7 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from helpers import ENV, ROOT, forks, free_port
+from helpers import ENV, ROOT, TIMEOUT, forks, free_port
 
 HOST = socket.gethostname()
 
@@ -22,7 +22,7 @@ def join(ranks: list[int], size: int, tmp_path: Path, **env: str) -> list[subpro
 
     def one(rank: int) -> subprocess.CompletedProcess:
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return forks.run(JOINING, env=ENV | common | own, capture_output=True, text=True, timeout=120)
+        return forks.run(JOINING, env=ENV | common | own, capture_output=True, text=True, timeout=TIMEOUT)
 
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(one, ranks))

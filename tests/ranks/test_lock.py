@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, forks, kill, losses, small, wait_for, wait_for_step
+from helpers import ENV, ROOT, TIMEOUT, forks, kill, losses, small, wait_for, wait_for_step
 from helpers.small import LOSSES, train_here
 
 # Nobody waits for a run that goes on; each try to lock leaves a byte in a file beside the run.
@@ -64,7 +64,7 @@ def test_a_run_waits_for_one_that_is_saving(tmp_path):
             wait_for(lambda: tried() or waiting.poll() is not None, "a second try", Path(f"{run}.log"))
             assert tried(), Path(f"{run}.log").read_text()
             holder.communicate("")
-            assert waiting.wait(120) == 0
+            assert waiting.wait(TIMEOUT) == 0
         finally:
             kill(waiting)
     finally:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import ENV, ROOT, ds_file, export, finish, forks, losses, records, start_training
+from helpers import ENV, ROOT, TIMEOUT, ds_file, export, finish, forks, losses, records, start_training
 from helpers.pictures_of_digits import some_digits
 from helpers.small_runs import SMALL, sets
 from moe_dit.data import Latents, batches, training_inputs
@@ -69,7 +69,7 @@ def test_the_grid_is_what_sampling_the_export_gives(looked, latents, tmp_path):
     run, _ = looked
     export(run, tmp_path / "model", "ema")
     command = ["-m", "eval.sample", "--model", tmp_path / "model", "--num", "10", "--out", tmp_path / "samples"]
-    forks.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, check=True, timeout=200, capture_output=True)
+    forks.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, check=True, timeout=TIMEOUT, capture_output=True)
     want = np.asarray(Image.open(tmp_path / "samples" / "samples.png")).astype(int)
     got = np.asarray(Image.open(run / "looks" / "step_00000004.png")).astype(int)
     assert got.shape == want.shape and abs(got - want).max() <= 2
@@ -91,6 +91,6 @@ def test_looks_that_cannot_work_are_refused_before_anything_is_written(latents, 
     flags = ["--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits", "--data", latents, "--out", tmp_path / "run"]
     flags += [f"--set=data.vae={latents.parent / 'vae'}", "--set=looks.every=1", *(f"--set={s}" for s in settings)]
     command = [sys.executable, "jobs/train.py", *map(str, flags)]
-    done = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    done = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from helpers import ENV, ROOT, forks, run_ranks, run_scripts
+from helpers import ENV, ROOT, TIMEOUT, forks, run_ranks, run_scripts
 from helpers.older_run import SHARDS
 from helpers.small import flags_of
 
@@ -89,7 +89,7 @@ def test_bad_input_after_ranks_have_joined_never_aborts():
 
     def end(_) -> tuple[int, str]:
         command = [sys.executable, "-c", ENDING]
-        done = forks.run(command, finalize=True, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+        done = forks.run(command, finalize=True, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=TIMEOUT)
         return done.returncode, done.stderr
 
     with ThreadPoolExecutor(4) as pool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import call
+from helpers import TIMEOUT, call
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MEASURE = """<script>
@@ -75,7 +75,7 @@ def test_the_report_fits_its_page(page, tmp_path, width, dark):
     ]
     flags += ["--blink-settings=preferredColorScheme=0"] if dark else []
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *flags, frame.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     found = json.loads(re.search("FOUND(.*)END", done.stdout)[1])
     assert found["window"] == width and found["wide"] <= width
     assert found["broken"] == 0 and found["images"] == 1 + 1 + 3 + 3

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers import ENV, ROOT, forks, kill, losses, ranks_of, small, wait_for_step
+from helpers import ENV, ROOT, TIMEOUT, forks, kill, losses, ranks_of, small, wait_for_step
 from helpers.small import LOSSES, assert_stopped_as_asked, flags_of, latest, launcher_named, step
 
 TERM, USR1, INT, HUP, KILL = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGKILL
@@ -24,7 +24,7 @@ def test_told_to_stop_it_saves_and_exits_75(tmp_path):
         try:
             wait_for_step(run, done + 2, process)
             process.send_signal(number)
-            _, err = process.communicate(timeout=120)
+            _, err = process.communicate(timeout=TIMEOUT)
         finally:
             kill(process)
         assert process.returncode == 75, err
@@ -57,8 +57,8 @@ def test_told_to_stop_in_any_way_it_saves(shared, tmp_path, launcher, number, ta
         assert len(ranks) == 2
         for told in {"launcher": [process], "rank": ranks[1:], "ranks": ranks}[target]:
             told.send_signal(number)
-        ended = process.wait(120)
-        _, left = psutil.wait_procs(ranks, timeout=120)
+        ended = process.wait(TIMEOUT)
+        _, left = psutil.wait_procs(ranks, timeout=TIMEOUT)
         assert not left
     finally:
         kill(process)
@@ -83,7 +83,7 @@ def test_a_terminal_that_asks_or_closes_is_a_request_too(tmp_path, number):
         wait_for_step(run, 2, process)
         process.stderr.close()  # nobody reads what it says any more
         process.send_signal(number)
-        assert process.wait(120) == 75
+        assert process.wait(TIMEOUT) == 75
     finally:
         kill(process)
     assert latest(run) == step(len(losses(run)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, forks, kill, losses, start_training, wait_for
+from helpers import ENV, ROOT, TIMEOUT, forks, kill, losses, start_training, wait_for
 from helpers.server import Server, serving
 from moe_dit.store import RemoteFolder
 
@@ -43,7 +43,7 @@ def test_many_processes_cause_one_download(file, tmp_path):
     with serving(file.parent) as server:
         server.slow = 0.3
         asking = [start_fetching(server, tmp_path / "cache", file) for _ in range(4)]
-        assert [process.communicate(timeout=120)[0] for process in asking] == ["400000\n"] * 4
+        assert [process.communicate(timeout=TIMEOUT)[0] for process in asking] == ["400000\n"] * 4
         assert server.requests["0.tar"] == 1
 
 
@@ -52,7 +52,7 @@ def test_a_download_that_was_killed_is_no_harm(file, tmp_path):
     with serving(file.parent) as server:
         server.slow = 0.5
         process = start_fetching(server, cache, file)
-        wait_for(lambda: list(cache.glob(".0.tar.*.tmp")), "a download", None, 120)
+        wait_for(lambda: list(cache.glob(".0.tar.*.tmp")), "a download", None)
         kill(process)
         assert list(cache.glob(".0.tar.*.tmp")) and not (cache / "0.tar").exists()
         server.slow = 0
@@ -72,16 +72,16 @@ def test_training_from_a_server_that_fails(latents, tmp_path, monkeypatch):
         log = Path(f"{run}.log")
         try:
             cache = tmp_path / "cache"
-            wait_for(lambda: [*cache.rglob("*.tar")] and [*cache.rglob(".*.tmp")], "a second shard", log, 120)
+            wait_for(lambda: [*cache.rglob("*.tar")] and [*cache.rglob(".*.tmp")], "a second shard", log)
             server.down()
-            wait_for(lambda: "does not answer" in log.read_text(), "a complaint", log, 120)
+            wait_for(lambda: "does not answer" in log.read_text(), "a complaint", log)
             server.slow = 0
             server.up()
-            assert process.wait(200) == 0, log.read_text()
+            assert process.wait(TIMEOUT) == 0, log.read_text()
         finally:
             kill(process)
         assert f"path: {server.url}" in (run / "config.yaml").read_text()
-    assert start_training(1, "zero1_ep1", latents, local, "--steps", "20", *FLAGS).wait(200) == 0
+    assert start_training(1, "zero1_ep1", latents, local, "--steps", "20", *FLAGS).wait(TIMEOUT) == 0
     assert losses(run) == pytest.approx(losses(local), rel=1e-6)
 
 
@@ -94,11 +94,11 @@ def test_training_from_a_server_that_stays_away(latents, tmp_path, monkeypatch):
     try:
         # A shard that was opened stays readable, whatever becomes of its name: one must still be missing.
         log = tmp_path / "run.log"
-        wait_for(lambda: [*cache.rglob("*.tar")] and [*cache.rglob(".*.tmp")], "a second shard", log, 120)
+        wait_for(lambda: [*cache.rglob("*.tar")] and [*cache.rglob(".*.tmp")], "a second shard", log)
         server.down()
         for path in cache.rglob("*.tar"):  # as if another run had needed the room
             path.unlink()
-        assert process.wait(120) == 2
+        assert process.wait(TIMEOUT) == 2
     finally:
         kill(process)
     errors = [line for line in (tmp_path / "run.log").read_text().splitlines() if line.startswith("error")]

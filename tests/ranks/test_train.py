@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ENV, ROOT, STEPS, ds_file, export, finish, forks, kill, losses, records, start_training
+from helpers import ENV, ROOT, STEPS, TIMEOUT, ds_file, export, finish, forks, kill, losses, records, start_training
 from helpers.few_digits import encode_all
 from helpers.older_run import FLAGS, OLD, taken_back
 from helpers.small_runs import SHARDS, SMALL, begin, sets, train, train_plainly
@@ -318,7 +318,7 @@ def test_each_kind_of_weights_is_exported_as_itself(begun, tmp_path):
 def test_a_run_does_not_continue_as_another_experiment(begun, change, line):
     command = [sys.executable, "jobs/train.py", "--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits", "--steps=2"]
     command += ["--data", str(SHARDS), "--out", str(begun[0]), *begun[1], f"--set={change}"]
-    done = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    done = forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 2 and line in done.stderr, done.stderr
 
 
@@ -352,7 +352,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path
     flags = sets([*MIXTURE, f"initial_weights={tmp_path / 'begin'}"])
     process = start_training(1, "zero1_ep1", SHARDS, run, "--steps=2", *flags)
     try:
-        assert process.wait(120) == 1
+        assert process.wait(TIMEOUT) == 1
     finally:
         kill(process)
     log = Path(f"{run}.log").read_text()

@@ -11,7 +11,20 @@ from pathlib import Path
 
 import torch
 
-from helpers import ENV, ROOT, forks, free_port, kill, losses, records, run_scripts, small, wait_for, wait_for_step
+from helpers import (
+    ENV,
+    ROOT,
+    TIMEOUT,
+    forks,
+    free_port,
+    kill,
+    losses,
+    records,
+    run_scripts,
+    small,
+    wait_for,
+    wait_for_step,
+)
 from helpers.small import flags_of
 from moe_dit.events import events
 
@@ -23,7 +36,7 @@ def start(size: int, run: Path, *flags: str, code: str = "") -> list[subprocess.
     command = [sys.executable, "-c", code + small.RUN_TRAINING]
     command += [*flags_of(run, "zero2_ep2" if size == 2 else "zero1_ep1"), "--steps=100000", *flags]
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"MOE_DIT_PATIENCE_SECONDS": "4"}
+    common |= {"MOE_DIT_PATIENCE_SECONDS": "10"}  # a busy machine may take some for a step
     with open(f"{run}.log", "a") as log:
         each = [ENV | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
         return [forks.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log) for env in each]
@@ -42,7 +55,7 @@ def slow(reader, *which):
     global calls
     calls += 1
     if ranks.world().rank == 1:
-        time.sleep(0.2)
+        time.sleep(0.5)
         deadline = time.monotonic() + 120
         while calls == 13 and "hang" not in told.read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -55,7 +68,7 @@ def test_a_rank_that_is_slow_or_stuck_in_reading_is_named(shared, tmp_path):
     run, alone = tmp_path / "run", small.on_two_ranks(shared)
     processes = start(2, run, "--steps=20", code=SLEEPY)
     try:
-        assert [process.wait(120) for process in processes] == [0, 0], Path(f"{run}.log").read_text()[-3000:]
+        assert [process.wait(TIMEOUT) for process in processes] == [0, 0], Path(f"{run}.log").read_text()[-3000:]
     finally:
         for process in processes:
             kill(process)
@@ -67,7 +80,7 @@ def test_a_rank_that_is_slow_or_stuck_in_reading_is_named(shared, tmp_path):
         rf"step 10: rank 1 \({HOST}\) takes \S+ s to its first collective of each step, others \S+: (\S+) s of them"
     )
     found = re.match(pattern, told[1][2])
-    assert found is not None and 0.2 <= float(found[1]) < 1.0  # a step's, not five steps'
+    assert found is not None and 0.5 <= float(found[1]) < 2.5  # a step's, not five steps'
     line = rf"no step for \d+ s, at step 13: rank 0 \({HOST}\) waits in (\w+) \([\w.]+\); "
     assert told[2][1] == 12
     assert re.fullmatch(line + rf"rank 1 \({HOST}\) waits for data in loader\._batch", told[2][2]), told[2][2]
@@ -79,7 +92,8 @@ def test_a_rank_that_is_slow_or_stuck_in_reading_is_named(shared, tmp_path):
     slowest = {record["step"]: record for record in records(run) if "slowest_rank" in record}
     assert list(slowest) == [5, 10, 15, 20]
     assert [record["slowest_rank"] for record in slowest.values()] == [1, 1, 1, 1]
-    assert 0.1 < slowest[10]["slowest_rank_excess"] < 1.0 and slowest[15]["slowest_rank_excess"] > 0.8  # 4 s of five
+    assert 0.3 < slowest[10]["slowest_rank_excess"] < 2.5
+    assert slowest[15]["slowest_rank_excess"] > 1.5  # 10 s in five steps
     times = json.loads((run / "ranks.json").read_text())
     assert list(times) == ["step", "time", "hosts", "seconds", "data", "compute", "exchange", "memory_gb"]
     assert times["step"] == 20 and times["hosts"] == [HOST, HOST] and abs(times["time"] - time.time()) < 300
@@ -88,7 +102,7 @@ def test_a_rank_that_is_slow_or_stuck_in_reading_is_named(shared, tmp_path):
             assert 0 < times[key][rank] < 20
         assert times["compute"][rank] + times["exchange"][rank] + times["data"][rank] < times["seconds"][rank]
         assert 0.1 < times["memory_gb"][rank] < 10
-    assert 0.2 <= times["data"][1] < 1.0 and times["data"][0] < times["data"][1] / 2
+    assert 0.5 <= times["data"][1] < 2.5 and times["data"][0] < times["data"][1] / 2
     for rank in range(2):
         lines = (run / f"logs/rank_{rank:05d}.log").read_text()
         assert f"start on {HOST}, process {processes[rank].pid}, device cpu, torch {torch.__version__}" in lines
@@ -103,14 +117,15 @@ def test_a_rank_that_is_stopped_is_named(tmp_path):
     try:
         wait_for_step(run, 3, processes[0])
         processes[2].send_signal(signal.SIGSTOP)
-        wait_for(lambda: "hang" in (run / "events.jsonl").read_text(), "a line", Path(f"{run}.log"), 120)
+        wait_for(lambda: "hang" in (run / "events.jsonl").read_text(), "a line", Path(f"{run}.log"))
         told = [event for event in events(run) if event["what"] == "hang"]
         processes[2].send_signal(signal.SIGCONT)
         step = told[0]["step"]
+        wait_for(lambda: "moving again" in (run / "events.jsonl").read_text(), "another", Path(f"{run}.log"))
         wait_for_step(run, step + 5, processes[0])
         for process in processes:
             process.send_signal(signal.SIGTERM)
-        assert [process.wait(120) for process in processes] == [75, 75, 75]
+        assert [process.wait(TIMEOUT) for process in processes] == [75, 75, 75]
     finally:
         for process in processes:
             kill(process)

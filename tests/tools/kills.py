@@ -29,7 +29,7 @@ from moe_dit.checkpoint_files import read_state
 from moe_dit.recipe_file import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import finish, kill, losses, ranks_of, small, start_training, wait_for, wait_for_step
+from helpers import TIMEOUT, finish, kill, losses, ranks_of, small, start_training, wait_for, wait_for_step
 
 TARGETS = ("launcher", "rank", "everything")
 SMALL = ["--set", "model.depth=2", "--set", "global_batch_size=16", "--set", "checkpoint.every=3"]
@@ -80,8 +80,8 @@ def strike(process: subprocess.Popen, target: str, chosen: random.Random) -> Non
         chosen.choice(ranks).send_signal(signal.SIGKILL)
     else:
         process.send_signal(signal.SIGKILL)
-    process.wait(120)
-    _, left = psutil.wait_procs(family, timeout=120)
+    process.wait(TIMEOUT)
+    _, left = psutil.wait_procs(family, timeout=TIMEOUT)
     assert not left, f"still running two minutes after the {target} was killed: {left}"
 
 

@@ -28,6 +28,7 @@ CONFIG = """\
 ClusterName=test
 SlurmctldHost=localhost
 SlurmctldPort={ports[0]}
+FirstJobId={first}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -87,7 +88,8 @@ class Slurm:
             (self.folder / name).mkdir(exist_ok=True)
         ports = [free_port() for _ in range(3)]
         user = getpass.getuser()
-        (self.folder / "slurm.conf").write_text(CONFIG.format(folder=self.folder, ports=ports, user=user))
+        first = 1 + 97 * os.getpid() % 10_000  # jobs listen where their number says: another cluster's have others
+        (self.folder / "slurm.conf").write_text(CONFIG.format(folder=self.folder, ports=ports, user=user, first=first))
         (self.folder / "cgroup.conf").write_text("")
         key = self.folder / "munge" / "key"
         key.write_bytes(os.urandom(128))
