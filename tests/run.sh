@@ -26,7 +26,7 @@ source jobs/setup.sh dev
 
 # More files at a time than cores, those first that wait most: for SLURM, for signals, for a time that must run out.
 workers=$(($(env -u OMP_NUM_THREADS nproc) + 1)) # nproc says no more than that variable
-tests() { python -m pytest -n $workers --dist loadfile --no-loadscope-reorder --durations 20 "$@"; }
+tests() { python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder --durations 20 "$@"; }
 if [ $# -gt 0 ]; then
     tests "$@"
     exit
@@ -43,6 +43,7 @@ echo "== GPU"
 bash tests/gpu.sh --here || { [ $? -eq 3 ] && echo "tests/gpu.sh is skipped"; }
 echo "== all but the long part: $SECONDS s"
 if [ $long = yes ]; then
+    workers=$((workers + 1)) # it waits more
     echo "== long" && tests -m long
     echo "== all: $SECONDS s"
 fi

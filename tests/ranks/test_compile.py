@@ -26,9 +26,9 @@ ALL = ["none", "blocks", "experts"]
         *(
             pytest.param(name, "inductor", modes, marks=pytest.mark.long)
             for name, modes in (
-                ("digits", ["none", "experts"]),
+                ("digits", ["experts"]),
                 ("digits_pixels", ["blocks"]),
-                ("digits_diffmoe", ["blocks"]),
+                ("digits_diffmoe", ["none"]),
             )
         ),
     ],
