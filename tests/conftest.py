@@ -18,8 +18,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Of the long part these take longest: at its end they would leave cores idle.
-FIRST = ("test_slurm.py", "test_gpu.py", "test_weeks.py", "test_train.py")
+# Of the long part these take longest: at its end they would leave cores idle. xdist gives a process two files at once,
+# and that of test_slurm.py gets the fourth, a short one.
+FIRST = ["test_slurm.py", "test_gpu.py", "test_weeks.py", "test_checkpoint_files.py", "test_train.py"]
 
 
 def pytest_configure(config):
@@ -27,7 +28,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("long") is None or item.path.name not in FIRST)
+    def place(item) -> int:
+        first = item.get_closest_marker("long") and item.path.name in FIRST
+        return FIRST.index(item.path.name) if first else len(FIRST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

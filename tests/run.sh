@@ -43,7 +43,6 @@ echo "== GPU"
 bash tests/gpu.sh --here || { [ $? -eq 3 ] && echo "tests/gpu.sh is skipped"; }
 echo "== all but the long part: $SECONDS s"
 if [ $long = yes ]; then
-    workers=$((workers + 1)) # it waits more
     echo "== long" && tests -m long
     echo "== all: $SECONDS s"
 fi

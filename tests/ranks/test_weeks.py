@@ -79,7 +79,9 @@ def test_ten_thousand_steps_take_no_more_than_a_thousand(tmp_path):
     # A true interpreter: of a forked one's memory much is its parent's until it is touched.
     samples = watched(subprocess.Popen, run, 10_000, 0.2, "checkpoint.every=500", "data.workers=auto")
     early, late = least(samples, 1000, 3000), least(samples, 8000, 9950)
-    assert len(early["files"]) > 1 and late["files"] == early["files"], (early, late)
+    assert len(early["files"]) > 1 and late["files"][0] == early["files"][0], (early, late)
+    for before, after in zip(early["files"], late["files"], strict=True):
+        assert after <= before + 4, (early, late)  # a reader's batches on their way; there were 14 saves between
     for key in ("resident", "anonymous"):
         for before, after in zip(early[key], late[key], strict=True):
             assert after < 1.01 * before + NOISE, (key, early, late)
