@@ -48,7 +48,10 @@ class Server:
         """A new process's number; it is a child of this one."""
         with _lock, _taking_orphans():
             socket.send_fds(self._connection, [json.dumps(request).encode()], streams)
-            return int(self._connection.recv(100))
+            number = int(self._connection.recv(100))
+        # Raises where it is not a child of this process: subprocess would take that for status 0.
+        os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return number
 
     def left(self) -> list[int]:
         """The processes of what it started that have not ended."""
