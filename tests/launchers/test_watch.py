@@ -37,7 +37,7 @@ def test_a_terminal_sees_news_until_it_is_left(run):
 
     def read_until(word: str) -> None:
         nonlocal seen
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIMEOUT
         while word not in seen and time.monotonic() < deadline:
             seen += os.read(terminal, 1 << 16).decode(errors="replace")
         assert word in seen

@@ -2,11 +2,12 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import ENV, ROOT, TIMEOUT, ds_file, export, forks, kill, losses, small, wait_for_step
+from helpers import ENV, ROOT, TIMEOUT, ds_file, export, forks, kill, losses, small, wait_for, wait_for_step
 from helpers.older_run import SHARDS
 from helpers.small import latest, step, train, train_here
 from moe_dit.data import ShardReader
@@ -93,7 +94,8 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(shared, tmp_path):
     flags = ["--steps=12", "--set=checkpoint.every=4"]
     process = small.start(run, *flags, ranks=2, code=small.stands_still(10))
     try:
-        wait_for_step(run, 8, process)  # whose save may be under way
+        wait_for_step(run, 8, process)  # whose save may be under way; that of step 4 too, on a busy machine
+        wait_for((run / "checkpoints/latest").exists, "a checkpoint", Path(f"{run}.log"))
     finally:
         kill(process)
     assert 8 <= len((run / "metrics.jsonl").read_text().splitlines()) <= 10

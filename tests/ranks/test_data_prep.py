@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import verify
-from helpers import ENV, ROOT, call, forks, run_ranks
+from helpers import ENV, ROOT, TIMEOUT, call, forks, run_ranks
 from helpers.few_digits import assert_same_shards, contents, latent_flags
 
 PYTHON = [sys.executable, "-m"]
@@ -36,7 +36,7 @@ def test_continues_after_kill_to_the_same_shards(images, vae, shards, tmp_path, 
     command = [*PYTHON, "data_prep.encode_latents", *latent_flags(images, vae, out)]
     process = forks.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIMEOUT
         while len(list(out.glob("*.tar"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGSTOP)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, kill, losses, records, small, start_training, wait_for_step
+from helpers import ROOT, TIMEOUT, kill, losses, records, small, start_training, wait_for_step
 from helpers.older_run import SHARDS
 from helpers.small import LOSSES, SMALL, copy, flip, latest, names, step, train, train_here
 from moe_dit.checkpoint_files import check_complete, step_of
@@ -141,7 +141,7 @@ def test_a_requeued_job_goes_back_once(eight_steps, tmp_path):
     # Killed before it has saved, it goes back again ...
     process = start_training(1, "zero1_ep1", SHARDS, run, *SMALL, *back, "--steps=100000")
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + TIMEOUT
         while losses(run)[:8] == losses(eight_steps) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)  # until the record of the old branch is cut
         wait_for_step(run, 6, process)

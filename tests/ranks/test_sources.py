@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from helpers import ENV, ROOT, forks, free_port
+from helpers import ENV, ROOT, TIMEOUT, forks, free_port
 from helpers.server import serving
 from helpers.sources import (
     as_arrow,
@@ -91,7 +91,7 @@ def test_kills_give_the_same_bytes(damaged, left_out, tmp_path):
     line = [sys.executable, *command(damaged, out)]
     for k in range(10):
         process = forks.Popen(line, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + TIMEOUT
         while len(list(out.glob("*.tar"))) <= k // 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.002 * (k % 3))

@@ -3,8 +3,9 @@
 import json
 import re
 import time
+from pathlib import Path
 
-from helpers import finish, kill, start_training, wait_for_step
+from helpers import finish, kill, start_training, wait_for, wait_for_step
 from helpers.watching import flat, shown, watch
 
 
@@ -26,6 +27,7 @@ def test_a_run_is_watched_while_it_trains_killed_and_done(latents, tmp_path):
         step = int(re.search(r"live training step ([\d,]+) / 100,000", text)[1].replace(",", ""))
         assert before <= step <= after and "left at the recent speed" in text
         wait_for_step(run, 12, process)
+        wait_for((run / "checkpoints/latest").exists, "a checkpoint", Path(f"{run}.log"))
     finally:
         kill(process)
     last = last_record(run)
