@@ -16,7 +16,5 @@ def test_triton_against_float64():
         pytest.skip("Triton 3.6's interpreter makes a number of an array of one, as numpy does to 2.3")
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = ENV | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "tests/helpers/kernels.py"], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "tests/kernels.py"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "32 cases hold" in done.stdout, done.stderr

@@ -1,7 +1,10 @@
 """Parts of tests/gpu.sh that need neither a GPU nor a process."""
 
+import ast
 import json
 import math
+import sys
+from importlib.metadata import packages_distributions
 
 import pytest
 
@@ -28,6 +31,19 @@ def test_a_context_that_is_broken_ends_its_process(tmp_path, monkeypatch, gpu):
         fails()
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(line["name"], line["ok"]) for line in lines] == [("a case", False)]
+
+
+def test_it_needs_no_package_of_the_suite():
+    """Where it runs there is what the project itself requires, and neither pytest nor what else tests are made with."""
+    files = [*(ROOT / "tests" / "gpu").rglob("*.py"), ROOT / "tests" / "kernels.py"]
+    required = {line.split("[")[0].split("=")[0].split(">")[0] for line in (ROOT / "requirements.txt").open()}
+    there = {name for name, sources in packages_distributions().items() if required.intersection(sources)}
+    there |= sys.stdlib_module_names | {"moe_dit", "eval", "data_prep", "jobs", "parts", *(file.stem for file in files)}
+    for file in files:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        named |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        assert {name.split(".")[0] for name in named} <= there, file
 
 
 def test_no_number_is_worse_than_any(gpu):

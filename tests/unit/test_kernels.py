@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from helpers.kernels import check_all
+from kernels import check_all
 from moe_dit import kernels
 from moe_dit.kernels import combine, cpu, dispatch, places, regroup, swiglu, ungroup
 from moe_dit.kernels.linear import linear
@@ -42,7 +42,7 @@ def test_graphs_are_whole_and_give_the_gradients(dtype):
         results.append((out, *torch.autograd.grad(out.float().square().sum(), (x, weights, factor))))
     for eager, graph in zip(*results, strict=True):
         torch.testing.assert_close(eager, graph)
-    if dtype == torch.float32:  # bf16's rounding is tests/helpers/kernels.py's
+    if dtype == torch.float32:  # bf16's rounding is tests/kernels.py's
         plain = (F.silu(x.double()) * x.double().square() * weights.double().sum(1, keepdim=True)) @ factor.double().T
         truth = plain, *torch.autograd.grad(plain.square().sum(), (x, weights, factor))
         for eager, want in zip(results[0], truth, strict=True):

@@ -15,7 +15,7 @@ from torch import nn
 from eval import metrics
 from eval.captured import captured
 from eval.features import Extractor, Network
-from helpers.kernels import check_all
+from kernels import check_all
 from moe_dit.bench import moved
 from moe_dit.build import build_model, to_compute
 from moe_dit.data import Latents, training_inputs

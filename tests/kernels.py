@@ -1,6 +1,6 @@
 """The kernels against float64, forward and backward; by itself it takes Triton's interpreter, on CPU tensors:
 
-TRITON_INTERPRET=1 python tests/helpers/kernels.py
+TRITON_INTERPRET=1 python tests/kernels.py
 """
 
 import os
