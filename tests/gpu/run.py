@@ -44,7 +44,12 @@ def main() -> int:
     parser.add_argument("out", type=Path, nargs="?", help="folder of the results (default: runs/gpu, dry runs/gpu_dry)")
     parser.add_argument("--here", action="store_true", help="in the current environment, not in .venv")
     parser.add_argument("--seconds", type=float, help="for all parts (default: {}, dry {})".format(*BUDGET))
-    parser.add_argument("--only", default=",".join(SECONDS), metavar="PARTS", help="some parts (default: %(default)s)")
+    parser.add_argument(
+        "--only",
+        default=",".join(SECONDS),
+        metavar="PARTS",
+        help="some parts, and machine, which says what ran (default: %(default)s)",
+    )
     parser.add_argument("--dry", action="store_true", help="the same parts, tiny, on a CPU")
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # the flags, and nothing else
     args = parser.parse_args()
@@ -66,7 +71,7 @@ def main() -> int:
     # Told to stop, it takes its workers along, which are in process groups of their own.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    parts = [part for part in SECONDS if part in asked]
+    parts = [part for part in SECONDS if part in asked or part == "machine"]
     with tempfile.TemporaryDirectory(prefix="moe_dit_gpu_") as scratch:
         # Compiled kernels stay: the next run on this machine need not make them again.
         os.environ |= {"TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": str(PACKED / "compiled")}

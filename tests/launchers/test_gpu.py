@@ -56,7 +56,7 @@ def test_a_part_that_hangs_or_raises_or_dies_stops_no_other(tmp_path):
     # A part that is repeated counts by its last run; a CUDA context that broke ends its process, and no other part.
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"part": "machine", "na')  # as a full disk leaves it
-    done = gpu("--dry", "--only", "machine,products", str(tmp_path), BREAK_PARTS="broken:products")
+    done = gpu("--dry", "--only", "products", str(tmp_path), BREAK_PARTS="broken:products")
     assert done.returncode == 1
     assert ended(tmp_path) == {"machine": "done", "products": "failed", "profile": "failed", "sampling": "done"}
     text = (tmp_path / "summary.md").read_text()

@@ -149,7 +149,7 @@ def finish_command(context: Context, process: subprocess.Popen, run: Path) -> No
         context.tell("jobs/train.py: median speed", speeds[len(speeds) // 2], "images/s")
         grids = len(list((run / "looks").glob("*.png")))
         context.check_least("jobs/train.py: grids of samples", grids, float(status == 0))
-        if not context.time_for("export and eval.sample", 25):
+        if not context.time_for("export and eval.sample", 10):
             return
         model, samples = context.scratch("model"), context.scratch("samples")
         more = ["--vae", str(PACKED / "vae"), *(["--steps", "2"] if context.dry else ["--capture"])]
