@@ -4,7 +4,7 @@
   import torch, but has it forked (:mod:`helpers.forks`).
 - The unit tests take no more than UNIT_SECONDS of CPU time together.
 - What the suite started is gone when it ends, and what it put into shared memory and into folders for temporary files;
-  pytest keeps the folders of tests that failed.
+  pytest keeps the folders of tests that failed. After Ctrl-C what is still there is killed.
 """
 
 import atexit
@@ -107,7 +107,9 @@ class Budget:
             return
         if self.unit_seconds > UNIT_SECONDS:
             self.wrong.append(f"the unit tests took {self.unit_seconds:.0f} CPU seconds of {UNIT_SECONDS:.0f}")
-        self.wrong += [f"a process is left: {line}" for line in _left()]
+        if session.exitstatus != pytest.ExitCode.INTERRUPTED:  # else no test had the time to end what it had started
+            self.wrong += [f"a process is left: {line}" for line in _left()]
+        _kill_all()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.wrong += [f"/dev/shm/{name} is left" for name in _unused(set(os.listdir("/dev/shm")) - self.memory)]
         if self.wrong and session.exitstatus == pytest.ExitCode.OK:
@@ -141,6 +143,16 @@ def _left() -> list[str]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+def _kill_all() -> None:
+    """Until nothing is left of this run, for what is killed may have started more."""
+    deadline = time.monotonic() + LONGEST_ENDING
+    while (left := list(filter(_ours, psutil.process_iter()))) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.05)
 
 
 def _ours(process: psutil.Process) -> bool:

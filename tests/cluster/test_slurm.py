@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ SMALL = [word for change in [*SMALL, "global_batch_size=16"] for word in ("--set
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     """The cluster; a socket's path must be short, so it does not lie below pytest's own folders."""
-    folder = Path(f"/tmp/slurm-{os.getpid()}")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     try:
         with Slurm(folder) as running:
             running.env |= {"TEST_PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"}
