@@ -50,14 +50,17 @@ moe_dit.metrics.LOAD_EVERY = moe_dit.times.LOAD_EVERY = moe_dit.train.LOAD_EVERY
 from moe_dit.data.reader import ShardReader
 from moe_dit.runtime import ranks
 read, calls = ShardReader.read, 0
-told = Path(sys.argv[sys.argv.index("--out") + 1]) / "events.jsonl"
+run = Path(sys.argv[sys.argv.index("--out") + 1])
+told = {"events.jsonl": "hang", "logs/rank_00000.log": "Current thread", "logs/rank_00001.log": "Current thread"}
+def silent():
+    return any(word not in (run / name).read_text() for name, word in told.items())
 def slow(reader, *which):
     global calls
     calls += 1
     if ranks.world().rank == 1:
         time.sleep(0.5)
         deadline = time.monotonic() + 120
-        while calls == 13 and "hang" not in told.read_text() and time.monotonic() < deadline:
+        while calls == 13 and silent() and time.monotonic() < deadline:
             time.sleep(0.1)
     return read(reader, *which)
 ShardReader.read = slow
