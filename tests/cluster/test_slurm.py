@@ -31,7 +31,7 @@ MEMORY=0
 GPU=h100-80g
 TIME=10
 SAVE_SECONDS=20
-JOIN_SECONDS=30
+JOIN_SECONDS=60
 enter() { export PATH="$TEST_PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; }
 IN=()
 SRUN=()
@@ -119,8 +119,8 @@ lose_a_node_at_once = partial(lose_a_node, at_once=True)
 
 
 def run_out_of_time(slurm: Slurm, job: str, run: Path) -> None:
-    """SLURM looks at limits twice a minute, and signals jobs that end within 150 s and half a minute more."""
-    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={slurm.minutes(job) + 3}")
+    """SLURM looks at limits twice a minute, and signals jobs that end within 270 s and half a minute more."""
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={slurm.minutes(job) + 5}")
     wait_for(lambda: told(run)[-1] == "requeued", "a signal", Path(f"{run}.out"))
     assert slurm.wait(job, states=("PENDING",)) == "PENDING"
     slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
@@ -147,7 +147,7 @@ SAVED = ["started", "stopped", "requeued"]
 @pytest.mark.parametrize(
     ("ways", "steps"),
     [
-        ({lose_a_node_at_once: None, run_out_of_time: SAVED}, 90),
+        ({lose_a_node_at_once: None, run_out_of_time: SAVED}, 120),
         pytest.param(
             *({lose_a_node: None, signal_all: SAVED, end_the_step: SAVED, requeue: SAVED[:2]}, 400),
             marks=pytest.mark.long,
@@ -157,7 +157,7 @@ SAVED = ["started", "stopped", "requeued"]
 )
 def test_a_job_that_is_stopped_in_every_way_ends_as_if_nobody_had(slurm, latents, tmp_path, request, ways, steps):
     run, whole = tmp_path / "run", tmp_path / "whole"
-    job = train_job(slurm, run, latents, steps, "--time=60", "--signal=B:USR1@150", more=SLOW)
+    job = train_job(slurm, run, latents, steps, "--time=60", "--signal=B:USR1@270", more=SLOW)
     log = Path(f"{run}.out")
     finish(start_training(2, "zero2_ep2", latents, whole, "--steps", str(steps), *SMALL), whole)
 

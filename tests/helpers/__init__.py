@@ -1,17 +1,17 @@
 """What tests share: starting the real commands (helpers.forks), waiting for them, reading what they left."""
 
 import fcntl
+import functools
 import importlib
 import itertools
 import json
-import os
 import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -52,7 +52,19 @@ def ds_file(folder: Path, stage: int, ep: int, **zero) -> Path:
     return path
 
 
-_PORTS = itertools.count()
+_held: list[socket.socket] = []  # as long as this process lives
+
+
+@functools.cache
+def _ports() -> Iterator[int]:
+    """A hundred ports, over and over, that no other process of a suite on this machine is given."""
+    for first in range(10_000, 20_000, 100):
+        held = socket.socket(socket.AF_UNIX)
+        with suppress(OSError):
+            held.bind(f"\0moe-dit ports from {first}")
+            _held.append(held)
+            return itertools.cycle(range(first, first + 100))
+    raise RuntimeError("a hundred processes on this machine run tests already")
 
 
 def free_port() -> int:
@@ -62,7 +74,7 @@ def free_port() -> int:
     whoever connects. Jobs of tests/cluster have those from 20,000.
     """
     while True:
-        port = 10_000 + (97 * os.getpid() + next(_PORTS)) % 10_000
+        port = next(_ports())
         with socket.socket() as s, suppress(OSError):
             s.bind(("", port))
             return port
@@ -232,6 +244,29 @@ def run_scripts(body: str, ranks: int, folder: Path, **more: str) -> list[subpro
         "    rank = ranks.world().rank\n" + indent(dedent(body), "    ") + "\ncommand.run(main)\n"
     )
     return run_ranks([[sys.executable, str(script)]] * ranks, [folder] * ranks, **more)
+
+
+def half_done(module: str, owner: str, name: str, after: int) -> list[str]:
+    """``python -m MODULE`` that stands still for ever in the call of a function that follows the first so many.
+
+    Args:
+        owner: what has the function, as pkgutil.resolve_name knows it.
+    """
+    return [sys.executable, "-c", standing_still(owner, name, after) + dedent(f"""
+        import runpy
+        runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+    """)]  # fmt: skip
+
+
+def standing_still(owner: str, name: str, after: int) -> str:
+    """Code by which a function that was called so many times waits for ever."""
+    return dedent(f"""
+        import pkgutil, threading
+        owner = pkgutil.resolve_name({owner!r})
+        def stand(*given, left=iter(range({after})), call=owner.{name}, **more):
+            return threading.Event().wait() if next(left, None) is None else call(*given, **more)
+        owner.{name} = stand
+    """)
 
 
 def once(root: Path, name: str, make: Callable[[Path], None]) -> Path:

@@ -133,26 +133,27 @@ def fork(request: dict, streams: list[int]) -> int | None:
     return None
 
 
-def of_sessions(sessions: set[int]) -> list[int]:
-    """The processes of these sessions that have not ended."""
-    found = []
+def of_sessions(sessions: set[int]) -> dict[int, int]:
+    """The processes of these sessions that have not ended, and the session of each."""
+    found = {}
     for process in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):  # it ends now
             state, _, _, session = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[:4]
             if int(session) in sessions and state not in "ZX":
-                found.append(int(process))
+                found[int(process)] = int(session)
     return found
 
 
 def serve(connection: socket.socket) -> dict:
     """Answer requests until the client is gone; returns only in what was forked, with the request."""
     sessions: set[int] = set()
+    last = 0
     while True:
         message, streams, _, _ = socket.recv_fds(connection, LARGEST, 3)
         if message in (b"", b"left"):
             left = of_sessions(sessions)
             if message:
-                connection.send(json.dumps(left).encode())
+                connection.send(json.dumps(list(left)).encode())
                 continue
             for number in left:
                 with suppress(ProcessLookupError):
@@ -165,6 +166,9 @@ def serve(connection: socket.socket) -> dict:
             return request
         for stream in streams:
             os.close(stream)
+        if number < last:  # numbers begin again: what has ended may be somebody else's from now on
+            sessions &= set(of_sessions(sessions).values())
+        last = number
         sessions.add(number)
         connection.send(b"%d" % number)
 

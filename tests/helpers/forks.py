@@ -15,10 +15,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from budget import anything_may_start, may_start
+from budget import LONGEST_ENDING, anything_may_start, may_start
 from helpers.fork_server import LARGEST
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,11 @@ def _taking_orphans():
 
 def close_all() -> list[int]:
     """End this process's servers; gives the processes that they had started and that had not ended."""
-    left = [process for server in _servers.values() for process in server.left()]
+    deadline = time.monotonic() + LONGEST_ENDING
+    while (left := [process for server in _servers.values() for process in server.left()]) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.1)  # what was killed is still ending
     while _servers:
         _servers.popitem()[1].close()
     return left

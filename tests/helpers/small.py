@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, TIMEOUT, finish, forks, free_port, losses, once, start_training
+from helpers import ENV, ROOT, TIMEOUT, finish, forks, free_port, losses, once, standing_still, start_training
 from helpers.older_run import FLAGS, OLD, SHARDS
 
 SMALL = [f"--set={flag}" for flag in FLAGS if "checkpoint" not in flag]
@@ -65,16 +65,7 @@ runpy.run_path("jobs/train.py", run_name="__main__")
 
 def stands_still(after: int) -> str:
     """Code for a rank that trains so many steps, and then reads for ever."""
-    return f"""
-import threading
-from moe_dit.data.reader import ShardReader
-read, calls = ShardReader.read, 0
-def stand(reader, *which):
-    global calls
-    calls += 1
-    return read(reader, *which) if calls <= {after} else threading.Event().wait()
-ShardReader.read = stand
-"""
+    return standing_still("moe_dit.data.reader:ShardReader", "read", after)
 
 
 def eight_steps(shared: Path) -> Path:

@@ -25,7 +25,7 @@ def start(launcher: str, run: Path, workers: int = 0) -> subprocess.Popen:
     launchers = {
         "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"],
         "launch": ["-m", LAUNCH, f"--world_info={here}", "--master_addr", "127.0.0.1"],
-        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--shutdown-timeout", "300"],
     }
     command = [sys.executable, *launchers[launcher], "--master_port", str(free_port())]
     command += ["jobs/train.py", *flags_of(run, "zero2_ep2"), "--steps=100000", "--set=checkpoint.every=50000"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import verify
-from helpers import ENV, ROOT, TIMEOUT, call, forks, run_ranks
+from helpers import ENV, ROOT, TIMEOUT, call, forks, half_done, run_ranks
 from helpers.few_digits import assert_same_shards, contents, latent_flags
 
 PYTHON = [sys.executable, "-m"]
@@ -33,7 +33,8 @@ def shards(few_digits) -> Path:
 
 def test_continues_after_kill_to_the_same_shards(images, vae, shards, tmp_path, capfd):
     out = tmp_path / "out"
-    command = [*PYTHON, "data_prep.encode_latents", *latent_flags(images, vae, out)]
+    command = half_done("data_prep.encode_latents", "data_prep.shards", "_write_shard", after=4)
+    command += latent_flags(images, vae, out)
     process = forks.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + TIMEOUT

@@ -3,16 +3,16 @@
 import sys
 import time
 
-from helpers import ENV, ROOT, TIMEOUT, call, forks, free_port
+from helpers import ENV, ROOT, TIMEOUT, call, forks, free_port, half_done
 from helpers.sampling import assert_same, pictures, write_model
 
 
 def test_a_killed_run_continues_to_the_same_samples(tmp_path):
     write_model(tmp_path)
     out = tmp_path / "killed"
-    # Slow enough to be caught half-way.
-    flags = ["--model", tmp_path / "model", "--num", 40, "--batch", 8, "--steps", 100]
-    command = [sys.executable, "-m", "eval.sample", *map(str, flags), "--out", str(out)]
+    flags = ["--model", tmp_path / "model", "--num", 40, "--batch", 8, "--steps", 10]
+    command = half_done("eval.sample", "eval.generate", "generate", after=3)
+    command += [*map(str, flags), "--out", str(out)]
     process = forks.Popen(command, cwd=ROOT, env=ENV)
     while process.poll() is None and len(list(out.glob("images/*.png"))) < 8:
         time.sleep(0.005)

@@ -139,7 +139,9 @@ def test_a_requeued_job_goes_back_once(eight_steps, tmp_path):
     folder = run / "checkpoints"
     back = ["--resume", os.path.relpath(folder / step(4), ROOT), "--set=optimizer.lr=0.01", "--set=checkpoint.keep=1"]
     # Killed before it has saved, it goes back again ...
-    process = start_training(1, "zero1_ep1", SHARDS, run, *SMALL, *back, "--steps=100000")
+    process = start_training(
+        1, "zero1_ep1", SHARDS, run, *SMALL, *back, "--steps=100000", "--set=checkpoint.every=50000"
+    )
     try:
         deadline = time.monotonic() + TIMEOUT
         while losses(run)[:8] == losses(eight_steps) and process.poll() is None and time.monotonic() < deadline:

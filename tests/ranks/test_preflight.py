@@ -87,8 +87,9 @@ def test_what_is_broken_is_told_with_ranks_and_hosts(latents, tmp_path):
         f"rows: Stop rank 1 ({HOST}): wrong: an all-to-all's rows",
         f"numbers: Stop rank 2 ({HOST}): wrong: numbers from the rank before",
     ]
-    assert re.fullmatch(f"3 ranks on 2 nodes: {speeds}", lines[5]) and "within 5e+03 ms" in lines[5]
-    assert lines[6] == "slow: the clock of rank 2 (b) is 5 s ahead of rank 0's"
+    found = re.fullmatch(f"3 ranks on 2 nodes: {speeds}", lines[5])
+    assert found is not None and 4000 < float(found[1]) < 6000
+    assert re.fullmatch(r"slow: the clock of rank 2 \(b\) is [456](\.\d+)? s ahead of rank 0's", lines[6])
     gone = f"{tmp_path}/shards_2/shard-"
     assert lines[7].startswith(f"shards: InputError rank 2 ({HOST}): shard {gone}") and "is gone" in lines[7]
     assert len(lines) == 8

@@ -50,7 +50,7 @@ def test_many_processes_cause_one_download(file, tmp_path):
 def test_a_download_that_was_killed_is_no_harm(file, tmp_path):
     cache = tmp_path / "cache"
     with serving(file.parent) as server:
-        server.slow = 0.5
+        server.slow = 20
         process = start_fetching(server, cache, file)
         wait_for(lambda: list(cache.glob(".0.tar.*.tmp")), "a download", None)
         kill(process)
@@ -66,7 +66,7 @@ def test_training_from_a_server_that_fails(latents, tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, "MOE_DIT_CACHE", str(tmp_path / "cache"))
     run, local = tmp_path / "run", tmp_path / "local"
     with serving(latents) as server:
-        server.every, server.slow = 5, 0.05
+        server.every, server.slow = 5, 0.2
         flags = ["--steps", "20", *FLAGS, "--set", "data.cache_gb=0.02", "--set", "data.workers=1"]
         process = start_training(1, "zero1_ep1", server.url, run, *flags)
         log = Path(f"{run}.log")
@@ -89,7 +89,7 @@ def test_training_from_a_server_that_stays_away(latents, tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, "MOE_DIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(ENV, "MOE_DIT_PATIENCE", "1")
     server, cache = Server(latents), tmp_path / "cache"
-    server.slow = 0.05
+    server.slow = 0.2
     process = start_training(1, "zero1_ep1", server.url, tmp_path / "run", "--steps", "100000", *FLAGS)
     try:
         # A shard that was opened stays readable, whatever becomes of its name: one must still be missing.

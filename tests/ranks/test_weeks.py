@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers import ENV, ROOT, forks, losses
+from helpers import ENV, ROOT, TIMEOUT, forks, kill, losses, wait_for
 from helpers.older_run import SHARDS
-from helpers.small import step
+from helpers.small import RUN_TRAINING, flags_of, step
 
 TINY = [
     *("model.depth=2", "model.hidden_size=32", "model.num_heads=2", "model.moe.num_experts=4"),
@@ -62,11 +62,50 @@ def least(samples: list[tuple[int, dict[str, list[int]]]], first: int, last: int
     return {key: [min(values) for values in zip(*(found[key] for found in part), strict=True)] for key in part[0]}
 
 
+# Before these batches, each in the middle between two saves, the rank waits until it has been looked at.
+STOPS = """
+import sys, time
+from pathlib import Path
+from moe_dit.data.reader import ShardReader
+read, calls = ShardReader.read, 0
+run = Path(sys.argv[sys.argv.index("--out") + 1])
+def stop(reader, *which):
+    global calls
+    calls += 1
+    while calls in (90, 230) and not (run / f"seen_{calls}").exists():
+        (run / f"waits_{calls}").touch()
+        time.sleep(0.01)
+    return read(reader, *which)
+ShardReader.read = stop
+"""
+
+
 def test_hundreds_of_steps_take_no_more_files_and_threads_than_dozens(tmp_path):
     run = tmp_path / "run"
-    samples = watched(forks.Popen, run, 240, 0.02, "checkpoint.every=20")
-    early, late = least(samples, 40, 120), least(samples, 160, 240)
-    assert late["files"] == early["files"] and late["threads"] == early["threads"]
+    flags = [*flags_of(run), "--steps=240", *(f"--set={setting}" for setting in TINY), "--set=checkpoint.every=20"]
+    log = Path(f"{run}.log")
+    with open(log, "w") as out:
+        process = forks.Popen([sys.executable, "-c", STOPS + RUN_TRAINING, *flags], cwd=ROOT, env=ENV, stderr=out)
+
+    def waits(call: int) -> None:
+        wait_for((run / f"waits_{call}").exists, f"batch {call}", log)
+        wait_for(lambda: not list(run.rglob("*.tmp")), "the end of a save", log)
+
+    def held() -> tuple[list[int], list[int]]:
+        found = looked_at(psutil.Process(process.pid))
+        return found["files"], found["threads"]
+
+    try:
+        waits(90)
+        early = min(held() for _ in range(50) if not time.sleep(0.02))  # the save before may still be closing files
+        (run / "seen_90").touch()
+        waits(230)
+        wait_for(lambda: held() == early, f"{early}, files and threads", log)
+        (run / "seen_230").touch()
+        assert process.wait(TIMEOUT) == 0, log.read_text()[-3000:]
+    finally:
+        kill(process)
+    assert len(losses(run)) == 240
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert left == ["latest", step(200), step(220), step(240)]
     assert not list(run.rglob("*.tmp"))

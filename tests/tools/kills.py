@@ -64,7 +64,9 @@ def wait_for_new_step(run: Path, saved: int, process: subprocess.Popen) -> None:
     """Wait until a run has done a step after those that were saved."""
     wait_for_step(run, saved + 1, process)
     # Records of steps that will be done again are cut at the start; until then they are the killed run's.
-    while (run / "metrics.jsonl").stat().st_mtime <= psutil.Process(process.pid).create_time():
+    while (
+        process.poll() is None and (run / "metrics.jsonl").stat().st_mtime <= psutil.Process(process.pid).create_time()
+    ):
         time.sleep(0.02)
 
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import free_port
+from helpers import TIMEOUT, free_port
 
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
@@ -130,7 +130,7 @@ class Slurm:
                 command, env=self.env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
             )
 
-    def _until(self, true, what: str, timeout: float = 60) -> None:
+    def _until(self, true, what: str, timeout: float = TIMEOUT) -> None:
         deadline = time.monotonic() + timeout
         while not true():
             if time.monotonic() > deadline:
@@ -147,7 +147,7 @@ class Slurm:
         self._daemons[node].kill()
         self._daemons[node].wait()
 
-    def until_node(self, node: str, state: str, timeout: float = 90) -> None:
+    def until_node(self, node: str, state: str, timeout: float = TIMEOUT) -> None:
         """Wait until SLURM takes a node to be DOWN, IDLE, ..., whatever else it says of it."""
         self._until(
             lambda: state in self.run("scontrol", "show", "node", node, "-o").split(" State=")[1].split()[0],
@@ -157,7 +157,7 @@ class Slurm:
 
     def run(self, *command: str) -> str:
         """A command of SLURM's; gives what it prints, whatever its status."""
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=TIMEOUT).stdout
 
     def sbatch(self, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> str:
         """Submit a job; gives its number."""
@@ -181,7 +181,7 @@ class Slurm:
         """PENDING, RUNNING, COMPLETED, ..."""
         return self.show(job).get("JobState", "")
 
-    def wait(self, job: str, timeout: float = 300, states: tuple[str, ...] = ()) -> str:
+    def wait(self, job: str, timeout: float = 900, states: tuple[str, ...] = ()) -> str:
         """Wait until a job has ended (or is in one of ``states``); gives its state."""
         over = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
         self._until(lambda: self.state(job) in over, f"job {job} in {over}", timeout)
