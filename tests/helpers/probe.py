@@ -103,9 +103,7 @@ def look(stage: int, ep: int, settings: list[str]) -> tuple[dict, weakref.ref]:
     found["planned"] = make_plan(recipe, parallelism, engine.bf16).gradients
 
     def look_and_step():
-        asked = (
-            stage == 2 or "gradients=bf16" not in settings
-        )  # else DeepSpeed holds more than is planned
+        asked = stage == 2 or "gradients=bf16" not in settings  # else DeepSpeed holds more than is planned
         deadline = time.monotonic() + (300 if asked else 0)
         while (now := held()) > found["planned"] and time.monotonic() < deadline:
             time.sleep(0.05)  # gloo's thread keeps what it has sent until it is scheduled once more
