@@ -24,7 +24,7 @@ JOINING = [sys.executable, "-c", JOIN]
 def join(ranks: list[int], size: int, tmp_path: Path, **env: str) -> list[subprocess.CompletedProcess]:
     """Some ranks of a group that only joins; the others never come."""
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"MOE_DIT_JOIN_SECONDS": "15", "PYTHONPATH": str(ROOT)} | env
+    common |= {"MOE_DIT_JOIN_SECONDS": "8", "PYTHONPATH": str(ROOT)} | env
 
     def one(rank: int) -> subprocess.CompletedProcess:
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -37,7 +37,7 @@ def join(ranks: list[int], size: int, tmp_path: Path, **env: str) -> list[subpro
 def test_a_rank_that_never_comes_is_named(tmp_path):
     done = join([0, 1, 2], 4, tmp_path)
     assert [rank.returncode for rank in done] == [1, 1, 1]
-    line = f"error: rank 3 did not join within 15 s; there came ranks 0 to 2 ({HOST})\n"
+    line = f"error: rank 3 did not join within 8 s; there came ranks 0 to 2 ({HOST})\n"
     assert "".join(rank.stderr for rank in done) == line
 
 
@@ -49,7 +49,7 @@ def test_a_node_that_never_comes_is_named_as_slurm_names_it(tmp_path):
     path = f"{tmp_path}:{os.environ['PATH']}"
     slurm = {"SLURM_STEP_NODELIST": "x", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "PATH": path}
     done = join([0, 1], 4, tmp_path, **slurm)
-    assert "".join(rank.stderr for rank in done) == "error: ranks 2, 3 did not join within 15 s (node n2)\n"
+    assert "".join(rank.stderr for rank in done) == "error: ranks 2, 3 did not join within 8 s (node n2)\n"
 
 
 def test_without_rank_0_one_rank_of_a_node_says_where_it_should_be(tmp_path):

@@ -66,7 +66,7 @@ def test_training_from_a_server_that_fails(latents, tmp_path, monkeypatch):
     monkeypatch.setitem(ENV, "MOE_DIT_CACHE", str(tmp_path / "cache"))
     run, local = tmp_path / "run", tmp_path / "local"
     with serving(latents) as server:
-        server.every, server.slow = 5, 0.2
+        server.every, server.slow = 5, 0.1
         flags = ["--steps", "20", *FLAGS, "--set", "data.cache_gb=0.02", "--set", "data.workers=1"]
         process = start_training(1, "zero1_ep1", server.url, run, *flags)
         log = Path(f"{run}.log")
