@@ -107,11 +107,14 @@ class Budget:
             return
         if self.unit_seconds > UNIT_SECONDS:
             self.wrong.append(f"the unit tests took {self.unit_seconds:.0f} CPU seconds of {UNIT_SECONDS:.0f}")
-        if session.exitstatus != pytest.ExitCode.INTERRUPTED:  # else no test had the time to end what it had started
+        interrupted = session.exitstatus == pytest.ExitCode.INTERRUPTED
+        if not interrupted:  # else no test had the time to end what it had started
             self.wrong += [f"a process is left: {line}" for line in _left()]
         _kill_all()
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.wrong += [f"/dev/shm/{name} is left" for name in _unused(self.memory)]
+        self.wrong += [
+            f"/dev/shm/{name} is left" for name in _unused(self.memory, 0 if interrupted else LONGEST_ENDING)
+        ]
         if self.wrong and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -122,9 +125,9 @@ class Budget:
             terminalreporter.write_line(f"error: {line}", red=True)
 
 
-def _unused(known: set[str]) -> list[str]:
+def _unused(known: set[str], patience: float) -> list[str]:
     """New names in shared memory that no process has mapped, for so long that it is no other suite's of this moment."""
-    deadline = time.monotonic() + LONGEST_ENDING
+    deadline = time.monotonic() + patience
     names = set(os.listdir("/dev/shm")) - known
     while names:
         maps = []
