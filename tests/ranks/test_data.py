@@ -91,7 +91,7 @@ def test_ten_thousand_shards_are_ready_at_once(tmp_path):
 
 def test_a_shard_deleted_while_training_is_one_line(latents, tmp_path):
     shards, run = shutil.copytree(latents, tmp_path / "shards"), tmp_path / "run"
-    process = start_training(1, "zero1_ep1", shards, run, "--steps", "100000", *SMALL)
+    process = start_training(1, "zero1_ep1", shards, run, "--steps", "2000", *SMALL)
     try:
         wait_for_step(run, 3, process)
         (shards / "shard-000000.tar").unlink()

@@ -32,22 +32,19 @@ def looked_at(process: psutil.Process) -> dict[str, list[int]]:
     return found
 
 
-def watched(start, run: Path, steps: int, every: float, *changes: str) -> list[tuple[int, dict[str, list[int]]]]:
+def watched(run: Path, steps: int, *changes: str) -> list[tuple[int, dict[str, list[int]]]]:
     """Train for so many steps; gives what was seen of the processes, each time with the steps recorded by then.
 
-    Args:
-        start: starts a command line, as subprocess.Popen does.
-        every: seconds between looks.
-        changes: of the recipe.
+    A true interpreter: of a forked one's memory much is its parent's until it is touched.
     """
     command = [sys.executable, "jobs/train.py", "--ds", "ds_configs/zero1_ep1.json", "--recipe", "digits"]
     command += ["--data", str(SHARDS), "--out", str(run), "--steps", str(steps)]
     command += [part for setting in (*TINY, *changes) for part in ("--set", setting)]
     samples = []
-    with open(f"{run}.log", "w") as log, start(command, cwd=ROOT, env=ENV, stderr=log) as process:
+    with open(f"{run}.log", "w") as log, subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=log) as process:
         rank = psutil.Process(process.pid)
         while process.poll() is None:
-            time.sleep(every)
+            time.sleep(0.5)
             with suppress(FileNotFoundError, psutil.Error):
                 samples.append(((run / "metrics.jsonl").read_bytes().count(b"\n"), looked_at(rank)))
     assert process.returncode == 0, Path(f"{run}.log").read_text()[-3000:]
@@ -115,8 +112,7 @@ def test_hundreds_of_steps_take_no_more_files_and_threads_than_dozens(tmp_path):
 def test_ten_thousand_steps_take_no_more_than_a_thousand(tmp_path):
     """Memory within 1%, as many open files, as many checkpoints; in the rank and in the processes that read for it."""
     run = tmp_path / "run"
-    # A true interpreter: of a forked one's memory much is its parent's until it is touched.
-    samples = watched(subprocess.Popen, run, 10_000, 0.5, "checkpoint.every=500", "data.workers=auto")
+    samples = watched(run, 10_000, "checkpoint.every=500", "data.workers=auto")
     early, late = least(samples, 1000, 3000), least(samples, 8000, 9950)
     assert len(early["files"]) > 1 and late["files"][0] == early["files"][0], (early, late)
     for before, after in zip(early["files"], late["files"], strict=True):
