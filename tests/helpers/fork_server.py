@@ -104,6 +104,7 @@ def become(request: dict, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     # What an interpreter would do of itself, or libraries as they are loaded.
+    sys.dont_write_bytecode = bool(request["env"].get("PYTHONDONTWRITEBYTECODE"))
     sys.path[1:1] = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     random.seed()
     if "numpy" in sys.modules:

@@ -22,6 +22,7 @@ PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subproce
     [
         "import sys; print(sys.argv, __name__, sys.stdin.read()); print('err', file=sys.stderr)",
         "import os; print(os.getcwd(), sorted(os.environ), os.getsid(0) == os.getpid(), os.getppid())",
+        "import sys; print(sys.dont_write_bytecode)",
         "import sys; sys.exit()",
         "import sys; sys.exit(75)",
         "import sys; sys.exit(-1)",
@@ -41,9 +42,8 @@ PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subproce
 def test_it_is_what_python_would_be(tmp_path, code):
     found = []
     for start in (TRUE, FORKED):
-        process = start(
-            [sys.executable, "-c", code, "one", "two words"], cwd=tmp_path, env={"LC_ALL": "C.UTF-8"}, **PIPES
-        )
+        command = [sys.executable, "-c", code, "one", "two words"]
+        process = start(command, cwd=tmp_path, env={"LC_ALL": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}, **PIPES)
         out, err = process.communicate("given", timeout=TIMEOUT)
         # of a traceback the server's own frames are not Python's
         found.append((process.returncode, out, [line for line in err.splitlines() if not line.startswith("  ")]))
