@@ -9,14 +9,27 @@ from helpers import ENV, ROOT, TIMEOUT, free_port
 HOST = socket.gethostname()
 
 
+# When they meet again, rank 0 begins only after rank 1 has found the answer of before the restart.
 RESTARTED = """\
 import os, torch
-from moe_dit.runtime import command, ranks
+from pathlib import Path
+from moe_dit.runtime import command, joining, ranks
+gather, get, found = joining._gather, joining._get, Path("found")
+def gather_late(*arguments):
+    joining._until(found.exists, 300)
+    return gather(*arguments)
+def get_and_tell(store, key):
+    if os.environ["RANK"] == "1" and key.endswith("/answer"):
+        found.touch()
+    return get(store, key)
 def main():
+    restarted = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+    if restarted:
+        joining._gather, joining._get = gather_late, get_and_tell
     ranks.start()
     seen = torch.ones(1)
     torch.distributed.all_reduce(seen)
-    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if not restarted:
         os._exit(3)
     os.write(1, f"sum {seen.item()} {ranks.hosts()}\\n".encode())  # at once: print's parts may mix with another rank's
 command.run(main)
@@ -29,7 +42,8 @@ def test_ranks_that_torchrun_restarts_meet_anew(tmp_path):
     script.write_text(RESTARTED)
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1", "--monitor-interval=0.1"]
     command = [sys.executable, *torchrun, "--master_port", str(free_port()), str(script)]
-    env = ENV | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+    env = ENV | {"PYTHONPATH": str(ROOT), "MOE_DIT_JOIN_SECONDS": "60"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "found").exists()
     assert done.stdout.splitlines() == [f"sum 2.0 ['{HOST}', '{HOST}']"] * 2
