@@ -43,7 +43,9 @@ def test_ranks_that_torchrun_restarts_meet_anew(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1", "--monitor-interval=0.1"]
     command = [sys.executable, *torchrun, "--master_port", str(free_port()), str(script)]
     env = ENV | {"PYTHONPATH": str(ROOT), "MOE_DIT_JOIN_SECONDS": "60"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.returncode == 0, done.stderr
+    out, log = tmp_path / "out", tmp_path / "log"
+    with open(out, "w") as stdout, open(log, "w") as stderr:  # to no pipe: what is left of a broken run would hold it
+        done = subprocess.run(command, cwd=tmp_path, env=env, stdout=stdout, stderr=stderr, timeout=TIMEOUT)
+    assert done.returncode == 0, log.read_text()
     assert (tmp_path / "found").exists()
-    assert done.stdout.splitlines() == [f"sum 2.0 ['{HOST}', '{HOST}']"] * 2
+    assert out.read_text().splitlines() == [f"sum 2.0 ['{HOST}', '{HOST}']"] * 2
