@@ -30,6 +30,7 @@ from eval.reference import Reference
 from eval.sample import batches_of, usual_batch
 from eval.sample_folder import model_fingerprint
 from moe_dit.build import build_model, to_compute
+from moe_dit.checkpoint_files import Pruned
 from moe_dit.export import checkpoint_model, checkpoint_recipe, export_recipe, load_export
 from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
@@ -176,12 +177,20 @@ def sweep(args: Namespace) -> None:
     vae = vae.to(device) if vae is not None else None
     folder = args.out / "cells"
     every = [cell for part in plan for cell in part]
+    pruned: list[Cell] = []
     for variant, mine in zip(found, plan, strict=True):
         there = ranks.from_rank_0(lambda: {path.name for path in folder.iterdir()})
         missing = [cell for cell in mine if cell.file not in there]
         if not missing:
             continue
-        model, recipe = ranks.agreed(variant.load)
+        try:
+            model, recipe = ranks.agreed(variant.load)
+        except Pruned as error:  # on every rank alike
+            if len(pruned) + len(missing) == len(every):
+                raise
+            say(f"{error}; going on without it")
+            pruned += missing
+            continue
         model = to_compute(model, recipe, device)
         for cell in missing:
             say(f"{every.index(cell) + 1} of {len(every)}: {cell.group}, seed {cell.sampling.seed}")
@@ -194,7 +203,7 @@ def sweep(args: Namespace) -> None:
                     write_json(folder / cell.file, whole | {"reference": str(args.reference)}, indent=2)
 
             ranks.from_rank_0(finish)
-    ranks.from_rank_0(lambda: present(args.out, every))
+    ranks.from_rank_0(lambda: present(args.out, [cell for cell in every if cell not in pruned]))
     if held is not None:
         held.close()
 

@@ -11,7 +11,7 @@ import shutil
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from moe_dit.checkpoint_files import (
 from moe_dit.engine import Engine
 from moe_dit.lineage import State, named_by_latest, newest, set_latest, superfluous
 from moe_dit.runtime.errors import InputError, Stop
-from moe_dit.runtime.files import publish_folder, remove_folder, wait_until_seen
+from moe_dit.runtime.files import publish_folder, remove_folder, remove_unfinished, wait_until_seen
+from moe_dit.runtime.notes import noted
 from moe_dit.runtime.pace import Pace, PacedFile
 from moe_dit.runtime.progress import say
 from moe_dit.runtime.ranks import from_rank_0, world
@@ -136,16 +137,41 @@ def _host_memory(lengths: list[int], pinned: bool) -> Iterator[torch.Tensor]:
         yield from memory.split(block)
 
 
-class _PacedFiles(FileSystem):
-    """torch.distributed.checkpoint's files, written at a pace."""
+class _Files(FileSystem):
+    """torch.distributed.checkpoint's files, perhaps written at a pace."""
 
-    def __init__(self, pace: Pace):
+    def __init__(self, pace: Pace | None):
         self._pace = pace
 
     @contextmanager
     def create_stream(self, path, mode):
         with super().create_stream(path, mode) as stream:
-            yield PacedFile(stream, self._pace)  # torch's writer flushes each that it has written
+            kept = _FirstError(stream)
+            try:
+                # torch's writer flushes each that it has written.
+                yield kept if self._pace is None else PacedFile(kept, self._pace)
+            except Exception as error:
+                # After a write that failed torch's zip writer (2.14) fails once more, "unexpected pos 704 vs 598", and
+                # other ranks get that error without what it came of.
+                raise kept.error or error from None
+
+
+class _FirstError:
+    """A stream that keeps the operating system's first error in writing to it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
 
 class _Writer(FileSystemWriter):
@@ -155,8 +181,7 @@ class _Writer(FileSystemWriter):
         # All is on the host already. By default torch's writer (2.14) would wait, each ten megabytes, for the GPU's
         # current stream, where training computes.
         super().__init__(folder, per_thread_copy_ahead=0)
-        if pace is not None:
-            self.fs = _PacedFiles(pace)
+        self.fs = _Files(pace)
 
     def prepare_local_plan(self, plan):
         wait_until_seen(self.path)
@@ -299,13 +324,15 @@ class Checkpointer:
             self._error = None
         except BaseException as error:  # dcp's own is no Exception
             self._error = Stop(f"checkpoint {final} could not be written: {cause_of(error)}", everywhere=True)
+            free = _free(self.folder)
             if world().rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            self._error = Stop(
-                f"checkpoint {final} could not be written{_free(self.folder)}: {cause_of(error)}; the newest complete "
-                f"one is {newest(self.folder) or 'none'}, and the same command continues from it",
-                everywhere=True,
-            )
+            with suppress(OSError):  # the disk that fails is asked what is there
+                self._error = Stop(
+                    f"checkpoint {final} could not be written{free}: {cause_of(error)}; the newest complete one is "
+                    f"{newest(self.folder) or 'none'}, and the same command continues from it",
+                    everywhere=True,
+                )
 
     def _publish(self, description: dict[str, Any], temporary: Path, final: Path) -> None:
         """Check what was written, give it its name, let ``latest`` say so, and prune."""
@@ -313,8 +340,12 @@ class Checkpointer:
         check_complete(temporary, just_written=True)
         publish_folder(temporary, final)  # one that is there is of a branch that the run has left
         set_latest(self.folder, final.name)
-        for old in superfluous(self.folder, State(self.history, description["step"]), self.keep, self.milestone_every):
-            remove_folder(old)
+        # It is saved. That an old one stays for now is no reason to say otherwise.
+        with noted(self.folder, consequence="old checkpoints stay for now"):
+            remove_unfinished(self.folder, "*.old.*")  # what somebody still read, the last time
+            state = State(self.history, description["step"])
+            for old in superfluous(self.folder, state, self.keep, self.milestone_every):
+                remove_folder(old)
 
     def load(self, engine: Engine, checkpoint: Path) -> int:
         """Fill the engine's state from a checkpoint, whatever topology wrote it; returns its step.
@@ -368,7 +399,7 @@ def _connect(group: Any) -> None:
 
 
 def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
     folder.mkdir(parents=True)
 
 

@@ -52,8 +52,14 @@ class Damaged(InputError):
     """A checkpoint is not one, or not whole."""
 
 
+class Pruned(Damaged):
+    """A checkpoint went away while it was read: its run keeps its newest ones."""
+
+
 def damaged(checkpoint: Path, error: BaseException, file: str = "") -> Damaged:
     """What to raise where reading a checkpoint (one of its files) met an error."""
+    if not os.path.lexists(checkpoint) and checkpoint.parent.is_dir():
+        return Pruned(f"checkpoint {checkpoint} is not there any more: its run has pruned it since (checkpoint.keep)")
     return Damaged(f"checkpoint {checkpoint} cannot be read: {file and f'{file}: '}{cause_of(error)}")
 
 

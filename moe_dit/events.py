@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_dit.runtime.files import open_to_append
+from moe_dit.runtime.notes import noted
+
 # started, done, stopped (told to, and saved) and failed are of training; queued, restarted, requeued and gave up of the
 # job around it; straggler, hang and slow are what ranks find about each other.
 What = Literal[
@@ -15,7 +18,7 @@ What = Literal[
 
 
 def record(run: Path, what: What, message: str = "", step: int | None = None) -> None:
-    """Add an event to a run's record; whoever calls it speaks for all ranks.
+    """Add an event to a run's record, a note (:mod:`moe_dit.runtime.notes`); whoever calls it speaks for all ranks.
 
     Args:
         run: the run's folder, which is there.
@@ -25,11 +28,12 @@ def record(run: Path, what: What, message: str = "", step: int | None = None) ->
     """
     event = {"time": round(time.time(), 3), "what": what, "step": step, "message": message}
     # One write of one line at the file's end: the job's supervisor writes here as well.
-    descriptor = os.open(run / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        os.write(descriptor, json.dumps(event).encode() + b"\n")
-    finally:
-        os.close(descriptor)
+    with noted(run / "events.jsonl"):
+        descriptor = open_to_append(run / "events.jsonl")
+        try:
+            os.write(descriptor, json.dumps(event).encode() + b"\n")
+        finally:
+            os.close(descriptor)
 
 
 def events(run: Path) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import load_recipe, parse_recipe
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_folder, write_yaml
+from moe_dit.runtime.progress import say
 
 RECIPE_FILE = "recipe.yaml"
 # Exactly what save_pretrained writes: a person's own files beside it are never replaced with it.
@@ -90,9 +91,18 @@ def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> No
     Raises:
         InputError: there is no such checkpoint, it cannot be read, or the folder cannot be written.
     """
-    found = checkpoint_recipe(run_or_checkpoint, weights)
-    with new_model_folder(folder, found[1]) as new:
-        checkpoint_model(*found, weights).save_pretrained(new)
+    from moe_dit.checkpoint_files import Pruned
+
+    while True:
+        found = checkpoint_recipe(run_or_checkpoint, weights)
+        try:
+            with new_model_folder(folder, found[1]) as new:
+                checkpoint_model(*found, weights).save_pretrained(new)
+            return
+        except Pruned as error:
+            if found[0] == run_or_checkpoint:
+                raise
+            say(f"{error}; taking a newer one")
 
 
 def checkpoint_recipe(run_or_checkpoint: Path, weights: str) -> tuple[Path, Recipe]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_dit.checkpoint_files import STATE, Attempt, Damaged, check_complete, read_description, step_of
+from moe_dit.checkpoint_files import STATE, Attempt, Damaged, Pruned, check_complete, read_description, step_of
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import write_json, write_text
 from moe_dit.runtime.progress import say
@@ -239,6 +239,14 @@ def _recorded_tip(run: Path) -> State | None:
 
 def _newest_readable(run: Path, damaged: Mapping[Path, Damaged], notes: list[str]) -> Path | None:
     """The newest checkpoint that can be read of the branch that a run is on; None where the run has none."""
+    while True:
+        try:
+            return _newest_there(run, damaged, notes)
+        except Pruned as error:  # a run that trains prunes those only that have newer ones beside them
+            notes.append(f"{error}; taking a newer one")
+
+
+def _newest_there(run: Path, damaged: Mapping[Path, Damaged], notes: list[str]) -> Path | None:
     folder = run / "checkpoints"
     candidates = complete_checkpoints(folder)
     named = named_by_latest(folder)
@@ -269,6 +277,8 @@ def _newest_readable(run: Path, damaged: Mapping[Path, Damaged], notes: list[str
                 raise damaged[checkpoint]
             check_complete(checkpoint)
             return checkpoint
+        except Pruned:
+            raise
         except Damaged as error:
             failures.append(str(error))
             notes.append(f"{error}; taking the one before it")

@@ -27,6 +27,7 @@ from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import new_file
+from moe_dit.runtime.notes import noted
 from moe_dit.runtime.progress import say
 
 COLUMNS = 8  # of the grid, where its labels are drawn at random
@@ -115,10 +116,11 @@ class Looks:
         if ranks.world().rank:
             return {}, {}
         for name, picture in pictures.items():
-            self.folder.mkdir(exist_ok=True)
             path = self.folder / (f"step_{step:08d}.png" if name == "samples" else f"step_{step:08d}_{name}.png")
-            with new_file(path) as file:
-                Image.fromarray(picture).save(file, "PNG")
+            with noted(self.folder):
+                self.folder.mkdir(exist_ok=True)
+                with new_file(path) as file:
+                    Image.fromarray(picture).save(file, "PNG")
         return numbers, pictures
 
     # --- held-out loss ------------------------------------------------------------------------------------------------

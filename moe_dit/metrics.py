@@ -16,9 +16,10 @@ from moe_dit.recipe import Recipe
 from moe_dit.records import Records
 from moe_dit.runtime import ranks
 from moe_dit.runtime.clock import moment, seconds_between
-from moe_dit.runtime.files import sync
+from moe_dit.runtime.files import open_to_append, sync
+from moe_dit.runtime.notes import noted
 from moe_dit.runtime.progress import say
-from moe_dit.sinks import open_sinks
+from moe_dit.sinks import Sinks
 from moe_dit.times import LOAD_EVERY, excess, own_seconds
 
 
@@ -128,9 +129,10 @@ class Metrics:
     def __init__(self, run: Path, first_step: int, recipe: Recipe, kept: int):
         self.path = run / "metrics.jsonl"
         self.images = recipe.global_batch_size
-        self._keep_until(kept)
-        self._file = open(self.path, "a")
-        self._sinks = open_sinks(recipe, run, first_step)
+        self._kept: int | None = kept  # until others are set aside
+        self._unwritten = b""
+        self.flush()
+        self._sinks = Sinks(recipe, run, first_step)
         self._load: torch.Tensor | None = None
         self._flushed = time.perf_counter()
 
@@ -150,20 +152,18 @@ class Metrics:
         if report.times is not None and len(report.times) > 1:
             record |= _slowest(report.times)
         record |= look or {}
-        for sink in self._sinks:
-            sink.numbers(dict(_numbers(record)), report.step)
+        self._sinks.numbers(dict(_numbers(record)), report.step)
         self._load = report.load if self._load is None else self._load + report.load
         if report.step % LOAD_EVERY == 0 and self._load.numel():
             record |= self._expert_load(report.step)
-        self._file.write(json.dumps(record) + "\n")
+        self._unwritten += json.dumps(record).encode() + b"\n"
         if time.perf_counter() - self._flushed > self.SECONDS_BETWEEN_FLUSHES:
             self.flush()
         return f"loss {loss:.4f}  {record['images_per_second']:.0f} images/s  imbalance {record['moe_imbalance']:.2f}"
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Give a picture, uint8 [H, W, 3], to the sinks."""
-        for sink in self._sinks:
-            sink.picture(name, image, step)
+        self._sinks.picture(name, image, step)
 
     def _expert_load(self, step: int) -> dict[str, Any]:
         """Every expert's share since the last such record; a dead expert got no token in all that time."""
@@ -177,16 +177,24 @@ class Metrics:
         return {"dead_experts": len(dead), "expert_load": [[round(share, 5) for share in layer] for layer in shares]}
 
     def flush(self) -> None:
-        """Let others see the records."""
+        """Let others see the records; those that cannot be written now are kept, and written when that works."""
         self._flushed = time.perf_counter()
-        self._file.flush()
+        with noted(self.path, consequence="its records are kept until that works"):
+            if self._kept is not None:
+                self._keep_until(self._kept)
+                self._kept = None
+            if self._unwritten:
+                descriptor = open_to_append(self.path)
+                try:
+                    while self._unwritten:
+                        self._unwritten = self._unwritten[os.write(descriptor, self._unwritten) :]
+                finally:
+                    os.close(descriptor)
 
     def close(self) -> None:
         """Write everything out."""
         self.flush()
-        self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        self._sinks.close()
 
     def _keep_until(self, step: int) -> None:
         """Set records after ``step`` aside, and a last line that a kill cut short."""
@@ -197,12 +205,13 @@ class Metrics:
             end = records.behind(step)
             if end < records.size:
                 _end_line(aside)
-                with open(aside, "ab") as file:
+                with os.fdopen(open_to_append(aside), "ab") as file:
                     records.copy(end, file)
                     file.flush()
                     os.fsync(file.fileno())
                 sync(aside.parent)
                 first, last = records.following(end, 1), records.last()
+                os.close(open_to_append(self.path))  # no other folder's file is cut
                 # A kill before this line leaves these records in both files; they are set aside again then.
                 os.truncate(self.path, end)
                 sync(self.path)
@@ -215,6 +224,7 @@ class Metrics:
 
 def _end_line(path: Path) -> None:
     """Make a file, or end its last line where that was cut short: what follows stands on a line of its own."""
+    os.close(open_to_append(path))
     with open(path, "a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)

@@ -1,24 +1,45 @@
 """What became of a run's last start: RUN/status.json, whatever the launcher makes of its ranks' exit statuses."""
 
+import errno
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from moe_dit.runtime.files import write_json
+from moe_dit.runtime.notes import noted
 
 State = Literal["training", "stopping", "stopped", "done", "failed"]
 
 
 def write_status(run: Path, state: State, **more: Any) -> None:
-    """Say what a run does now, and how it ended; rank 0 calls it, holding the run's folder.
+    """Say what a run does now, and how it ended, a note; rank 0 calls it, holding the run's folder.
+
+    Where there is no room for another file, it is written over the one that is there.
 
     Args:
         run: the run's folder.
         state: "training"; "stopping" (was told to, and saves); "stopped" (has saved); "done"; "failed".
         more: what else is known, such as "step" (done and saved) or "message".
     """
-    write_json(run / "status.json", {"state": state, "time": round(time.time(), 3), **more})
+    value = {"state": state, "time": round(time.time(), 3), **more}
+    with noted(run / "status.json"):
+        try:
+            write_json(run / "status.json", value)
+        except OSError as error:
+            try:
+                _write_over(run / "status.json", json.dumps(value).encode() + b"\n")
+            except OSError:
+                raise error from None
+
+
+def _write_over(file: Path, data: bytes) -> None:
+    with open(file, "r+b") as opened:
+        if os.fstat(opened.fileno()).st_nlink > 1:
+            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))  # it is another folder's too
+        opened.write(data)
+        opened.truncate()
 
 
 def read_status(run: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from moe_dit.runtime import ranks
 from moe_dit.runtime.clock import moment, seconds_between
 from moe_dit.runtime.files import write_json
 from moe_dit.runtime.joining import named
+from moe_dit.runtime.notes import noted
 from moe_dit.runtime.progress import say
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ class RankTimes:
         assert report.times is not None
         columns = {name: [round(x, 6) for x in report.times[:, i].tolist()] for i, name in enumerate(NUMBERS)}
         head = {"step": report.step, "time": round(time.time(), 3), "hosts": self.hosts}
-        write_json(self.run / "ranks.json", head | columns, indent=None)
+        with noted(self.run / "ranks.json"):
+            write_json(self.run / "ranks.json", head | columns, indent=None)
         for line in self.stragglers(report.step, report.times):
             say(line)
             record(self.run, "straggler", line, report.step)

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -25,11 +25,13 @@ from moe_dit.parallel.deepspeed_config import Parallelism, load_parallelism
 from moe_dit.plan import most_images_per_second, parameters
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import parse_recipe
+from moe_dit.run_folder import check_run_folder, clear_unfinished
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError, Interrupted, Stop
-from moe_dit.runtime.files import remove_unfinished, write_json, write_yaml
+from moe_dit.runtime.files import explained, write_json, write_yaml
 from moe_dit.runtime.lock import lock_folder
 from moe_dit.runtime.machine import commit, machine, now
+from moe_dit.runtime.notes import noted
 from moe_dit.runtime.progress import console, say, task
 from moe_dit.runtime.rank_log import RankLog
 from moe_dit.runtime.stopping import GRACE_SECONDS, StopRequest, was_restarted
@@ -163,10 +165,10 @@ def _open_run(recipe: Recipe, run: Path, resume: str, held: ExitStack) -> "Start
         # One that was told to stop saves first.
         return GRACE_SECONDS if read_status(run).get("state") == "stopping" else ENDING_SECONDS
 
+    check_run_folder(run)
     _resumed(recipe, run, resume)  # refuse before the folder is touched
     held.enter_context(lock_folder(run, "another training run", patience))
-    remove_unfinished(run)
-    remove_unfinished(run / "checkpoints")
+    clear_unfinished(run)
     if was_restarted() and (why := gives_up(list(events(run)))):
         raise Stop(why)
     return _resumed(recipe, run, resume)
@@ -176,7 +178,7 @@ def _load(
     engine: "Engine", checkpointer: "Checkpointer", start: "Start", recipe: Recipe, run: Path, resume: str
 ) -> tuple["Start", int]:
     """Fill the engine from what the run starts from, or from the one before where that turns out to be damaged."""
-    from moe_dit.checkpoint_files import Damaged
+    from moe_dit.checkpoint_files import Damaged, Pruned
 
     damaged: dict[Path, Damaged] = {}
     first_step = 0
@@ -185,6 +187,8 @@ def _load(
             first_step = checkpointer.load(engine, start.checkpoint)
             break
         except Damaged as error:  # on every rank alike
+            if isinstance(error, Pruned):  # of another run, which trains
+                say(f"{error}; taking a newer one")
             damaged[start.checkpoint] = error
             start = ranks.from_rank_0(lambda: _resumed(recipe, run, resume, damaged))
     checkpointer.history = start.history
@@ -197,14 +201,17 @@ def _open_record(engine: "Engine", run: Path, start: "Start", first_step: int, b
     from moe_dit.lineage import set_latest, write_history
     from moe_dit.metrics import Metrics
 
-    _write_config(run, engine.recipe, engine.parallelism.json)
-    write_json(run / "memory.json", bytes_held)
+    with explained(run / "config.yaml", Stop):
+        _write_config(run, engine.recipe, engine.parallelism.json)
+    with noted(run / "memory.json"):
+        write_json(run / "memory.json", bytes_held)
     # The record first: a kill in between must not leave the steps of another branch in the record of the new one.
     metrics = Metrics(run, first_step, engine.recipe, start.records)
-    if start.own:
-        # Before anything is saved: a requeued job goes on from here too.
-        set_latest(run / "checkpoints", name_of(first_step))
-    write_history(run, start.history)
+    with explained(f"the history of {run}", Stop):
+        if start.own:
+            # Before anything is saved: a requeued job goes on from here too.
+            set_latest(run / "checkpoints", name_of(first_step))
+        write_history(run, start.history)
     return metrics
 
 
@@ -230,10 +237,9 @@ class _Told:
     def stands_still(self, line: str, step: int, ends: bool) -> None:
         """A rank's watchdog says who waits where, from its thread: rank 0's, or another's for it."""
         console.print(line, markup=False, soft_wrap=True)
-        with suppress(OSError):  # perhaps it is the folder that does not answer
-            record(self.run, "failed" if ends else "hang", line, step)
-            if ends:
-                write_status(self.run, "failed", exit_status=1, message=line)
+        record(self.run, "failed" if ends else "hang", line, step)
+        if ends:
+            write_status(self.run, "failed", exit_status=1, message=line)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if not self.speaks:
@@ -463,7 +469,8 @@ def _write_start(run: Path, recipe: Recipe, engine: "Engine", first_step: int) -
         before = list(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):  # none yet, or damaged: a note is no reason not to train
         before = []
-    write_json(file, [*before, start], indent=1)
+    with noted(file):
+        write_json(file, [*before, start], indent=1)
 
 
 def _headline(recipe: Recipe, parallelism, manifest: Manifest, checkpoint: Path | None, engine) -> str:

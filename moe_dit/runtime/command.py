@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from moe_dit.runtime.errors import InputError, Interrupted, NotJoined, Stop
-from moe_dit.runtime.progress import console
+from moe_dit.runtime.progress import console, leave_streams
 from moe_dit.runtime.stopping import end_torchrun, may_restart
 from moe_dit.runtime.world import joined, world
 
@@ -77,4 +77,5 @@ def run(main: Callable[[], int | None]) -> None:
         limit.cancel()
         # Else the very last collection visits all that torch and DeepSpeed made: 2 s, and launchers wait for it.
         atexit.register(gc.freeze)
+        leave_streams()
     sys.exit(status)

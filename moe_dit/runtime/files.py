@@ -8,7 +8,9 @@ renamed. A stop at any moment leaves the old one or the new one. Temporary names
 import json
 import os
 import shutil
+import stat
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -17,7 +19,8 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.errors import InputError, Stop
+from moe_dit.runtime.notes import reason, tell
 
 PATIENCE = 90.0  # seconds until all nodes see what one wrote, at most: NFS's longest, by default, and half as much
 
@@ -83,7 +86,27 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it has its name, or the error that says why it has not
+            temporary.unlink()
+
+
+def open_to_append(path: Path) -> int:
+    """A descriptor that writes at a file's end; the file is made where there is none.
+
+    A file that has other names too, as in a copy of its folder by hard links, becomes one of its own first: what is
+    added here is not theirs.
+
+    Raises:
+        OSError: it cannot be opened, or made one of its own.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        with open(path, "rb") as old, new_file(path) as new:
+            shutil.copyfileobj(old, new)
+        descriptor = os.open(path, flags, 0o666)
+    return descriptor
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -190,39 +213,72 @@ def publish_folder(temporary: Path, path: Path) -> None:
         for name in files:
             sync(Path(folder) / name)
         sync(Path(folder))
-    old = _put_aside(path) if path.exists() else None
-    os.replace(temporary, path)
+    old = _put_aside(path) if os.path.lexists(path) else None
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if old is not None:
+            with suppress(OSError):
+                os.replace(old, path)
+        raise
     sync(path.parent)
     if old is not None:
-        shutil.rmtree(old)
+        discard(old)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that a kill in the middle leaves no half of it under its name."""
-    shutil.rmtree(_put_aside(path))
+    """Remove what is superfluous, so that a kill in the middle leaves no half of it under its name.
+
+    Of a link only the link goes. Where something cannot be removed one line says so, and nothing else follows.
+    """
+    try:
+        aside = _put_aside(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _say_left(path, error)
+    else:
+        discard(aside)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, or a folder with all that it holds; what cannot be removed is told of, and stays.
+
+    It may be in use: NFS keeps what a reader has open under a name of its own, and so the folder that holds it.
+    :func:`remove_unfinished` tries what has a temporary name again.
+    """
+    try:
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _say_left(path, error)
+
+
+def _say_left(path: Path, error: OSError) -> None:
+    tell(path.parent, error, f"cannot remove {path}: {reason(error)}; it stays for now, and will be tried again")
 
 
 def _put_aside(path: Path) -> Path:
-    """Rename a folder that is to go; gives its new place."""
-    aside = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Rename what is to go; gives its new place."""
+    aside = path.with_name(f".{path.name}.old.{uuid.uuid4().hex[:8]}.tmp")
     os.replace(path, aside)
     return aside
 
 
 def remove_unfinished(folder: Path, pattern: str = "*") -> None:
-    """Remove what a killed write left in ``folder``; ``pattern`` is of the final names."""
+    """Remove what a killed write or :func:`discard` left in ``folder``; ``pattern`` is of the final names."""
     for leftover in folder.glob(f".{pattern}.tmp"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        discard(leftover)
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn an OSError of the block into an InputError: "cannot write WHAT: the reason"."""
+def explained(what: Path | str, kind: type[Stop] = InputError) -> Iterator[None]:
+    """Turn an OSError of the block into a Stop of this kind: "cannot write WHAT: the reason"."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write {what}: {error.strerror or error}") from error
+        raise kind(f"cannot write {what}: {error.strerror or error}") from error

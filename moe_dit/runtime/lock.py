@@ -2,12 +2,14 @@
 
 import errno
 import fcntl
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.files import write_bytes
 from moe_dit.runtime.progress import say
 
 # What file systems without locks answer (Lustre mounted without flock, some FUSE and parallel file systems).
@@ -19,7 +21,7 @@ def lock_folder(folder: Path, what: str, patience: Callable[[], float] = lambda:
     """Make and hold a folder until the file that this gives is closed or the process ends, however it ends.
 
     A POSIX record lock on FOLDER/.lock: child processes do not inherit it, and it works on NFS. Where the file system
-    has no locks, one line says so.
+    has no locks, one line says so. A folder that was copied by hard links gets a lock of its own.
 
     Args:
         folder: to hold.
@@ -30,15 +32,24 @@ def lock_folder(folder: Path, what: str, patience: Callable[[], float] = lambda:
         InputError: another process holds it, or it cannot be written.
     """
     begin = time.monotonic()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a")
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; give another --out") from None
+    shared = 0
     while True:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / ".lock", "a")
+        except OSError as error:
+            raise InputError(f"cannot write into {folder}: {error.strerror}; give another --out") from None
+        try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
+            status, named = os.fstat(file.fileno()), os.stat(folder / ".lock")
+            if os.path.samestat(status, named):
+                if named.st_nlink <= 1 or shared:
+                    return file
+                # It is the lock of another folder too, a copy by hard links. Nobody holds it, so both can have one.
+                shared += 1
+                write_bytes(folder / ".lock", b"")
+            file.close()  # no longer the folder's
+            continue
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 say(
@@ -46,6 +57,7 @@ def lock_folder(folder: Path, what: str, patience: Callable[[], float] = lambda:
                     f"write into it at once, for nothing would notice"
                 )
                 return file
+            file.close()
             if error.errno not in _HELD:
                 raise InputError(f"cannot lock {folder}/.lock: {error.strerror}; give another --out") from None
         if time.monotonic() - begin >= patience():

@@ -1,7 +1,10 @@
 """The one progress display: a rich bar on a terminal, a line now and then in a log, silence on ranks other than 0."""
 
+import os
+import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,10 +22,34 @@ from moe_dit.runtime.world import world
 LOG_EVERY_SECONDS = 10.0
 
 
+class _Deaf:
+    """A stream that goes on without a reader, or where its disk is full: a run has work to save, whoever listens."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
 class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Go on without a reader: a run whose launcher or terminal is gone has work to save (rich would exit)."""
-        self.quiet = True
+    @property
+    def file(self) -> Any:
+        """Where it prints."""
+        return _Deaf(super().file)
+
+    @file.setter
+    def file(self, new: Any) -> None:
+        Console.file.fset(self, new)  # type: ignore[attr-defined]
 
 
 console = _Console(stderr=True, highlight=False)
@@ -32,6 +59,18 @@ def say(text: str) -> None:
     """Print one line from rank 0."""
     if world().rank == 0:
         console.print(text, markup=False, soft_wrap=True)
+
+
+def leave_streams() -> bool:
+    """Whether all that was printed has been written; Python would make status 120 of what has not, as it exits."""
+    good = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            good = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return good
 
 
 class Task:

@@ -4,16 +4,17 @@ import faulthandler
 import os
 import socket
 import traceback
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import Stop
-from moe_dit.runtime.files import explained
+from moe_dit.runtime.files import open_to_append
 from moe_dit.runtime.machine import now
+from moe_dit.runtime.notes import noted
 
 MOST_BYTES = 1_000_000  # of a log that a start continues; a longer one is put aside
 
@@ -21,28 +22,28 @@ MOST_BYTES = 1_000_000  # of a log that a start continues; a longer one is put a
 class RankLog:
     """This rank's log, open for the length of a block; a crash of the interpreter leaves its stacks here too.
 
-    One file open and one write now and then: some hundred ranks may share a slow file system.
+    One file open and one write now and then: some hundred ranks may share a slow file system. It is a note
+    (:mod:`moe_dit.runtime.notes`).
 
     Args:
         run: the run's folder, which some rank holds.
         device: where this rank computes.
-
-    Raises:
-        InputError: it cannot be written.
     """
 
     def __init__(self, run: Path, device: torch.device):
         self.path = run / "logs" / f"rank_{ranks.world().rank:05d}.log"
-        with explained(str(self.path)):
+        self._file: IO[bytes] | None = None
+        with noted(self.path.parent):
             self.path.parent.mkdir(exist_ok=True)
             if self.path.exists() and self.path.stat().st_size > MOST_BYTES:
                 os.replace(self.path, self.path.with_name(self.path.name + ".old"))
-            self._file = open(self.path, "ab", buffering=0)
+            self._file = open(open_to_append(self.path), "ab", buffering=0)
         self._device = device
 
     def __enter__(self) -> "RankLog":
         self._before = faulthandler.is_enabled()
-        faulthandler.enable(self._file)
+        if self._file is not None:
+            faulthandler.enable(self._file)
         kind = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
         versions = f"torch {torch.__version__}, deepspeed {version('deepspeed')}"
         self.write(f"start on {socket.gethostname()}, process {os.getpid()}, device {kind}, {versions}")
@@ -50,12 +51,13 @@ class RankLog:
 
     def write(self, text: str) -> None:
         """Add a line (or several) behind the time in UTC."""
-        with suppress(OSError):  # a full disk: training says so where it saves
-            self._file.write(f"{now()} {text}\n".encode())
+        with noted(self.path.parent):
+            if self._file is not None:
+                self._file.write(f"{now()} {text}\n".encode())
 
     def stacks(self) -> None:
         """Add where each thread stands."""
-        with suppress(OSError):
+        if self._file is not None:
             faulthandler.dump_traceback(self._file, all_threads=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -68,4 +70,5 @@ class RankLog:
         faulthandler.disable()
         if self._before:
             faulthandler.enable()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -33,10 +33,10 @@ _servers: dict[str, "Server"] = {}
 class Server:
     """The other end of tests/helpers/fork_server.py."""
 
-    def __init__(self, preload: str):
+    def __init__(self, preload: str, library: str = ""):
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno()), preload]
-        environment = ENV | {"PYTHONPATH": str(ROOT)}
+        environment = ENV | {"PYTHONPATH": str(ROOT)} | ({"LD_PRELOAD": library} if library else {})
         how = {"cwd": ROOT, "env": environment, "pass_fds": [theirs.fileno()], "start_new_session": True}
         with anything_may_start():
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **how)
@@ -89,12 +89,12 @@ def close_all() -> list[int]:
     return left
 
 
-def server(preload: str) -> Server:
+def server(preload: str, library: str = "") -> Server:
     """This process's server, started when it is first asked for."""
     with _lock:
-        if preload not in _servers:
-            _servers[preload] = Server(preload)
-        return _servers[preload]
+        if preload + library not in _servers:
+            _servers[preload + library] = Server(preload, library)
+        return _servers[preload + library]
 
 
 class Popen(subprocess.Popen):
@@ -103,11 +103,12 @@ class Popen(subprocess.Popen):
     Args:
         preload: "project"; "libraries" for commands of a copy of the project; "nothing".
         finalize: end as Python does, to the last destructor, which takes 0.6 s.
+        library: for LD_PRELOAD.
     """
 
-    def __init__(self, args, *, preload: str = "project", finalize: bool = False, **options):
+    def __init__(self, args, *, preload: str = "project", finalize: bool = False, library: str = "", **options):
         may_start(" ".join(map(str, args)), forked=True)
-        self._server, self._finalize = server(preload), finalize
+        self._server, self._finalize = server(preload, library), finalize
         super().__init__(args, **options)
 
     # CPython's own (3.11 to 3.14): the one place where a process is made, with its ends of pipes, or -1 for ours.

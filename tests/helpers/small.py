@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,10 +30,12 @@ def train(run: Path, *flags: str, ranks: int = 1) -> str:
     return finish(start_training(ranks, ds, SHARDS, run, *SMALL, *flags), run)[len(before) :]
 
 
-def train_here(run: Path, *flags: str, code: str = "") -> subprocess.CompletedProcess:
-    """The same on one rank, for what may end otherwise; its process first runs ``code``."""
+def train_here(run: Path, *flags: str, code: str = "", **how: Any) -> subprocess.CompletedProcess:
+    """The same on one rank, for what may end otherwise; its process first runs ``code``; ``how``: of forks.run."""
     command = [sys.executable, *_script(code), *flags_of(run), *flags]
-    return forks.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=TIMEOUT)
+    return forks.run(
+        command, **{"cwd": ROOT, "env": ENV, "capture_output": True, "text": True, "timeout": TIMEOUT} | how
+    )
 
 
 def start(

@@ -249,7 +249,7 @@ def test_lines_that_are_not_ended_are_joined_to_nothing(tmp_path):
 def test_a_million_steps_are_cut_without_reading_them(million, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    os.link(million, run / "metrics.jsonl")  # cut in place: the last test of this file
+    os.rename(million, run / "metrics.jsonl")  # cut in place: the last test of this file
     with reading_at_most(1_000_000):
         cut(run, STEPS - 1000)
     with Records(run / "metrics.jsonl") as found:
