@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
-from helpers import ENV, ROOT, forks
+import pytest
+
+from helpers import ENV, ROOT, forks, losses, small
 from moe_dit.runtime.files import new_file, remove_unfinished, write_text
 
 WRITER = """
@@ -50,3 +52,11 @@ def test_a_signal_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert (tmp_path / "file").read_text() == "before"
+
+
+def test_a_log_on_a_full_disk_ends_nothing(tmp_path):
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": full, "stderr": full, "capture_output": False}
+        done = small.train_here(tmp_path / "run", "--steps=3", "--set=checkpoint.every=3", **streams)
+    assert done.returncode == 0
+    assert losses(tmp_path / "run") == pytest.approx(small.LOSSES[:3], rel=1e-6)

@@ -8,11 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
-from helpers import ROOT, TIMEOUT, kill, losses, records, small, start_training, wait_for_step
+from helpers import ROOT, TIMEOUT, kill, losses, records, small, start_training, state_of, wait_for_step
 from helpers.older_run import SHARDS
 from helpers.small import LOSSES, SMALL, copy, flip, latest, names, step, train, train_here
+from moe_dit import checkpoint_files, lineage, load_model
 from moe_dit.checkpoint_files import check_complete, step_of
+from moe_dit.export import export_checkpoint
 from moe_dit.lineage import State, choose, complete_checkpoints, find_checkpoint, superfluous
 from moe_dit.runtime.errors import InputError
 
@@ -273,3 +276,51 @@ def test_another_experiment_cannot_continue_a_run(eight_steps):
     assert "give another --out, or --resume auto" in refused(eight_steps, "--resume", "never")
     assert "more than the 3 asked for" in refused(eight_steps, "--steps", "3")
     assert sorted(path.stat().st_mtime_ns for path in eight_steps.rglob("*")) == before
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_read_gives_way_to_a_newer_one(
+    eight_steps, tmp_path, monkeypatch, capsys
+):
+    run = copy(eight_steps, tmp_path)
+    folder = run / "checkpoints"
+    (folder / "latest").write_text(step(4) + "\n")
+    read = checkpoint_files.read_state
+
+    def pruning(targets, checkpoint, *more):
+        if checkpoint.name == step(4):  # the run has saved two more steps, and keeps one
+            (folder / "latest").write_text(step(6) + "\n")
+            shutil.rmtree(folder / step(4))
+        read(targets, checkpoint, *more)
+
+    monkeypatch.setattr(checkpoint_files, "read_state", pruning)
+    export_checkpoint(run, "model", tmp_path / "model")
+    line = f"checkpoint {folder / step(4)} is not there any more: its run has pruned it since (checkpoint.keep)"
+    assert f"{line}; taking a newer one\n" in capsys.readouterr().err
+    want = state_of(run, 6, "weight", str(run / "config.yaml"))
+    assert all(
+        torch.equal(value.flatten(), want[key]) for key, value in load_model(tmp_path / "model").named_parameters()
+    )
+    # One that was named itself is what is meant.
+    (folder / "latest").write_text(step(8) + "\n")
+    monkeypatch.setattr(
+        checkpoint_files, "read_state", lambda targets, path: (shutil.rmtree(path), read(targets, path))
+    )
+    with pytest.raises(checkpoint_files.Pruned, match=r"step_00000006 is not there any more: its run has pruned it"):
+        export_checkpoint(folder / step(6), "model", tmp_path / "model")
+
+
+def test_the_newest_checkpoint_may_be_pruned_while_it_is_looked_for(eight_steps, tmp_path, monkeypatch):
+    run = copy(eight_steps, tmp_path)
+    folder = run / "checkpoints"
+    (folder / "latest").write_text(step(2) + "\n")
+    check = lineage.check_complete
+
+    def pruning(checkpoint):
+        if checkpoint.name == step(2):
+            (folder / "latest").write_text(step(8) + "\n")
+            for number in (2, 4, 6):
+                shutil.rmtree(folder / step(number), ignore_errors=True)
+        return check(checkpoint)
+
+    monkeypatch.setattr(lineage, "check_complete", pruning)
+    assert find_checkpoint(run) == folder / step(8)

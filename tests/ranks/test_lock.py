@@ -1,6 +1,8 @@
 """Two commands and one folder."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ import pytest
 
 from helpers import ENV, ROOT, TIMEOUT, forks, kill, losses, small, wait_for, wait_for_step
 from helpers.small import LOSSES, train_here
+from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.lock import lock_folder
 
 # Nobody waits for a run that goes on; each try to lock leaves a byte in a file beside the run.
 TRIES = """
@@ -71,3 +75,23 @@ def test_a_run_waits_for_one_that_is_saving(tmp_path):
         kill(holder)
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert losses(run) == pytest.approx(LOSSES[:1], rel=1e-6)
+
+
+def test_a_copy_by_hard_links_has_a_lock_of_its_own(tmp_path):
+    run, copied = tmp_path / "run", tmp_path / "copied"
+    lock_folder(run, "another").close()
+    shutil.copytree(run, copied, copy_function=os.link)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    holder = forks.Popen([sys.executable, "-c", HOLDER, str(run / ".lock")], cwd=ROOT, env=ENV, **pipes)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another is writing into"):  # or into what it is a copy of
+            lock_folder(copied, "another")
+    finally:
+        kill(holder)
+    with lock_folder(copied, "another"):
+        holder = forks.Popen([sys.executable, "-c", HOLDER, str(run / ".lock")], cwd=ROOT, env=ENV, **pipes)
+        try:
+            assert holder.stdout.readline() == "held\n"
+        finally:
+            kill(holder)
