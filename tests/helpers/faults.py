@@ -31,12 +31,15 @@ static __thread int inside;
 static int found;
 
 /* Whether this call fails: FAULT_OPERATIONS and FAULT_FILES say which do, FAULT_TIMES how often (0: always),
-   FAULT_WHILE names a file that must be there, FAULT_LOG one that gets a byte for each failure. It sets errno. */
+   FAULT_WHILE names a folder that must have a file of the operation's name, FAULT_LOG a file that gets a byte for each
+   failure. It sets errno. */
 static int fails(const char *operation, const char *path) {
   const char *operations = getenv("FAULT_OPERATIONS"), *files = getenv("FAULT_FILES"), *then = getenv("FAULT_WHILE");
   if (inside || !operations || !files || !strstr(operations, operation) || fnmatch(files, path, 0)) return 0;
   inside = 1;
-  int times = atoi(getenv("FAULT_TIMES")), fault = !then || !access(then, F_OK);
+  char now[4096];
+  snprintf(now, sizeof now, "%s/%s", then ? then : "", operation);
+  int times = atoi(getenv("FAULT_TIMES")), fault = !then || !access(now, F_OK);
   if (fault && times) fault = __sync_fetch_and_add(&found, 1) < times;
   if (fault) {
     int log = open(getenv("FAULT_LOG"), O_WRONLY | O_APPEND | O_CREAT, 0666);

@@ -1,0 +1,244 @@
+"""Do a two-rank run harm at random moments, again and again, and see that nothing is lost and nobody waits.
+
+    python tests/tools/faults.py --data SHARDS [--faults 100] [--launcher torchrun deepspeed] [--seed 0] [--out FOLDER]
+    python tests/tools/faults.py --data SHARDS --forked [--faults 10]
+
+A run that saves every three steps meets, chosen at random, a SIGKILL (a rank, its launcher, or everything at once), a
+rank that stands still for 5 to 20 s, a loader process that dies, a full disk for 10 s, and a rename that fails. After
+each it must train again within 60 s, or end within them and say why in one line, but where all that could speak was
+killed; then the same command starts it again. `latest` must name a checkpoint that loads, of no earlier step than
+before; at the end the run's losses must be those of a run that met nothing. About fifteen seconds a fault on two cores;
+with --forked about five, where a stand-in of the launcher forks the ranks of a smaller network. Exit status 1 if
+anything is off.
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from moe_dit.build import build_model
+from moe_dit.checkpoint_files import read_state
+from moe_dit.recipe_file import load_recipe
+from moe_dit.records import Records
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import ENV, ROOT, finish, forks, free_port, kill, losses, ranks_of, small
+from helpers.faults import fault, library
+
+SMALL = ["--set=model.depth=2", "--set=global_batch_size=16", "--set=checkpoint.every=3", "--set=data.workers=1"]
+LIMIT = 60.0  # seconds after a fault's end in which a run trains again, or has ended
+KINDS = ("kill rank", "kill launcher", "kill everything", "stand still", "loader", "full disk", "rename")
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=100", "--master_port"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port"],
+}
+
+
+@dataclass(frozen=True)
+class Starts:
+    """How runs are started: by a true launcher, or by a stand-in of it; and where what makes their disk fail is."""
+
+    data: Path
+    launcher: str
+    forked: bool
+    faults: Path
+
+    def start(self, run: Path, steps: int) -> subprocess.Popen:
+        lib = str(library(self.faults))
+        env = ENV | fault("write mkdir fsync rename", f"{run}/*", self.faults / "log", "ENOSPC")
+        env |= {"FAULT_WHILE": str(self.faults / "now"), "PYTHONPATH": str(ROOT)}
+        command = ["--data", str(self.data), "--out", str(run), "--steps", str(steps), *SMALL]
+        with open(f"{run}.log", "a") as log:
+            how: dict = {"cwd": ROOT, "stdout": log, "stderr": log}
+            if self.forked:
+                tasks = [*small.launcher_named(self.launcher, run.parent), "2", str(free_port()), "jobs/train.py"]
+                command = [*tasks, *small.flags_of(run, "zero2_ep2"), *command]
+                return forks.Popen([sys.executable, *command], env=env, library=lib, **how)
+            command = ["jobs/train.py", "--ds=ds_configs/zero2_ep2.json", "--recipe=digits", *command]
+            command = [sys.executable, *LAUNCHERS[self.launcher], str(free_port()), *command]
+            return subprocess.Popen(command, env=env | {"LD_PRELOAD": lib}, start_new_session=True, **how)
+
+
+def last_step(run: Path) -> int:
+    """The newest step that a run has recorded, 0 before the first."""
+    with suppress(OSError), Records(run / "metrics.jsonl") as found:
+        return next((record["step"] for record in found.last()), 0)
+    return 0
+
+
+def family_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """A launcher and all that it started."""
+    with suppress(psutil.NoSuchProcess):
+        return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    return []
+
+
+def trains_on(run: Path, process: subprocess.Popen, family: list[psutil.Process]) -> bool:
+    """Whether a run trains on, or has ended and left nobody, within the limit; fails where it does neither."""
+    deadline = time.monotonic() + LIMIT
+    lowest = last_step(run)
+    while time.monotonic() < deadline:
+        step = last_step(run)
+        if process.poll() is None and step > lowest:
+            return True
+        lowest = min(lowest, step)  # records of steps that are done again are cut as a run is started again
+        if process.poll() is not None and not any(map(_there, family)):
+            return False
+        time.sleep(0.1)
+    raise AssertionError(f"after {LIMIT:.0f} s it neither trains nor has ended: {list(filter(_there, family))}")
+
+
+def _there(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def send(processes: list[psutil.Process], number: int) -> None:
+    """Send a signal to those that are there."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+@contextmanager
+def failing(faults: Path, *operations: str):
+    """In the block these operations on the run's files fail."""
+    (faults / "now").mkdir(exist_ok=True)
+    (faults / "log").unlink(missing_ok=True)
+    for operation in operations:
+        (faults / "now" / operation).touch()
+    try:
+        yield
+    finally:
+        shutil.rmtree(faults / "now")
+
+
+def strike(kind: str, process: subprocess.Popen, chosen: random.Random, faults: Path) -> None:
+    """Do it; returns when it is over, and what it broke may go on."""
+    ranks = ranks_of(process)
+    rank = chosen.choice(ranks)
+    if kind == "kill rank":
+        send([rank], signal.SIGKILL)
+    elif kind == "kill launcher":
+        send([psutil.Process(process.pid)], signal.SIGKILL)
+    elif kind == "kill everything":
+        send(family_of(process), signal.SIGKILL)
+    elif kind == "stand still":
+        send([rank], signal.SIGSTOP)
+        time.sleep(chosen.uniform(5, 20))
+        send([rank], signal.SIGCONT)
+    elif kind == "loader":
+        # The workers are the children of a rank's fork server, which is its child.
+        workers = [child for server in rank.children() for child in server.children()]
+        send(workers[:1], signal.SIGKILL)
+    elif kind == "full disk":
+        with failing(faults, "write", "mkdir"):
+            time.sleep(10)
+    else:
+        with failing(faults, "rename"):
+            deadline = time.monotonic() + 10
+            while not (faults / "log").exists() and time.monotonic() < deadline:
+                time.sleep(0.001)
+
+
+def told(kind: str, said: str) -> str:
+    """The line that says why a run has ended; fails where there is none, or a rank's traceback instead."""
+    assert "[rank" not in said or "Traceback" not in said, said[-5000:]
+    lines = [line for line in said.splitlines() if line.startswith(("error: ", "stopped as asked"))]
+    if kind == "kill everything":
+        return "nobody could say so"
+    assert lines, said[-5000:]
+    return lines[0]
+
+
+def check_latest(run: Path, before: int) -> int:
+    """The step of `latest`, whose checkpoint must load whole and be no older than before; 0 where nothing is saved."""
+    latest = run / "checkpoints/latest"
+    if not latest.exists():
+        assert before == 0, f"latest named step {before}, and is gone"
+        return 0
+    checkpoint = run / "checkpoints" / latest.read_text().strip()
+    names = {
+        name: weight.numel() for name, weight in build_model(load_recipe(str(run / "config.yaml"))).named_parameters()
+    }
+    kinds = ("weight", "exp_avg", "exp_avg_sq", "ema")
+    state = {f"{kind}/{name}": torch.full((size,), torch.nan) for kind in kinds for name, size in names.items()}
+    read_state(state, checkpoint)
+    assert all(tensor.isfinite().all() for tensor in state.values()), f"{checkpoint} has holes"
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert step >= before, f"latest went back from step {before} to {step}"
+    return step
+
+
+def harm(starts: Starts, out: Path, count: int, chosen: random.Random) -> float:
+    """Train a run among so many faults; gives the largest relative difference of its losses from undisturbed ones."""
+    run, whole, log = out / "harmed", out / "whole", out / "harmed.log"
+    kinds = [kind for _ in range(-(-count // len(KINDS))) for kind in chosen.sample(KINDS, len(KINDS))][:count]
+    process = None
+    step = 0
+    try:
+        for number, kind in enumerate(kinds, start=1):
+            if process is None:
+                process, begin = starts.start(run, 10**6), log.stat().st_size if log.exists() else 0
+                assert trains_on(run, process, []), log.read_text()[begin:]
+            time.sleep(chosen.uniform(0, 3))
+            family = family_of(process)
+            start = time.monotonic()
+            strike(kind, process, chosen, starts.faults)
+            over = time.monotonic()
+            goes_on = trains_on(run, process, family)
+            what = "trained on" if goes_on else f"ended: {told(kind, log.read_text()[begin:])[:100]}"
+            assert goes_on or kind != "stand still", what
+            if not goes_on:
+                process = None
+                step = check_latest(run, step)
+            seconds = f"{over - start:.0f} s, then {time.monotonic() - over:.1f} s"
+            print(f"{starts.launcher}, fault {number}: {kind}, {seconds}; {what}", flush=True)
+    finally:
+        if process is not None:
+            kill(process)
+            _, left = psutil.wait_procs(family_of(process), timeout=LIMIT)
+            assert not left
+    step = max(check_latest(run, step), 1)
+    finish(starts.start(run, step + 3), run, 600)
+    finish(starts.start(whole, step + 3), whole, 3600)
+    return max(abs(a - b) / abs(b) for a, b in zip(losses(run), losses(whole), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="SHARDS", help="the digits' latent shards")
+    parser.add_argument("--faults", type=int, default=100, help="in all (default 100)")
+    parser.add_argument("--launcher", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS), help="(default: both)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and faults (default 0)")
+    parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
+    parser.add_argument("--forked", action="store_true", help="ranks forked by a stand-in, of a smaller network")
+    args = parser.parse_args()
+    differences = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for number, launcher in enumerate(args.launcher):
+            out = (args.out or Path(temporary)) / launcher
+            shutil.rmtree(out, ignore_errors=True)
+            (out / "faults").mkdir(parents=True)
+            count = args.faults // len(args.launcher) + (number < args.faults % len(args.launcher))
+            starts = Starts(args.data.absolute(), launcher, args.forked, out / "faults")
+            differences.append(harm(starts, out, count, random.Random(args.seed + number)))
+            steps = len(losses(out / "harmed"))
+            print(f"{launcher}: {count} faults, {steps} steps: losses differ by {differences[-1]:.1e}", flush=True)
+    sys.exit(max(differences) > 1e-6)
+
+
+if __name__ == "__main__":
+    main()
