@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 # started, done, stopped (told to, and saved) and failed are of training; queued, restarted, requeued and gave up of the
-# job around it; straggler, hang and slow are what ranks find about each other.
+# job around it; straggler, hang and slow are what ranks find about each other; changed: a run goes on with another
+# value of a key, or other data.
 What = Literal[
-    "started", "stopped", "failed", "done", "queued", "restarted", "requeued", "gave up", "straggler", "hang", "slow"
+    "changed",
+    "started",
+    "stopped",
+    "failed",
+    "done",
+    "queued",
+    "restarted",
+    "requeued",
+    "gave up",
+    "straggler",
+    "hang",
+    "slow",
 ]
 
 
