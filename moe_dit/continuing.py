@@ -193,9 +193,9 @@ def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Cha
             new, old = f"{new[place]!r} as class {place}", f"{old[place]!r}"
         elif key == "data.classes":
             new, old = f"{len(new)} names", f"{len(old)}"
-        if key == "data.content":
-            if ours["data"]["samples"] != theirs["data"]["samples"]:
-                continue  # of course
+        elif key == "data.content" and ours["data"]["samples"] != theirs["data"]["samples"]:
+            continue  # of course
+        elif key in ("data.content", "data.vae_sha256"):
             new, old = f"{new[:12]}...", f"{old[:12]}..."
         yield Change(key, new, old)
 
@@ -203,7 +203,7 @@ def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Cha
 def _refusal(refused: Sequence[Change], asked: Asked) -> str:
     """What is said of changes that are refused, behind "was trained with"."""
     final = [change for change in refused if never(change)]
-    shown = ", ".join(f"{key} {_shown(old)}, not {_shown(new)}" for key, new, old in final or refused)
+    shown = ", ".join(f"{key} {_shown(old)}, not {_shown(new)}" for key, new, old in final[:3] or refused)
     if final:
         return (
             f"{shown}, and its state is of no use with another; continue it with {_shown(final[0].old)}, or give "

@@ -13,8 +13,10 @@ from helpers import ROOT, TIMEOUT, kill, losses, records, small, start_training,
 from helpers.older_run import SHARDS
 from helpers.small import LOSSES, SMALL, copy, flip, latest, names, step, train, train_here
 from moe_dit.checkpoint_files import check_complete, step_of
+from moe_dit.data.index import ensure_index
 from moe_dit.events import events
 from moe_dit.lineage import State, choose, complete_checkpoints, find_checkpoint, superfluous
+from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
 
 
@@ -312,6 +314,7 @@ def test_other_data_is_named_and_told(eight_steps, tmp_path):
     (other / "manifest.json").write_text(json.dumps(manifest | {"classes": ["1", "0", *classes[2:]]}))
     assert f"{step(8)} was trained with data.classes '0', not '1' as class 0; keep it with" in refused(run, *flags)
     (other / "manifest.json").write_text(json.dumps(manifest | {"shards": manifest["shards"][1:], "samples": 48}))
+    ensure_index(read_manifest(other))  # else a line says that it is made
     assert "was trained with data.samples 96, not 48;" in refused(run, *flags)
     assert not changed(run)
     log = train(run, *flags, "--allow-change=data")

@@ -878,6 +878,13 @@ MUTATIONS = [
         "()",
         "tests/ranks/test_cluster.py::test_a_dry_run_prints_what_would_be_submitted",
     ),
+    Mutation(
+        "report-without-what-changed",
+        "eval/report.py",
+        'if event["what"] == "changed"]',
+        'if event["what"] == ""]',
+        "tests/unit/test_eval.py::test_the_report_says_what_a_run_was_and_what_is_published",
+    ),
 ]
 
 
