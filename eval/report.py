@@ -21,6 +21,7 @@ from eval.atlas_file import load_atlas
 from eval.atlas_page import atlas_parts
 from eval.plots import HALF, WIDTH, bars, heat_map, line_chart
 from eval.published import SAMPLES, published
+from moe_dit.events import events
 from moe_dit.records import Records, is_number
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
@@ -288,6 +289,8 @@ def _summary(run_folder: Path, records: list[dict[str, Any]], settings: dict[str
             )
         )
         summary.append(("starts", f"{len(starts)}, the first {starts[0].get('date', '?')}"))
+        changed = [event["message"] for event in events(run_folder) if event["what"] == "changed"]
+        summary += [("changed on the way", "; ".join(changed))] if changed else []
         summary.append(("code", f"{str(last.get('commit') or 'unknown')[:12]}, torch {last.get('torch', '?')}"))
     return summary
 

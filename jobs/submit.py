@@ -82,6 +82,7 @@ def prepare(
         arguments = ["--ds", asked.ds, "--recipe", asked.recipe_name, "--data", recipe.data.path, "--out", str(folder)]
         arguments += ["--resume", asked.resume, *([] if asked.steps is None else ["--steps", str(asked.steps)])]
         arguments += [word for change in asked.changes for word in ("--set", change)]
+        arguments += [word for key in asked.allowed for word in ("--allow-change", key)]
     else:
         if "train" not in jobs:
             submit.check_run(folder)

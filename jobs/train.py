@@ -10,7 +10,7 @@ def main() -> None:
     asked = parse_training()
     ranks.start()
     recipe = ranks.agreed(asked.recipe)
-    train(recipe, asked.ds, asked.run(recipe), asked.resume)
+    train(recipe, asked.ds, asked.run(recipe), asked.resume, asked.named)
 
 
 if __name__ == "__main__":

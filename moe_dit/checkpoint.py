@@ -35,6 +35,7 @@ from moe_dit.checkpoint_files import (
 )
 from moe_dit.engine import Engine
 from moe_dit.lineage import State, named_by_latest, newest, set_latest, superfluous
+from moe_dit.manifest import Content
 from moe_dit.runtime.errors import InputError, Stop
 from moe_dit.runtime.files import publish_folder, remove_folder, remove_unfinished, wait_until_seen
 from moe_dit.runtime.notes import noted
@@ -202,6 +203,7 @@ class Checkpointer:
 
     Attributes:
         history: the starts of the training command that led to what is saved (:class:`moe_dit.lineage.Start`).
+        data: what is trained on; None: checkpoints do not say.
     """
 
     def __init__(self, run: Path, keep: int, milestone_every: int = 0, write_gb_per_second: float | None = None):
@@ -209,6 +211,7 @@ class Checkpointer:
         self.keep = keep
         self.milestone_every = milestone_every
         self.history: Sequence[Attempt] = []
+        self.data: Content | None = None
         # Collectives of its own, apart from the ranks' training traffic.
         self.group: Any = tree_group()
         _connect(self.group)
@@ -250,6 +253,8 @@ class Checkpointer:
             "zero_stage": engine.parallelism.zero_stage,
             "history": [asdict(attempt) for attempt in self.history],
             "recipe": engine.recipe.to_dict(),
+            "precision": "bf16" if engine.bf16 else "fp32",  # what the recipe's came to
+            "data": self.data,
         }
         # A save has failed until it is done, whatever may keep its thread from saying so.
         self._error = Stop(f"checkpoint {self.folder / name_of(step)} was not written to its end", everywhere=True)

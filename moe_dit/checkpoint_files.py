@@ -1,6 +1,6 @@
 """A checkpoint's files, read without trust: they run no code, and what is damaged is noticed, not loaded.
 
-    state.json    the step, the recipe, the history (moe_dit/lineage.py) and the topology that wrote it
+    state.json    the step, the recipe, the shards, the history (moe_dit/lineage.py) and the topology that wrote it
     .metadata     torch.distributed.checkpoint's index: where each slice of each tensor lies
     __0_0.distcp  what rank 0 wrote: records one after another, each a slice as torch.save writes it, a zip archive
 
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import TypeAdapter
 from torch.distributed.checkpoint import CheckpointException, StorageReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -37,6 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.futures import Future
 
 from moe_dit.build import build_model
+from moe_dit.manifest import Content
 from moe_dit.optimizer import optimizer_kind
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import parse_recipe
@@ -96,7 +98,7 @@ def write_description(checkpoint: Path, description: dict[str, Any]) -> None:
 
 
 def read_description(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's state.json: step, position, recipe, history and the topology that wrote it.
+    """A checkpoint's state.json: step, position, recipe, precision, shards, history, the topology that wrote it.
 
     Raises:
         Damaged: there is none, or it is not what was written.
@@ -115,6 +117,7 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"its step is {step!r}")
         description["history"] = [Attempt(**attempt) for attempt in description.get("history", [])]
         parse_recipe(description["recipe"], str(checkpoint))
+        TypeAdapter(Content | None).validate_python(description.get("data"))  # earlier versions kept none
     except Exception as error:  # whatever can be made of damaged values
         raise damaged(checkpoint, error, STATE) from None
     return description

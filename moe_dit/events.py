@@ -11,9 +11,21 @@ from moe_dit.runtime.files import open_to_append
 from moe_dit.runtime.notes import noted
 
 # started, done, stopped (told to, and saved) and failed are of training; queued, restarted, requeued and gave up of the
-# job around it; straggler, hang and slow are what ranks find about each other.
+# job around it; straggler, hang and slow are what ranks find about each other; changed: a run goes on with another
+# value of a key, or other data.
 What = Literal[
-    "started", "stopped", "failed", "done", "queued", "restarted", "requeued", "gave up", "straggler", "hang", "slow"
+    "changed",
+    "started",
+    "stopped",
+    "failed",
+    "done",
+    "queued",
+    "restarted",
+    "requeued",
+    "gave up",
+    "straggler",
+    "hang",
+    "slow",
 ]
 
 

@@ -21,7 +21,7 @@ from moe_dit.build import build_model, load_settings
 from moe_dit.models import NetworkConfig
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
-from moe_dit.schema import differences
+from moe_dit.schema import differences, is_under
 
 if TYPE_CHECKING:
     from moe_dit.engine import Engine
@@ -63,7 +63,7 @@ def check_same_network(settings: NetworkConfig, recipe: Recipe, folder: Path, ig
     if ours["family"] != theirs["family"]:
         raise InputError(f"{folder} is a {theirs['family']} network, but recipe {recipe.name} is {ours['family']}")
     for key, our, their in differences(ours, theirs):
-        if not any(f"{key}.".startswith(f"{free}.") for free in TRAINING_KEYS | ignored):
+        if not is_under(key, TRAINING_KEYS | ignored):
             raise InputError(
                 f"{folder} is of another network than recipe {recipe.name}: its {key} is {their}, the recipe's "
                 f"model.{key} {our}; they should be equal"

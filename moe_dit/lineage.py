@@ -44,6 +44,7 @@ class Start:
         history: what the checkpoints will say that it saves; this start stands last.
         records: up to which step the run's metrics.jsonl tells of what is continued.
         notes: lines that a person should read.
+        changes: lines that say what differs from what that checkpoint was trained with (:mod:`moe_dit.continuing`).
     """
 
     checkpoint: Path | None
@@ -51,6 +52,7 @@ class Start:
     history: Sequence[Attempt]
     records: int
     notes: Sequence[str] = field(default=())
+    changes: Sequence[str] = field(default=())
 
 
 def common_step(a: State, b: State) -> int:

@@ -1,5 +1,6 @@
 """The manifest of a folder of shards: what data_prep writes last, and readers look at first."""
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -40,6 +41,16 @@ class _File(TypedDict):
     vae_sha256: NotRequired[str | None]
 
 
+class Content(TypedDict):
+    """What training sees of shards, as a checkpoint's state.json keeps it."""
+
+    kind: str
+    sample_shape: list[int]
+    samples: int
+    classes: list[str]  # in the order of their labels
+    content: str  # SHA-256 over the shards' sizes and checksums, in their order
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a folder of shards holds."""
@@ -61,6 +72,17 @@ class Manifest:
     def place(self) -> str:
         """The folder, or its URL."""
         return str(self.folder) if self.remote is None else self.remote.url
+
+    def content(self) -> Content:
+        """What training sees of the shards, wherever they lie and whatever their files' names."""
+        listed = [[shard["samples"], shard["bytes"], shard["sha256"]] for shard in self.shards]
+        return {
+            "kind": self.kind,
+            "sample_shape": list(self.sample_shape),
+            "samples": self.samples,
+            "classes": list(self.classes),
+            "content": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+        }
 
     def local(self, shard: dict[str, Any]) -> Path:
         """A shard's file on this node, fetched if need be."""

@@ -4,7 +4,7 @@ A settings class is declared ``@dataclass(frozen=True, config=STRICT)``. What on
 ``problems`` does: it gives pairs (key, what is wrong with it), the key relative to the class.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
@@ -25,6 +25,11 @@ Problem = tuple[str, str]
 def divisors(n: int) -> str:
     """The divisors of n, for a message."""
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def is_under(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these keys and sections, or in one of them."""
+    return any(f"{key}.".startswith(f"{name}.") for name in names)
 
 
 def differences(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

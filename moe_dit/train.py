@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ import torch
 
 from moe_dit import preflight, watchdog
 from moe_dit.cluster.outcome import gives_up
+from moe_dit.continuing import Asked, Named, kept_window
 from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.data.index import ensure_index
 from moe_dit.data.order import window_for
@@ -24,7 +25,6 @@ from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import Parallelism, load_parallelism
 from moe_dit.plan import most_images_per_second, parameters
 from moe_dit.recipe import Recipe
-from moe_dit.recipe_file import parse_recipe
 from moe_dit.run_folder import check_run_folder, clear_unfinished
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError, Interrupted, Stop
@@ -35,7 +35,6 @@ from moe_dit.runtime.notes import noted
 from moe_dit.runtime.progress import console, say, task
 from moe_dit.runtime.rank_log import RankLog
 from moe_dit.runtime.stopping import GRACE_SECONDS, StopRequest, was_restarted
-from moe_dit.schema import differences
 from moe_dit.status import read_status, write_status
 from moe_dit.times import LOAD_EVERY, NUMBERS, RankTimes, StepTimes, slots
 from moe_dit.watchdog import Watchdog
@@ -48,12 +47,10 @@ if TYPE_CHECKING:
     from moe_dit.looks import Looks
     from moe_dit.metrics import Metrics, Report
 
-# A continued run must be the same experiment: with these changed it would not be.
-SAME_ON_RESUME = ("seed", "global_batch_size", "model", "flow", "ema")
 ENDING_SECONDS = 10.0  # for the ranks of a run that was just killed to end
 
 
-def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None:
+def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) -> None:
     """Train a recipe until its last step.
 
     Args:
@@ -62,6 +59,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         run: folder for the results.
         resume: "auto" (continue the run if it has a checkpoint), "never" (refuse if it has one), or a checkpoint to
             begin from (:func:`moe_dit.lineage.choose`).
+        named: keys that the command names, which may differ from what is continued (:mod:`moe_dit.continuing`).
 
     Raises:
         InputError: whatever cannot work is found here, before anything is written.
@@ -79,7 +77,9 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
     from moe_dit.initial_weights import load_initial_weights
     from moe_dit.parallel.expert_layers import expert_group
 
-    ranks.agreed(lambda: _check_beginning(recipe, run, resume))
+    bf16 = recipe.in_bf16("cuda" if torch.cuda.is_available() else "cpu")
+    asked = Asked(recipe, parallelism.world_size, bf16, manifest.content(), named)
+    ranks.agreed(lambda: _check_beginning(asked, run, resume))
     request = StopRequest()
     request.watch_launchers()
     device = ranks.device()
@@ -91,7 +91,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         looks = Looks(recipe, run, device, parallelism.micro_batch_size)
     with ExitStack() as held:
         # Rank 0 alone decides what is continued: ranks that each looked might see different moments.
-        start = ranks.from_rank_0(lambda: _open_run(recipe, run, resume, held))
+        start = ranks.from_rank_0(lambda: _open_run(asked, run, resume, held))
         told = held.enter_context(_Told(run))
         log = held.enter_context(ranks.agreed(lambda: RankLog(run, device)))
         watch = Watchdog(log, told.stands_still, patience, device.type == "cuda")
@@ -105,13 +105,14 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         engine = Engine(recipe, parallelism, device)
         keep = recipe.checkpoint
         checkpointer = Checkpointer(run, keep.keep, keep.milestone_every, keep.write_gb_per_second)
-        start, first_step = _load(engine, checkpointer, start, recipe, run, resume)
+        checkpointer.data = asked.data
+        start, first_step = _load(engine, checkpointer, start, asked, run, resume)
         if recipe.initial_weights is not None and start.checkpoint is None:
             load_initial_weights(engine, Path(recipe.initial_weights))
         bytes_held = engine.bytes_held_by_rank()
-        ranks.on_rank_0(lambda: _write_start(run, recipe, engine, first_step))
+        ranks.on_rank_0(lambda: _write_start(run, recipe, engine, first_step, start.changes))
         metrics = ranks.on_rank_0(lambda: _open_record(engine, run, start, first_step, bytes_held))
-        for note in start.notes:
+        for note in (*start.notes, *start.changes):
             say(note)
         headline = _headline(recipe, parallelism, manifest, start.checkpoint, engine)
         say(headline)
@@ -148,17 +149,17 @@ def _check(recipe: Recipe, ds_file: str) -> tuple[Recipe, Parallelism, Manifest]
     return _resolve(recipe, manifest), parallelism, manifest
 
 
-def _check_beginning(recipe: Recipe, run: Path, resume: str) -> None:
+def _check_beginning(asked: Asked, run: Path, resume: str) -> None:
     """Where the run's numbers go, and what it begins from."""
     from moe_dit.initial_weights import check_initial_weights
     from moe_dit.sinks import check_sinks
 
-    check_sinks(recipe)
-    if recipe.initial_weights is not None and _resumed(recipe, run, resume).checkpoint is None:
-        check_initial_weights(recipe)  # a run that continues needs them no more
+    check_sinks(asked.recipe)
+    if asked.recipe.initial_weights is not None and _resumed(asked, run, resume).checkpoint is None:
+        check_initial_weights(asked.recipe)  # a run that continues needs them no more
 
 
-def _open_run(recipe: Recipe, run: Path, resume: str, held: ExitStack) -> "Start":
+def _open_run(asked: Asked, run: Path, resume: str, held: ExitStack) -> "Start":
     """Hold the run's folder until ``held`` ends, clear what a kill left, and decide what is continued."""
 
     def patience() -> float:
@@ -166,16 +167,16 @@ def _open_run(recipe: Recipe, run: Path, resume: str, held: ExitStack) -> "Start
         return GRACE_SECONDS if read_status(run).get("state") == "stopping" else ENDING_SECONDS
 
     check_run_folder(run)
-    _resumed(recipe, run, resume)  # refuse before the folder is touched
+    _resumed(asked, run, resume)  # refuse before the folder is touched
     held.enter_context(lock_folder(run, "another training run", patience))
     clear_unfinished(run)
     if was_restarted() and (why := gives_up(list(events(run)))):
         raise Stop(why)
-    return _resumed(recipe, run, resume)
+    return _resumed(asked, run, resume)
 
 
 def _load(
-    engine: "Engine", checkpointer: "Checkpointer", start: "Start", recipe: Recipe, run: Path, resume: str
+    engine: "Engine", checkpointer: "Checkpointer", start: "Start", asked: Asked, run: Path, resume: str
 ) -> tuple["Start", int]:
     """Fill the engine from what the run starts from, or from the one before where that turns out to be damaged."""
     from moe_dit.checkpoint_files import Damaged, Pruned
@@ -190,7 +191,7 @@ def _load(
             if isinstance(error, Pruned):  # of another run, which trains
                 say(f"{error}; taking a newer one")
             damaged[start.checkpoint] = error
-            start = ranks.from_rank_0(lambda: _resumed(recipe, run, resume, damaged))
+            start = ranks.from_rank_0(lambda: _resumed(asked, run, resume, damaged))
     checkpointer.history = start.history
     return start, first_step
 
@@ -212,6 +213,8 @@ def _open_record(engine: "Engine", run: Path, start: "Start", first_step: int, b
             # Before anything is saved: a requeued job goes on from here too.
             set_latest(run / "checkpoints", name_of(first_step))
         write_history(run, start.history)
+    for change in start.changes:
+        record(run, "changed", change, first_step)
     return metrics
 
 
@@ -403,52 +406,26 @@ def _with_window(recipe: Recipe, manifest: Manifest, start: "Start") -> Recipe:
     window = recipe.data.window_gb
     if start.checkpoint is None:
         window = window_for(manifest, window)
-    else:
-        kept = read_description(start.checkpoint)["recipe"]["data"].get("window_gb")
-        if window not in ("auto", kept):
-            raise InputError(
-                f"{start.checkpoint} was trained with data.window_gb {kept}, not {window}; continue it with "
-                f"{'null' if kept is None else kept}, or give another --out for another experiment"
-            )
-        window = kept
+    elif window == "auto":
+        window = kept_window(read_description(start.checkpoint))
     return replace(recipe, data=replace(recipe.data, window_gb=window))
 
 
-def _resumed(recipe: Recipe, run: Path, resume: str, damaged: "Mapping[Path, Damaged] | None" = None) -> "Start":
+def _resumed(asked: Asked, run: Path, resume: str, damaged: "Mapping[Path, Damaged] | None" = None) -> "Start":
     """Where to begin, as ``resume`` says; InputError where that is a checkpoint that cannot continue this recipe."""
     from moe_dit.checkpoint_files import read_description
     from moe_dit.lineage import choose
 
     start = choose(run, resume, damaged)
-    if start.checkpoint is not None:
-        description = read_description(start.checkpoint)
-        _check_same(recipe, description, start.checkpoint)
-        if not start.own and description["step"] == recipe.steps:
-            raise InputError(
-                f"{start.checkpoint} has done all of the {recipe.steps} steps asked for; give more --steps"
-            )
+    if start.checkpoint is None:
+        return start
+    description, steps = read_description(start.checkpoint), asked.recipe.steps
+    start = replace(start, changes=asked.changes(description, start.checkpoint, start.own))
+    if description["step"] > steps:
+        raise InputError(f"{start.checkpoint} has done {description['step']} steps, more than the {steps} asked for")
+    if not start.own and description["step"] == steps:
+        raise InputError(f"{start.checkpoint} has done all of the {steps} steps asked for; give more --steps")
     return start
-
-
-def _check_same(recipe: Recipe, description: dict, checkpoint: Path) -> None:
-    """Refuse to continue another experiment, and a run that is longer than asked for."""
-    # Read as a recipe, so that a key which the run is older than has its default.
-    ours = recipe.to_dict()
-    theirs = parse_recipe(description["recipe"], str(checkpoint)).to_dict()
-    for key in SAME_ON_RESUME:
-        for path, new, old in differences(ours[key], theirs[key], key):
-            raise InputError(
-                f"{checkpoint} was trained with {path} {old}, not {new}; continue it with {old}, "
-                f"or give another --out for another experiment"
-            )
-    ours, theirs = ours["data"]["vae_sha256"], theirs["data"]["vae_sha256"]
-    if None not in (ours, theirs) and ours != theirs:
-        raise InputError(
-            f"{checkpoint} was trained on latents of another VAE ({theirs[:12]}..., not {ours[:12]}...); give the same "
-            "shards, or another --out for another experiment"
-        )
-    if description["step"] > recipe.steps:
-        raise InputError(f"{checkpoint} has done {description['step']} steps, more than the {recipe.steps} asked for")
 
 
 def _write_config(run: Path, recipe: Recipe, ds_config: dict) -> None:
@@ -457,13 +434,14 @@ def _write_config(run: Path, recipe: Recipe, ds_config: dict) -> None:
     write_json(run / "ds_config.json", ds_config, indent=2)
 
 
-def _write_start(run: Path, recipe: Recipe, engine: "Engine", first_step: int) -> None:
-    """Add what this start computes with to RUN/starts.json, which the report shows."""
+def _write_start(run: Path, recipe: Recipe, engine: "Engine", first_step: int, changes: Sequence[str]) -> None:
+    """Add what this start computes, and with what, to RUN/starts.json, which the report shows."""
     total, activated = parameters(recipe)
     parallelism = engine.parallelism
     start = machine(engine.device) | {"date": now(), "commit": commit(), "first_step": first_step}
     start |= {"precision": "bf16" if engine.bf16 else "fp32", "zero_stage": parallelism.zero_stage}
     start |= {"expert_parallel": parallelism.ep_size, "parameters": total, "activated": activated}
+    start |= {"changes": list(changes), "recipe": recipe.to_dict()}
     file = run / "starts.json"
     try:
         before = list(json.loads(file.read_text()))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moe_dit.continuing import Named
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import DEFAULT_RECIPE, load_recipe
 from moe_dit.runtime.command import Parser
@@ -28,10 +29,18 @@ class Training:
     out: Path | None
     resume: str
     steps: int | None
+    allowed: Sequence[str] = ()  # keys and sections that may change where a run goes on
+
+    @property
+    def named(self) -> Named:
+        """The keys of the recipe that it names."""
+        given = [change.partition("=")[0].strip() for change in self.changes]
+        return Named([*given, *([] if self.steps is None else ["steps"])], self.allowed)
 
     def recipe(self) -> Recipe:
         """The recipe that it means; InputError where there is none such."""
         recipe = load_recipe(self.recipe_name, self.changes)
+        self.named.check(recipe)
         steps = recipe.steps if self.steps is None else self.steps
         path = recipe.data.path if self.data is None else self.data
         return replace(recipe, steps=steps, data=replace(recipe.data, path=path))
@@ -53,13 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser, ds: str | None = None) -> Non
     parser.add_argument("--resume", default="auto", help=resume)
     parser.add_argument("--steps", type=int, metavar="N", help="train until step N (default: the recipe's)")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a recipe key")
+    change = (
+        "key or section of the recipe, data or micro_batch_size, that may differ from what the run was trained with"
+    )
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help=change)
 
 
 def training(args: argparse.Namespace) -> Training:
     """The values of :func:`add_arguments`; InputError where they cannot be."""
     if args.steps is not None and args.steps < 1:
         raise InputError(f"--steps {args.steps}: it should be at least 1")
-    return Training(args.ds, args.recipe, args.set, args.data, args.out, args.resume, args.steps)
+    return Training(args.ds, args.recipe, args.set, args.data, args.out, args.resume, args.steps, args.allow_change)
 
 
 def parse_training(arguments: Sequence[str] | None = None) -> Training:

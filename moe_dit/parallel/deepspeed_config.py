@@ -263,9 +263,14 @@ def _divide(file: str, config: dict, stage: int, ep_size: int, recipe: Recipe, w
         raise InputError(
             f"global_batch_size {batch} of recipe {recipe.name} is not a multiple of the {world_size} ranks"
         )
-    share = batch // world_size
+    return Parallelism(file, stage, ep_size, world_size, *micro_batches(recipe, world_size), config)
+
+
+def micro_batches(recipe: Recipe, world_size: int) -> tuple[int, int]:
+    """Samples that each of so many ranks, which divide the batch, computes at once; and how often in a step."""
+    share = recipe.global_batch_size // world_size
     accumulation = next(a for a in range(1, share + 1) if share % a == 0 and share // a <= recipe.max_micro_batch_size)
-    return Parallelism(file, stage, ep_size, world_size, share // accumulation, accumulation, config)
+    return share // accumulation, accumulation
 
 
 def sums_in_fp32(recipe: Recipe, parallelism: Parallelism, bf16: bool) -> bool:

@@ -102,7 +102,7 @@ def test_two_checkpoints_must_have_room(good, refused, tmp_path):
 
 
 def test_a_dry_run_prints_what_would_be_submitted(good, latents, site, tmp_path):
-    flags = ["--nodes", 2, "--spare", 1, "--time", "1:00", "--dry-run"]
+    flags = ["--nodes", 2, "--spare", 1, "--time", "1:00", "--dry-run", "--allow-change", "optimizer.lr"]
     done = submit(site, *good, *flags, "--", "--resume", "never")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -115,7 +115,7 @@ def test_a_dry_run_prints_what_would_be_submitted(good, latents, site, tmp_path)
         "export SPARE_NODES=1",
         f"export SITE={site}",
         f"set -- --ds ds_configs/zero2_ep2.json --recipe digits --data {latents} --out '{tmp_path}/a run' "
-        f"--resume auto --set data.vae={latents.parent}/vae --resume never",
+        f"--resume auto --set data.vae={latents.parent}/vae --allow-change optimizer.lr --resume never",
         'train "$@"',
     ):
         assert lines.count(line) == 1, line

@@ -15,8 +15,11 @@ from helpers.older_run import SHARDS
 from helpers.small import LOSSES, SMALL, copy, flip, latest, names, step, train, train_here
 from moe_dit import checkpoint_files, lineage, load_model
 from moe_dit.checkpoint_files import check_complete, step_of
+from moe_dit.data.index import ensure_index
+from moe_dit.events import events
 from moe_dit.export import export_checkpoint
 from moe_dit.lineage import State, choose, complete_checkpoints, find_checkpoint, superfluous
+from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
 
 
@@ -324,3 +327,52 @@ def test_the_newest_checkpoint_may_be_pruned_while_it_is_looked_for(eight_steps,
 
     monkeypatch.setattr(lineage, "check_complete", pruning)
     assert find_checkpoint(run) == folder / step(8)
+
+
+AS_BEFORE = ["--set=checkpoint.every=2", "--set=checkpoint.keep=9"]
+
+
+def changed(run: Path) -> list[str]:
+    """What the run's events say that it goes on with."""
+    return [event["message"] for event in events(run) if event["what"] == "changed"]
+
+
+def test_another_rate_is_named_and_told_and_not_taken_back_without_a_word(eight_steps, tmp_path):
+    """Shards in another place, of the same content, are no change."""
+    run = copy(eight_steps, tmp_path)
+    data = ["--data", str(shutil.copytree(SHARDS, tmp_path / "moved"))]
+    log = train(run, "--steps=9", *AS_BEFORE, *data, "--set=optimizer.lr=0.01")
+    told = ["goes on with steps 9 instead of 8", "goes on with optimizer.lr 0.01 instead of 0.001"]
+    assert changed(run) == told
+    assert [log.count(line) for line in told] == [1, 1]
+    starts = json.loads((run / "starts.json").read_text())
+    assert [start["recipe"]["optimizer"]["lr"] for start in starts] == [0.001, 0.01]
+    assert [start["changes"] for start in starts] == [[], told]
+    description, _ = check_complete(run / "checkpoints" / step(9))
+    assert (description["precision"], description["data"]["samples"]) == ("fp32", 96)
+
+    line = refused(run, "--steps=10", *AS_BEFORE, *data)
+    assert f"{step(9)} was trained with optimizer.lr 0.01, not 0.001; keep it with --set optimizer.lr=0.01," in line
+    train(run, "--steps=9", *AS_BEFORE, *data, "--allow-change", "optimizer.lr")
+    assert changed(run) == [*told, "goes on with optimizer.lr 0.001 instead of 0.01"]
+
+
+def test_other_data_is_named_and_told(eight_steps, tmp_path):
+    run, other = copy(eight_steps, tmp_path), shutil.copytree(SHARDS, tmp_path / "other")
+    flags = ["--steps=9", *AS_BEFORE, "--data", str(other)]
+    manifest = json.loads((other / "manifest.json").read_text())
+    classes = manifest["classes"]
+    (other / "manifest.json").write_text(json.dumps(manifest | {"classes": ["1", "0", *classes[2:]]}))
+    assert f"{step(8)} was trained with data.classes '0', not '1' as class 0; keep it with" in refused(run, *flags)
+    (other / "manifest.json").write_text(json.dumps(manifest | {"shards": manifest["shards"][1:], "samples": 48}))
+    ensure_index(read_manifest(other))  # else a line says that it is made
+    assert "was trained with data.samples 96, not 48;" in refused(run, *flags)
+    assert not changed(run)
+    log = train(run, *flags, "--allow-change=data")
+    told = "goes on with data.samples 48 instead of 96"
+    assert changed(run) == ["goes on with steps 9 instead of 8", told] and log.count(told) == 1
+    # Another run may begin from a checkpoint with data of its own, and is told so.
+    new = tmp_path / "new"
+    begin = ["--resume", str(eight_steps / "checkpoints" / step(6)), "--steps=7", *AS_BEFORE, "--data", str(other)]
+    train(new, *begin)
+    assert changed(new) == ["goes on with steps 7 instead of 8", told]

@@ -29,9 +29,8 @@ def engine_of(device: torch.device) -> SimpleNamespace:
     """As much of an engine as is saved: nothing, of a recipe."""
     topology = SimpleNamespace(world_size=1, ep_size=1, zero_stage=1)
     pieces, buffers = (lambda owned_only: iter([])), dict
-    return SimpleNamespace(
-        device=device, recipe=load_recipe("digits"), parallelism=topology, pieces=pieces, buffers=buffers
-    )
+    made = {"device": device, "recipe": load_recipe("digits"), "bf16": False, "parallelism": topology}
+    return SimpleNamespace(**made, pieces=pieces, buffers=buffers)
 
 
 def test_a_save_has_failed_until_it_is_done(one_rank, tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from eval.images import read_image, reference_images
 from helpers import call, refused
 from helpers.sampling import CLASSES, SIZE, assert_same, pictures, write_model
 from moe_dit import load_model
+from moe_dit.events import record
 from moe_dit.randomness import Stream, normal
 
 # --- a tiny model, its VAE, and real images ---------------------------------------------------------------------------
@@ -393,11 +394,13 @@ def facts(tmp_path, scores, **recipe):
 def test_the_report_says_what_a_run_was_and_what_is_published(tmp_path):
     scores = {"features": "Inception V3", "num_samples": 50_000, "num_reference": 1_281_167, "protocol": "diffmoe"}
     scores |= {"fid": 15.25, "fid_interval": [15.0, 15.5], "inception_score": 90.0, "sampling": {"cfg_scale": 1.5}}
+    record(tmp_path, "changed", "goes on with optimizer.lr 0.001 instead of 0.0002", 1)
     text = facts(tmp_path, scores, name="dsmoe_s_e16", global_batch_size=512)
     for piece in (
         "96.87 M, 34.94 M",
         "8 x GPU X, bf16, ZeRO 2, EP 4",
         "2, the first 2026-01-02T03:04:05Z",
+        "goes on with optimizer.lr 0.001 instead of 0.0002",
         "0123456789ab",
     ):
         assert piece in text, piece
