@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from moe_dit.runtime.errors import InputError, Interrupted, NotJoined, Stop
+from moe_dit.runtime.errors import Followed, InputError, Interrupted, NotJoined, Stop, left_behind
 from moe_dit.runtime.processes import kill_children
 from moe_dit.runtime.progress import console
 from moe_dit.runtime.stopping import SIGNALS, end_torchrun, may_restart
@@ -53,7 +53,9 @@ def run(main: Callable[[], int | None]) -> None:
         status = error.status
         alike = not (joined() or isinstance(error, NotJoined))
         everywhere = error.everywhere or alike
-        if this.rank == 0 or not everywhere:
+        if isinstance(error, Followed):
+            pass
+        elif this.rank == 0 or not everywhere:
             where = "" if everywhere or this.size == 1 else f"rank {this.rank} ({socket.gethostname()}): "
             kind = "" if isinstance(error, Interrupted) else "error: "
             console.print(f"{kind}{where}{error}", markup=False, soft_wrap=True)
@@ -65,6 +67,10 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
+        if left_behind(error):
+            said = f"error: rank {this.rank} ({socket.gethostname()}): another rank has ended"
+            console.print(said, markup=False, soft_wrap=True)
+            sys.exit(status)
         if this.size > 1:
             error.add_note(f"on rank {this.rank}, host {socket.gethostname()}")
         raise
