@@ -276,3 +276,5 @@ class _Workers:
             ending.join(ENDING_SECONDS)
             self._kill()
             ending.join(ENDING_SECONDS)
+        for process in self._processes:
+            process.join(1)
