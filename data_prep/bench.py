@@ -9,7 +9,8 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import webdataset
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data_prep.shards import MOST_WORKERS, positive
 from moe_dit.data import Positions, ShardReader, TrainingSamples
@@ -30,7 +31,7 @@ from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import check_new_file, explained, write_json
-from moe_dit.runtime.processes import forkserver
+from moe_dit.runtime.loading import read
 from moe_dit.runtime.progress import task
 from moe_dit.runtime.ranks import World
 
@@ -130,32 +131,29 @@ def ways(reader: ShardReader, count: int, folder: Path) -> dict[str, Callable[[]
     }
 
 
-def loader(dataset: Any, count: int, batch: int, workers: int) -> DataLoader:
-    """As training makes one."""
-    how: dict[str, Any] = {"num_workers": workers}
-    if workers:
-        how |= {"prefetch_factor": 4, "multiprocessing_context": forkserver()}
+def batches(dataset: Any, count: int, batch: int, workers: int) -> Generator[Any, None, None]:
+    """As training reads them."""
+    how: dict[str, Any] = {"prefetch_factor": 4 if workers else None}
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        return DataLoader(dataset, batch_size=batch, collate_fn=collated, **how)
+        return read(dataset, workers, "--workers", collated, batch_size=batch, **how)
     positions = Positions(0, count // batch, batch, batch, World())
-    return DataLoader(dataset, batch_sampler=positions, collate_fn=packed, **how)
+    return read(dataset, workers, "--workers", packed, batch_sampler=positions, **how)
 
 
-def read(dataset: Any, count: int, batch: int, workers: int) -> tuple[float, float]:
+def time_of(dataset: Any, count: int, batch: int, workers: int) -> tuple[float, float]:
     """Seconds to the first batch, and samples a second after it."""
     begin = time.perf_counter()
-    batches: Iterator[Any] = iter(loader(dataset, count, batch, workers))
     seen = 0
     first = begin
-    for found in batches:
-        if isinstance(found, InputError):
-            raise found
-        if not seen:
-            first = time.perf_counter()
-        seen += len(found["y"])
-        if seen >= count - batch:
-            break
-    return first - begin, (seen - batch) / (time.perf_counter() - first)
+    with closing(batches(dataset, count, batch, workers)) as found:
+        for samples in found:
+            if not seen:
+                first = time.perf_counter()
+            seen += len(samples["y"])
+            if seen >= count - batch:
+                break
+        end = time.perf_counter()
+    return first - begin, (seen - batch) / (end - first)
 
 
 def measure(manifest: Manifest, samples: int, batch: int, workers: list[int], rounds: int) -> dict[str, Any]:
@@ -171,7 +169,7 @@ def measure(manifest: Manifest, samples: int, batch: int, workers: list[int], ro
             for _ in range(rounds):
                 for name, make in makers.items():
                     for number in workers:
-                        found.setdefault((name, number), []).append(read(make(), count, batch, number))
+                        found.setdefault((name, number), []).append(time_of(make(), count, batch, number))
                         progress.advance(1, name)
     results = [
         {

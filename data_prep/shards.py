@@ -16,7 +16,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -32,7 +32,7 @@ from data_prep.sources import BrokenImage, Source, open_source
 from moe_dit.data.index import MEMBERS as INDEXED
 from moe_dit.data.index import scan_shard, write_index
 from moe_dit.manifest import FORMAT, MANIFEST, Manifest
-from moe_dit.runtime import ranks
+from moe_dit.runtime import loading, ranks
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file, remove_unfinished, write_json, write_text
 from moe_dit.runtime.lock import lock_folder
@@ -263,7 +263,7 @@ class _Broken:
 
 
 class _Images(torch.utils.data.Dataset):
-    """A source's images as ``read`` gives them; those that cannot be read as the reason, or as an error."""
+    """A source's images as ``read`` gives them; those that cannot be read as the reason."""
 
     def __init__(self, source: Source, read: Callable[[str | bytes], Any], strict: bool):
         self.source = source
@@ -271,21 +271,18 @@ class _Images(torch.utils.data.Dataset):
         self.strict = strict
 
     def __getitem__(self, index: int) -> Any:
-        # Errors are handed over as values: raised, they would reach the main process in the worker's traceback.
         try:
             file = self.source.read(index)
         except BrokenImage as error:
             return self._broken(index, str(error))
-        except InputError as error:
-            return error
         try:
             return self.read(file)
         except InputError as error:
             return self._broken(index, _reason(error))
 
-    def _broken(self, index: int, reason: str) -> Any:
+    def _broken(self, index: int, reason: str) -> "_Broken":
         if self.strict:
-            return InputError(f"cannot read the image {self.source.name(index)}: {reason}")
+            raise InputError(f"cannot read the image {self.source.name(index)}: {reason}")
         return _Broken(reason)
 
 
@@ -298,10 +295,7 @@ def _reason(error: InputError) -> str:
 
 
 def _collate(samples: list[Any]) -> Any:
-    """What could be read, stacked where it is tensors, and each sample's reason or None; or an error."""
-    problem = next((sample for sample in samples if isinstance(sample, InputError)), None)
-    if problem is not None:
-        return problem
+    """What could be read, stacked where it is tensors, and each sample's reason or None."""
     whole = [sample for sample in samples if not isinstance(sample, _Broken)]
     reasons = [sample.reason if isinstance(sample, _Broken) else None for sample in samples]
     return (torch.stack(whole) if whole and isinstance(whole[0], torch.Tensor) else whole), reasons
@@ -319,20 +313,21 @@ def _write_my_shards(args, kind, source, read, encode, members, batch) -> list[_
     batches = [indices[i : i + batch] for indices in todo.values() for i in range(0, len(indices), batch)]
     workers = _workers(len(source)) if args.workers is None else args.workers
     # One iterator for all shards, so that reading goes on while a shard is closed.
-    loaded = iter(
-        torch.utils.data.DataLoader(
-            _Images(source, read, args.strict),
-            batch_sampler=batches,
-            collate_fn=_collate,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available() and kind == "latents",
-        )
+    loaded = loading.read(
+        _Images(source, read, args.strict),
+        workers,
+        "--workers",
+        _collate,
+        pin=torch.cuda.is_available() and kind == "latents",
+        forked=True,
+        batch_sampler=batches,
     )
     total = sum(map(len, mine.values()))
     where = f" (rank 0 of {world().size})" if world().size > 1 else ""
     clock = _Clock()
     seen = broken = 0
     with (
+        closing(loaded),
         task(f"writing samples{where}", total, done=total - sum(map(len, todo.values()))) as progress,
         _Beside() as side,
     ):
@@ -340,10 +335,7 @@ def _write_my_shards(args, kind, source, read, encode, members, batch) -> list[_
             side.begin(partial(_write_shard, args.out / name, kind, source.labels, members, indices))
             for i in range(0, len(indices), batch):
                 with clock:
-                    images = next(loaded)
-                if isinstance(images, InputError):
-                    raise images
-                whole, reasons = images
+                    whole, reasons = next(loaded)
                 seen += len(reasons)
                 broken += len(reasons) - len(whole)
                 if seen >= ENOUGH and 10 * broken > seen:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +28,7 @@ from moe_dit.plan import most_images_per_second, parameters
 from moe_dit.recipe import Recipe
 from moe_dit.run_folder import check_run_folder, clear_unfinished
 from moe_dit.runtime import ranks
-from moe_dit.runtime.errors import InputError, Interrupted, Stop
+from moe_dit.runtime.errors import Followed, InputError, Interrupted, Stop, left_behind
 from moe_dit.runtime.files import explained, write_json, write_yaml
 from moe_dit.runtime.lock import lock_folder
 from moe_dit.runtime.machine import commit, machine, now
@@ -245,7 +246,10 @@ class _Told:
             write_status(self.run, "failed", exit_status=1, message=line)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if not self.speaks:
+        if left_behind(error) and read_status(self.run).get("state") == "failed":
+            raise Followed("another rank failed") from None
+        # What one rank alone has met, the others will never hear of.
+        if not self.speaks and not (isinstance(error, Stop) and not error.everywhere):
             return
         if error is None:
             write_status(self.run, "done", exit_status=0)
@@ -255,6 +259,8 @@ class _Told:
             record(self.run, "stopped", str(error), self.step)
         else:
             message = f"{type(error).__name__}: {error}"
+            if not self.speaks:
+                message = f"rank {ranks.world().rank} ({socket.gethostname()}): {error}"
             write_status(self.run, "failed", exit_status=getattr(error, "status", 1), message=message)
             record(self.run, "failed", message, self.step)
 

@@ -12,19 +12,18 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from functools import partial
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy_format
+from torch.utils.data import Dataset
 
 from moe_dit.manifest import Manifest
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import new_file, write_bytes
-from moe_dit.runtime.processes import end_with, forkserver
+from moe_dit.runtime.loading import read
 from moe_dit.runtime.progress import say, task
 from moe_dit.store import cache
 
@@ -160,28 +159,27 @@ def scan_shards(manifest: Manifest, workers: int | None = None) -> list[np.ndarr
     """Each shard's records, read by several processes where there are many shards."""
     if workers is None:
         workers = min(8, len(os.sched_getaffinity(0)))
-    shards = manifest.shards
-    scan = partial(_scan, manifest)
-    if len(shards) < 16 or workers < 2:
-        return _checked(map(scan, shards), len(shards))
-    say(f"{manifest.folder} has no index; making one, once")
-    with ProcessPoolExecutor(workers, forkserver(), end_with, (os.getpid(),)) as pool:
-        return _checked(pool.map(scan, shards, chunksize=4), len(shards))
-
-
-def _scan(manifest: Manifest, shard: dict[str, Any]) -> np.ndarray | InputError:
-    try:
-        return scan_shard(manifest.local(shard), manifest.kind, shard["samples"])[0]
-    except InputError as error:  # as a value: it would come back with another process's traceback
-        return error
-
-
-def _checked(parts: Iterable[np.ndarray | InputError], count: int) -> list[np.ndarray]:
-    found = []
-    with task("indexing shards", count) as progress:
+    count = len(manifest.shards)
+    if count < 16 or workers < 2:
+        workers = 0
+    else:
+        say(f"{manifest.folder} has no index; making one, once")
+    each = [[number] for number in range(count)]
+    found: list[np.ndarray] = []
+    parts = read(_Shards(manifest), workers, "cores, by taskset", batch_sampler=each)
+    with closing(parts), task("indexing shards", count) as progress:
         for part in parts:
-            if isinstance(part, InputError):
-                raise part
-            found.append(part)
+            found += part
             progress.advance()
     return found
+
+
+class _Shards(Dataset):
+    """The records of each shard."""
+
+    def __init__(self, manifest: Manifest):
+        self.manifest = manifest
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        shard = self.manifest.shards[number]
+        return scan_shard(self.manifest.local(shard), self.manifest.kind, shard["samples"])[0]

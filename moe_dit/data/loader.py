@@ -1,16 +1,14 @@
 """The batches of a rank: the samples at its positions of a run, read ahead by worker processes."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
-from multiprocessing import resource_tracker
+from contextlib import closing
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from moe_dit.data.order import FullOrder, Order, make_order, window_for
 from moe_dit.data.reader import ShardReader
@@ -18,18 +16,15 @@ from moe_dit.manifest import Manifest
 from moe_dit.randomness import Stream, host_uniform
 from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
-from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.processes import end_with, forkserver
+from moe_dit.runtime.loading import read
 from moe_dit.runtime.progress import say
 from moe_dit.runtime.ranks import World
-from moe_dit.runtime.stopping import signals_held
 
 
 class TrainingSamples(Dataset):
     """The run's samples by position.
 
     A batch is a dict of "x" (moments or latents float16, pixels uint8), "y" and "position".
-    Errors come back as values, since a DataLoader would bury an exception's one line in a worker's traceback.
 
     Args:
         reader: of the shards.
@@ -53,13 +48,7 @@ class TrainingSamples(Dataset):
         self.order = order or FullOrder(seed, len(reader))
         self.reads_ahead = reads_ahead
 
-    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor] | InputError:
-        try:
-            return self._batch(positions)
-        except InputError as error:
-            return error
-
-    def _batch(self, positions: list[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
         where = np.array(positions)
         worker = get_worker_info()
         if self.reads_ahead and (worker is None or worker.id == 0):
@@ -94,10 +83,8 @@ class Positions:
 Batch: TypeAlias = dict[str, torch.Tensor]
 
 
-def packed(batch: Any) -> Any:
+def packed(batch: Batch) -> dict[str, Any]:
     """A batch as a worker sends it: a tensor takes a file in shared memory, which is much for some dozen numbers."""
-    if isinstance(batch, InputError):
-        return batch
     return {key: value if key == "x" else value.numpy() for key, value in batch.items()}
 
 
@@ -152,27 +139,18 @@ def batches(
     if workers == "auto":
         first = next(iter(positions), None)
         workers = 0 if first is None else workers_for(samples, first, eats())
-    loader = DataLoader(
+    loaded = read(
         samples,
+        workers,
+        "data.workers",
+        packed,
+        pin=torch.cuda.is_available(),
         batch_sampler=positions,
-        collate_fn=packed,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
-        multiprocessing_context=forkserver() if workers else None,
-        worker_init_fn=partial(end_with, os.getpid()),
     )
-    with signals_held():
-        # It unblocks two of the signals as it starts (Python 3.11), so it has to be there before the workers.
-        resource_tracker.ensure_running()
-    with signals_held():
-        loaded = iter(loader)
     try:
-        for batch in loaded:
-            if isinstance(batch, InputError):
-                raise batch
-            yield unpacked(batch)
+        with closing(loaded):
+            for batch in loaded:
+                yield unpacked(batch)
     finally:
-        # Its workers end with it. An error's traceback would keep it until the interpreter waits for them, in vain.
-        del loaded
         reader.close()

@@ -4,18 +4,21 @@ import argparse
 import atexit
 import gc
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 
-from moe_dit.runtime.errors import InputError, Interrupted, NotJoined, Stop
+from moe_dit.runtime.errors import Followed, InputError, Interrupted, NotJoined, Stop, left_behind
+from moe_dit.runtime.processes import kill_children
 from moe_dit.runtime.progress import console, leave_streams
-from moe_dit.runtime.stopping import end_torchrun, may_restart
+from moe_dit.runtime.stopping import SIGNALS, end_torchrun, may_restart
 from moe_dit.runtime.world import joined, world
 
-LEAVING_SECONDS = 60.0  # to leave the process group at most
+LEAVING_SECONDS = 55.0  # for a command that has done all, or failed, to end at most
+HARD_SECONDS = 5  # then, where the interpreter is gone and what it ran in does not end
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,7 +53,9 @@ def run(main: Callable[[], int | None]) -> None:
         status = error.status
         alike = not (joined() or isinstance(error, NotJoined))
         everywhere = error.everywhere or alike
-        if this.rank == 0 or not everywhere:
+        if isinstance(error, Followed):
+            pass
+        elif this.rank == 0 or not everywhere:
             where = "" if everywhere or this.size == 1 else f"rank {this.rank} ({socket.gethostname()}): "
             kind = "" if isinstance(error, Interrupted) else "error: "
             console.print(f"{kind}{where}{error}", markup=False, soft_wrap=True)
@@ -62,20 +67,38 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
+        if left_behind(error):
+            said = f"error: rank {this.rank} ({socket.gethostname()}): another rank has ended"
+            console.print(said, markup=False, soft_wrap=True)
+            sys.exit(status)
         if this.size > 1:
             error.add_note(f"on rank {this.rank}, host {socket.gethostname()}")
         raise
     finally:
-        # Leaving NCCL may wait for ranks that are gone; a failure must not hide in that.
-        limit = threading.Timer(LEAVING_SECONDS, os._exit, [status or 1])
-        limit.daemon = True
-        limit.start()
+        limit_the_end(status)
+        kill_children()
         if joined():
             from moe_dit.runtime import ranks  # with torch, which a command that joined no group may never have needed
 
             ranks.stop()
-        limit.cancel()
         # Else the very last collection visits all that torch and DeepSpeed made: 2 s, and launchers wait for it.
         atexit.register(gc.freeze)
         leave_streams()
     sys.exit(status)
+
+
+def limit_the_end(status: int) -> None:
+    """From now on this process ends, whatever holds it: after :data:`LEAVING_SECONDS`, or at once when it is told to.
+
+    Leaving NCCL may wait for ranks that are gone, and the interpreter waits for threads and processes; a failure must
+    not hide in that. Nothing asks any more whether a signal came.
+    """
+    limit = threading.Timer(LEAVING_SECONDS, os._exit, [status or 1])
+    limit.daemon = True
+    limit.start()
+    # The kernel's, for what runs when there are no threads of Python any more: destructors of libraries.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(int(LEAVING_SECONDS) + HARD_SECONDS)
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(status))

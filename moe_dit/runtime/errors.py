@@ -1,5 +1,10 @@
 """Errors that end a command with one plain line instead of a traceback."""
 
+import re
+
+# What gloo (in torch 2.14) and NCCL say to ranks that wait for one that is no more.
+_LEFT_BEHIND = re.compile(r"gloo.*(closed|reset) by peer|gloo.*broken pipe|remote process exited", re.I | re.S)
+
 
 class Stop(Exception):
     """A command cannot go on, and a person should read why, in one line.
@@ -34,3 +39,12 @@ class Interrupted(Stop):
 
 class NotJoined(Stop):
     """Ranks did not find each other; unlike any other error before they have, not all ranks know the same."""
+
+
+class Followed(Stop):
+    """Another rank failed, and has said why: this one ends with it, and says nothing."""
+
+
+def left_behind(error: BaseException | None) -> bool:
+    """Whether a collective failed because another rank has ended."""
+    return isinstance(error, RuntimeError) and _LEFT_BEHIND.search(str(error)) is not None

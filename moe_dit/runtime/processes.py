@@ -1,10 +1,10 @@
 """How helper processes start, and end."""
 
+import multiprocessing
 import os
 import select
 import threading
 import time
-from multiprocessing import get_context
 from typing import Any
 
 import psutil
@@ -15,9 +15,18 @@ def forkserver() -> Any:
 
     They must not inherit a CUDA context or gloo's threads, and each would take seconds to import torch.
     """
-    context = get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["moe_dit.data"])
     return context
+
+
+def kill_children() -> None:
+    """End all processes that multiprocessing started for this one, whatever they do.
+
+    An interpreter sends them SIGTERM as it ends, which they never see (:func:`signals_held`), and waits for them.
+    """
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def end_with(pid: int, *_: Any) -> None:

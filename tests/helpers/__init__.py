@@ -191,6 +191,7 @@ def last_step(run: Path) -> int:
 def call(name: str, *arguments):
     """Run a command in this process, a module or a script of jobs/; gives its exit status."""
     before, sys.argv = sys.argv, [name, *map(str, arguments)]
+    limit, command.limit_the_end = command.limit_the_end, lambda status: None  # this process goes on
     try:
         if name.endswith(".py"):
             runpy.run_path(str(ROOT / name), run_name="__main__")
@@ -199,7 +200,7 @@ def call(name: str, *arguments):
     except SystemExit as done:
         return done.code
     finally:
-        sys.argv = before
+        sys.argv, command.limit_the_end = before, limit
 
 
 def refused(captured, name: str, *arguments, harmless: Path | None = None) -> str:
