@@ -1,9 +1,13 @@
-"""What happened to a run, a line an event: RUN/events.jsonl, which watchers read and restarts are decided by."""
+"""What happened to a run, a line an event: RUN/events.jsonl, which watchers read and restarts are decided by.
+
+Who writes holds the run's folder. The order of lines is what counts, never their times: clocks are set back, and differ
+between nodes. Each event names the job that wrote it, which keeps starting the run, and the start of its ranks.
+"""
 
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,21 +17,32 @@ What = Literal[
     "started", "stopped", "failed", "done", "queued", "restarted", "requeued", "gave up", "straggler", "hang", "slow"
 ]
 
+JOB = "MOE_DIT_JOB"  # environment variable: names the job that starts this process, the same when it is queued again
 
-def record(run: Path, what: What, message: str = "", step: int | None = None) -> None:
-    """Add an event to a run's record; whoever calls it speaks for all ranks.
+
+def job() -> str | None:
+    """The job that this process belongs to; None where it was started by hand."""
+    return os.environ.get(JOB) or None
+
+
+def record(run: Path, what: What, message: str = "", step: int | None = None, start: str | None = None) -> None:
+    """Add an event to a run's record; whoever calls it speaks for all ranks, and holds the run's folder.
 
     Args:
         run: the run's folder, which is there.
         what: kind of event.
         message: one line for people.
         step: steps that were done then, where that is known.
+        start: the name of the ranks' start that it is of; None: of none.
     """
     event = {"time": round(time.time(), 3), "what": what, "step": step, "message": message}
-    # One write of one line at the file's end: the job's supervisor writes here as well.
-    descriptor = os.open(run / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    line = json.dumps(event | {"job": job(), "start": start}).encode() + b"\n"
+    # One write of one line at the file's end, behind a line that a full disk may have cut short.
+    descriptor = os.open(run / "events.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(descriptor, json.dumps(event).encode() + b"\n")
+        size = os.fstat(descriptor).st_size
+        whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
+        os.write(descriptor, line if whole else b"\n" + line)
     finally:
         os.close(descriptor)
 
@@ -46,6 +61,13 @@ def events(run: Path) -> Iterator[dict[str, Any]]:
                 "what": str(event["what"]),
                 "step": event.get("step"),
                 "message": str(event.get("message", "")),
+                "job": event.get("job"),
+                "start": event.get("start"),
             }
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
+
+
+def own(told: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events of this process's job, and those that name none: by hand, or of before there were names."""
+    return [event for event in told if event["job"] in (None, job())]

@@ -5,20 +5,26 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_dit.events import job
 from moe_dit.runtime.files import write_json
+from moe_dit.runtime.stopping import GRACE_SECONDS
 
 State = Literal["training", "stopping", "stopped", "done", "failed"]
 
+ENDING_SECONDS = 10.0  # for the ranks of a run that was just killed to end
 
-def write_status(run: Path, state: State, **more: Any) -> None:
+
+def write_status(run: Path, state: State, start: str | None = None, **more: Any) -> None:
     """Say what a run does now, and how it ended; rank 0 calls it, holding the run's folder.
 
     Args:
         run: the run's folder.
         state: "training"; "stopping" (was told to, and saves); "stopped" (has saved); "done"; "failed".
+        start: the name of the ranks' start.
         more: what else is known, such as "step" (done and saved) or "message".
     """
-    write_json(run / "status.json", {"state": state, "time": round(time.time(), 3), **more})
+    head = {"state": state, "time": round(time.time(), 3), "job": job(), "start": start}
+    write_json(run / "status.json", head | more)
 
 
 def read_status(run: Path) -> dict[str, Any]:
@@ -27,3 +33,10 @@ def read_status(run: Path) -> dict[str, Any]:
         return dict(json.loads((run / "status.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
+
+
+def patience(run: Path) -> float:
+    """Seconds to wait for who holds a run's folder: longer for one that saves, and for ranks of this process's job."""
+    now = read_status(run)
+    ends = now.get("state") == "stopping" or (job() is not None and now.get("job") == job())
+    return GRACE_SECONDS if ends else ENDING_SECONDS

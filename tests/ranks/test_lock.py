@@ -12,8 +12,8 @@ from helpers.small import LOSSES, train_here
 
 # Nobody waits for a run that goes on; each try to lock leaves a byte in a file beside the run.
 TRIES = """
-import fcntl, moe_dit.train
-moe_dit.train.ENDING_SECONDS = 0.0
+import fcntl, moe_dit.status
+moe_dit.status.ENDING_SECONDS = 0.0
 lockf = fcntl.lockf
 def counted(*arguments):
     with open(TRIES, "a") as file:

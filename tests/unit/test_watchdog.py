@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def test_what_ends_a_job_is_in_its_status(tmp_path, capsys):
-    told = _Told(tmp_path)
+    told = _Told(tmp_path, "a")
     told.stands_still("no step for 120 s", 0, True)
     assert read_status(tmp_path)["state"] == "failed" and read_status(tmp_path)["message"] == "no step for 120 s"
     told.stands_still("no step for 121 s", 7, False)
