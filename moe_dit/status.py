@@ -35,8 +35,10 @@ def read_status(run: Path) -> dict[str, Any]:
         return {}
 
 
-def patience(run: Path) -> float:
+def patience(run: Path, hurry: bool = False) -> float:
     """Seconds to wait for who holds a run's folder: longer for one that saves, and for ranks of this process's job."""
+    if hurry:
+        return ENDING_SECONDS
     now = read_status(run)
     ends = now.get("state") == "stopping" or (job() is not None and now.get("job") == job())
     return GRACE_SECONDS if ends else ENDING_SECONDS

@@ -16,7 +16,7 @@ from moe_dit.events import What, events, job, own, record
 from moe_dit.records import Records
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.lock import Held, lock_folder
-from moe_dit.status import ENDING_SECONDS, patience, read_status
+from moe_dit.status import patience, read_status
 
 Next = Literal["done", "again", "requeue", "give up"]
 EVENT: dict[Next, What] = {"again": "restarted", "requeue": "requeued", "give up": "gave up"}
@@ -147,9 +147,8 @@ def decide(run: Path, began: float, status: int, leaving: bool, attempt: int, no
     with ExitStack() as held:
         if is_there(run):
             # A job that is to make room has no time to wait.
-            wait = lambda: ENDING_SECONDS if leaving else patience(run)  # noqa: E731
             try:
-                held.enter_context(lock_folder(run, "another training run", wait))
+                held.enter_context(lock_folder(run, "another training run", lambda: patience(run, hurry=leaving)))
             except Held as error:
                 return _beside(run, str(error), status, leaving)
         what, why = _decide(run, status, leaving, attempt)
