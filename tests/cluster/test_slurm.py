@@ -265,7 +265,10 @@ def test_jobs_into_one_folder_leave_the_first_alone(slurm, latents, tmp_path):
     wait_for(lambda: told(run)[1:].count("started") == 1, "another start", log(first))
     begun = list(events(run))[-1]["step"]
     wait_for(lambda: last_step(run) > begun, "a step", log(first))
+    slurm.run("scancel", "--batch", "--signal=USR1", jobs[first])  # its script tells its step
+    wait_for(lambda: told(run)[-1] == "requeued", "an end", log(first))
+    assert slurm.wait(jobs[first], states=("PENDING",)) == "PENDING"
     slurm.run("scancel", jobs[first])
-    assert slurm.wait(jobs[first]) == "CANCELLED"
+    assert slurm.show(jobs[1 - first])["Restarts"] == "0"  # the array's number is one job's too
     assert {event["job"] for event in events(run)} == {f"test/{slurm.show(jobs[first])['JobId']}"}
     assert "gave up" not in told(run)
