@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from moe_dit.events import job
 from moe_dit.runtime.files import write_json
-from moe_dit.runtime.stopping import GRACE_SECONDS
+from moe_dit.runtime.stopping import GRACE_SECONDS, was_restarted
 
 State = Literal["training", "stopping", "stopped", "done", "failed"]
 
@@ -36,9 +36,14 @@ def read_status(run: Path) -> dict[str, Any]:
 
 
 def patience(run: Path, hurry: bool = False) -> float:
-    """Seconds to wait for who holds a run's folder: longer for one that saves, and for ranks of this process's job."""
+    """Seconds to wait for who holds a run's folder: longer for one that saves, and where it may be of this job.
+
+    Args:
+        run: the run's folder.
+        hurry: there is no time.
+    """
     if hurry:
         return ENDING_SECONDS
     now = read_status(run)
     ends = now.get("state") == "stopping" or (job() is not None and now.get("job") == job())
-    return GRACE_SECONDS if ends else ENDING_SECONDS
+    return GRACE_SECONDS if ends or was_restarted() else ENDING_SECONDS

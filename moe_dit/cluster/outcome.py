@@ -169,7 +169,7 @@ def _decide(run: Path, status: int, leaving: bool, attempt: int) -> tuple[Next, 
     """What a job does that holds the run's folder, or whose run has never begun."""
     told = last_start(own(events(run)))
     now = read_status(run)
-    if now.get("start") not in {event["start"] for event in told}:
+    if now.get("start") not in [event["start"] for event in told]:  # whatever stands there
         now = {}  # of a start before, or another's
     refused = status == InputError.status  # which says so itself
     if is_there(run) and not leaving and not refused:  # where it leaves, ranks may have had no time to speak

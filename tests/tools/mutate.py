@@ -704,7 +704,7 @@ MUTATIONS = [
     Mutation(
         "an-older-end-is-this-one",
         "moe_dit/cluster/outcome.py",
-        'if now.get("start") not in {event["start"] for event in told}:',
+        'if now.get("start") not in [event["start"] for event in told]:',
         "if False:",
         "tests/unit/test_cluster.py::test_an_older_end_is_not_taken_for_this_one",
     ),

@@ -117,6 +117,14 @@ def test_no_clock_decides(run, monkeypatch, step, state, status, decision):
     assert [e["what"] for e in events(run)] == ["started", "done", "queued", "started", state]
 
 
+def test_names_that_are_none_decide_nothing(run):
+    """A stranger's files."""
+    with open(run / "events.jsonl", "w") as file:
+        file.write('{"time": 1, "what": "started", "step": [], "job": {}, "start": []}\n{"time": 1, "what": []}\n')
+    (run / "status.json").write_text('{"state": "stopped", "start": {}}')
+    assert decide(run, 0.0, 1, False, 1)[0] == "again"
+
+
 def test_a_run_without_a_word_of_a_job_is_judged_by_its_last_start(run):
     """Begun by hand: its last start stopped, the one before it failed."""
     for what in ("started", "failed", "started", "stopped"):
