@@ -260,8 +260,10 @@ def test_jobs_into_one_folder_leave_the_first_alone(slurm, latents, tmp_path):
     assert re.search(r"error: another training run is writing into \S+; wait for it", Path(f"{other}.out").read_text())
     assert told(run) == ["started"]
 
-    ranks = (p for p in psutil.process_iter() if "jobs/train.py" in p.cmdline()[1:4] and str(run) in p.cmdline())
-    next(p for p in ranks if p.environ().get("RANK") == "0").kill()
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words, given = process.info["cmdline"] or [], process.info["environ"] or {}
+        if "jobs/train.py" in words[1:4] and str(run) in words and given.get("RANK") == "0":
+            process.kill()
     wait_for(lambda: told(run)[1:].count("started") == 1, "another start", log(first))
     begun = list(events(run))[-1]["step"]
     wait_for(lambda: last_step(run) > begun, "a step", log(first))

@@ -9,7 +9,7 @@ from moe_dit import load_recipe
 from moe_dit.cluster.outcome import EARLY, SILENT, decide, gives_up, note_begin
 from moe_dit.cluster.sizes import fits, node_range
 from moe_dit.cluster.submit import checkpoint_bytes, fill
-from moe_dit.events import JOB, events, record
+from moe_dit.events import JOB, events, own, record
 from moe_dit.status import write_status
 
 
@@ -101,14 +101,14 @@ def test_an_older_end_is_not_taken_for_this_one(run, starts):
     [("stopped", 75, ("requeue", "saved")), ("failed", 2, ("give up", "InputError: bad shard"))],
 )
 def test_no_clock_decides(run, monkeypatch, step, state, status, decision):
-    """The clock is set by a day between the job's start and its end, and when a run was at work before."""
+    """The clock is set by a day after the job began, and again before its ranks end."""
     now = 1_800_000_000.0
     monkeypatch.setattr("time.time", lambda: now)
     record(run, "started", "", 0, "a")
     write_status(run, "done", "a", exit_status=0)
     record(run, "done", "", 3, "a")
-    now += step
     note_begin(run, 1, True, "")
+    now += step
     record(run, "started", "", 3, "b")
     now += step
     write_status(run, state, "b", exit_status=status, message=decision[1])
@@ -152,17 +152,10 @@ def test_a_job_counts_its_own_starts(run, monkeypatch):
     assert decide(run, 0.0, 1, False, 1, note=True)[0] == "again"
     assert decide(run, 0.0, 1, False, 2, note=True) == ("give up", f"failed twice in the same way: {EARLY}")
     monkeypatch.setenv(JOB, "c/1")
+    assert gives_up(list(events(run))) and gives_up(own(events(run))) is None
     record(run, "started", "", 100, "b")
-    assert decide(run, 0.0, 137, False, 1, note=True) == ("again", f"{SILENT} (status 137)")
-    record(run, "started", "", 100, "d")
-    record(run, "failed", "OSError: disk", 105, "d")
-    assert decide(run, 0.0, 1, False, 2)[0] == "again"
-    record(run, "started", "", 100, "e")
-    record(run, "failed", "OSError: disk", 105, "e")
-    assert decide(run, 0.0, 1, False, 3) == (
-        "give up",
-        "failed twice in the same way at step 105: OSError: disk",
-    )
+    record(run, "failed", "OSError: disk", 105, "b")
+    assert decide(run, 0.0, 1, False, 1)[1] == "failed twice in the same way at step 105: OSError: disk"
 
 
 def test_a_command_that_refuses_is_not_tried_again(run):
