@@ -51,7 +51,7 @@ def events(run: Path) -> Iterator[dict[str, Any]]:
     """A run's events, oldest first; lines that are none (cut short by a kill) are passed over."""
     try:
         lines = (run / "events.jsonl").read_bytes().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for line in lines:
         try:

@@ -36,8 +36,9 @@ def last_step(run: Path) -> int | None:
 
 
 def is_there(run: Path) -> bool:
-    """Whether a folder is a run that has begun: in any other nothing is written."""
-    return any(os.path.exists(run / name) for name in (".lock", "events.jsonl", "status.json"))
+    """Whether a folder is a run that has begun, or may be one, of another user: in any other nothing is written."""
+    closed = os.path.isdir(run) and not os.access(run, os.X_OK)
+    return closed or any(os.path.exists(run / name) for name in (".lock", "events.jsonl", "status.json"))
 
 
 def note_begin(run: Path, attempt: int, queued: bool, message: str) -> None:

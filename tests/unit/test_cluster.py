@@ -181,6 +181,11 @@ def test_an_event_behind_a_line_that_was_cut_short_is_kept(run):
     assert [e["what"] for e in events(run)] == ["started", "stopped"]
 
 
+def test_a_run_in_the_place_of_a_file_never_began(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert decide(tmp_path / "file", 0.0, 1, False, 1)[0] == "again"
+
+
 def test_a_run_that_never_began_is_tried_twice(tmp_path):
     assert decide(tmp_path / "none", 0.0, 1, False, 1)[0] == "again"
     assert decide(tmp_path / "none", 0.0, 1, False, 2) == ("give up", EARLY)
