@@ -1,9 +1,13 @@
-"""What happened to a run, a line an event: RUN/events.jsonl, which watchers read and restarts are decided by."""
+"""What happened to a run, a line an event: RUN/events.jsonl, which watchers read and restarts are decided by.
+
+Who writes holds the run's folder. The order of lines is what counts, never their times: clocks are set back, and differ
+between nodes. Each event names the job that wrote it, which keeps starting the run, and the start of its ranks.
+"""
 
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,22 +32,35 @@ What = Literal[
     "slow",
 ]
 
+JOB = "MOE_DIT_JOB"  # environment variable: names the job that starts this process, the same when it is queued again
 
-def record(run: Path, what: What, message: str = "", step: int | None = None) -> None:
-    """Add an event to a run's record, a note (:mod:`moe_dit.runtime.notes`); whoever calls it speaks for all ranks.
+
+def job() -> str | None:
+    """The job that this process belongs to; None where it was started by hand."""
+    return os.environ.get(JOB) or None
+
+
+def record(run: Path, what: What, message: str = "", step: int | None = None, start: str | None = None) -> None:
+    """Add an event to a run's record, a note (:mod:`moe_dit.runtime.notes`).
+
+    Whoever calls it speaks for all ranks, and holds the run's folder.
 
     Args:
         run: the run's folder, which is there.
         what: kind of event.
         message: one line for people.
         step: steps that were done then, where that is known.
+        start: the name of the ranks' start that it is of; None: of none.
     """
     event = {"time": round(time.time(), 3), "what": what, "step": step, "message": message}
-    # One write of one line at the file's end: the job's supervisor writes here as well.
+    line = json.dumps(event | {"job": job(), "start": start}).encode() + b"\n"
+    # One write of one line at the file's end, behind a line that a full disk may have cut short.
     with noted(run / "events.jsonl"):
         descriptor = open_to_append(run / "events.jsonl")
         try:
-            os.write(descriptor, json.dumps(event).encode() + b"\n")
+            size = os.fstat(descriptor).st_size
+            whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
+            os.write(descriptor, line if whole else b"\n" + line)
         finally:
             os.close(descriptor)
 
@@ -52,7 +69,7 @@ def events(run: Path) -> Iterator[dict[str, Any]]:
     """A run's events, oldest first; lines that are none (cut short by a kill) are passed over."""
     try:
         lines = (run / "events.jsonl").read_bytes().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for line in lines:
         try:
@@ -62,6 +79,13 @@ def events(run: Path) -> Iterator[dict[str, Any]]:
                 "what": str(event["what"]),
                 "step": event.get("step"),
                 "message": str(event.get("message", "")),
+                "job": event.get("job"),
+                "start": event.get("start"),
             }
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
+
+
+def own(told: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events of this process's job, and those that name none: by hand, or of before there were names."""
+    return [event for event in told if event["job"] in (None, job())]

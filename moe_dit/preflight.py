@@ -63,7 +63,7 @@ def check_shards(manifest: Manifest) -> None:
     ranks.agreed(lambda: read_some(manifest) if ranks.world().local_rank == 0 else None)
 
 
-def check(run: Path, device: torch.device, group: Any, log: RankLog) -> None:
+def check(run: Path, device: torch.device, group: Any, log: RankLog, start: str | None = None) -> None:
     """Look at what training needs of the machines; every rank calls it, holding the run's folder.
 
     Args:
@@ -71,6 +71,7 @@ def check(run: Path, device: torch.device, group: Any, log: RankLog) -> None:
         device: where this rank computes.
         group: of the ranks that share experts; None where each has all.
         log: this rank's.
+        start: the name of the ranks' start.
 
     Raises:
         Stop: a device fails or computes wrongly, or what ranks sent did not arrive.
@@ -94,7 +95,7 @@ def check(run: Path, device: torch.device, group: Any, log: RankLog) -> None:
         say(summary(everyone, hosts))
         for line in slow(everyone, hosts):
             say(f"slow: {line}")
-            record(run, "slow", line)
+            record(run, "slow", line, start=start)
 
 
 def summary(found: Sequence[Found], hosts: Sequence[str]) -> str:

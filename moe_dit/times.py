@@ -118,10 +118,16 @@ def own_seconds(times: torch.Tensor) -> list[float]:
 
 
 class RankTimes:
-    """Rank 0's record of all ranks' times: RUN/ranks.json, and a line and an event of a rank that others wait for."""
+    """Rank 0's record of all ranks' times: RUN/ranks.json, and a line and an event of a rank that others wait for.
 
-    def __init__(self, run: Path):
+    Args:
+        run: the run's folder, which it holds.
+        start: the name of the ranks' start.
+    """
+
+    def __init__(self, run: Path, start: str | None = None):
         self.run = run
+        self.start = start
         self.hosts = ranks.hosts()
         self._reports = [0] * len(self.hosts)  # in a row in which a rank was slow
 
@@ -134,7 +140,7 @@ class RankTimes:
             write_json(self.run / "ranks.json", head | columns, indent=None)
         for line in self.stragglers(report.step, report.times):
             say(line)
-            record(self.run, "straggler", line, report.step)
+            record(self.run, "straggler", line, report.step, self.start)
 
     def stragglers(self, step: int, times: torch.Tensor) -> list[str]:
         """A line for each rank that has just proved slow; one that stays slow is told of once.

@@ -20,7 +20,7 @@ from moe_dit.continuing import Asked, Named, kept_window
 from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.data.index import ensure_index
 from moe_dit.data.order import window_for
-from moe_dit.events import events, record
+from moe_dit.events import events, own, record
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import Parallelism, load_parallelism
@@ -35,8 +35,8 @@ from moe_dit.runtime.machine import commit, machine, now
 from moe_dit.runtime.notes import noted
 from moe_dit.runtime.progress import console, say, task
 from moe_dit.runtime.rank_log import RankLog
-from moe_dit.runtime.stopping import GRACE_SECONDS, StopRequest, was_restarted
-from moe_dit.status import read_status, write_status
+from moe_dit.runtime.stopping import StopRequest, was_restarted
+from moe_dit.status import patience, read_status, write_status
 from moe_dit.times import LOAD_EVERY, NUMBERS, RankTimes, StepTimes, slots
 from moe_dit.watchdog import Watchdog
 
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from moe_dit.lineage import Start
     from moe_dit.looks import Looks
     from moe_dit.metrics import Metrics, Report
-
-ENDING_SECONDS = 10.0  # for the ranks of a run that was just killed to end
 
 
 def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) -> None:
@@ -68,7 +66,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) ->
         Stop: the loss is not finite any more, or a checkpoint could not be written.
     """
     recipe, parallelism, manifest = ranks.agreed(lambda: _check(recipe, ds_file))
-    patience = ranks.agreed(watchdog.patience)
+    watchful = ranks.agreed(watchdog.patience)
     # Shards of before there was an index, and foreign ones, are indexed once a node.
     ranks.agreed(lambda: ensure_index(manifest) is None if ranks.world().local_rank == 0 else None)
 
@@ -93,14 +91,14 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) ->
     with ExitStack() as held:
         # Rank 0 alone decides what is continued: ranks that each looked might see different moments.
         start = ranks.from_rank_0(lambda: _open_run(asked, run, resume, held))
-        told = held.enter_context(_Told(run))
+        told = held.enter_context(_Told(run, start.history[-1].attempt))
         log = held.enter_context(ranks.agreed(lambda: RankLog(run, device)))
-        watch = Watchdog(log, told.stands_still, patience, device.type == "cuda")
+        watch = Watchdog(log, told.stands_still, watchful, device.type == "cuda")
         held.callback(watch.close)
         preflight.check_shards(manifest)
         watch.sign("the check before the first step", ends=True)
         shared = expert_group(parallelism.ep_size) if parallelism.ep_size > 1 else None
-        preflight.check(run, device, shared, log)
+        preflight.check(run, device, shared, log, told.start)
         watch.sign("the start")
         recipe = ranks.agreed(lambda: _with_window(recipe, manifest, start))
         engine = Engine(recipe, parallelism, device)
@@ -162,16 +160,11 @@ def _check_beginning(asked: Asked, run: Path, resume: str) -> None:
 
 def _open_run(asked: Asked, run: Path, resume: str, held: ExitStack) -> "Start":
     """Hold the run's folder until ``held`` ends, clear what a kill left, and decide what is continued."""
-
-    def patience() -> float:
-        # One that was told to stop saves first.
-        return GRACE_SECONDS if read_status(run).get("state") == "stopping" else ENDING_SECONDS
-
     check_run_folder(run)
     _resumed(asked, run, resume)  # refuse before the folder is touched
-    held.enter_context(lock_folder(run, "another training run", patience))
+    held.enter_context(lock_folder(run, "another training run", lambda: patience(run)))
     clear_unfinished(run)
-    if was_restarted() and (why := gives_up(list(events(run)))):
+    if was_restarted() and (why := gives_up(own(events(run)))):
         raise Stop(why)
     return _resumed(asked, run, resume)
 
@@ -215,35 +208,49 @@ def _open_record(engine: "Engine", run: Path, start: "Start", first_step: int, b
             set_latest(run / "checkpoints", name_of(first_step))
         write_history(run, start.history)
     for change in start.changes:
-        record(run, "changed", change, first_step)
+        record(run, "changed", change, first_step, start.history[-1].attempt)
     return metrics
 
 
 class _Told:
-    """Keeps a run's status.json and events.jsonl true to what happens in its block; ``step``: what has been done."""
+    """Keeps a run's status.json and events.jsonl true to what happens in its block; ``step``: what has been done.
 
-    def __init__(self, run: Path):
+    Args:
+        run: the run's folder, which rank 0 holds.
+        start: a name of this start's own.
+    """
+
+    def __init__(self, run: Path, start: str):
         self.run = run
+        self.start = start
         self.step = 0
         self.speaks = ranks.world().rank == 0
 
     def __enter__(self) -> "_Told":
         if self.speaks:
-            write_status(self.run, "training")
+            write_status(self.run, "training", self.start)
         return self
 
     def started(self, step: int, headline: str) -> None:
         """Training begins behind ``step`` steps."""
         self.step = step
         if self.speaks:
-            record(self.run, "started", headline, step)
+            record(self.run, "started", headline, step, self.start)
+
+    def stopping(self) -> None:
+        """It was told to stop, and saves."""
+        if self.speaks:
+            write_status(self.run, "stopping", self.start, step=self.step)
 
     def stands_still(self, line: str, step: int, ends: bool) -> None:
         """A rank's watchdog says who waits where, from its thread: rank 0's, or another's for it."""
         console.print(line, markup=False, soft_wrap=True)
-        record(self.run, "failed" if ends else "hang", line, step)
+        # Rank 0 may have lost the folder to a start that took over, of which this rank is none.
+        if not self.speaks and read_status(self.run).get("start") != self.start:
+            return
+        record(self.run, "failed" if ends else "hang", line, step, self.start)
         if ends:
-            write_status(self.run, "failed", exit_status=1, message=line)
+            write_status(self.run, "failed", self.start, exit_status=1, message=line)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if left_behind(error) and read_status(self.run).get("state") == "failed":
@@ -252,17 +259,18 @@ class _Told:
         if not self.speaks and not (isinstance(error, Stop) and not error.everywhere):
             return
         if error is None:
-            write_status(self.run, "done", exit_status=0)
-            record(self.run, "done", step=self.step)
+            write_status(self.run, "done", self.start, exit_status=0)
+            record(self.run, "done", step=self.step, start=self.start)
         elif isinstance(error, Interrupted):
-            write_status(self.run, "stopped", exit_status=error.status, message=str(error))
-            record(self.run, "stopped", str(error), self.step)
+            write_status(self.run, "stopped", self.start, exit_status=error.status, message=str(error))
+            record(self.run, "stopped", str(error), self.step, self.start)
         else:
             message = f"{type(error).__name__}: {error}"
             if not self.speaks:
                 message = f"rank {ranks.world().rank} ({socket.gethostname()}): {error}"
-            write_status(self.run, "failed", exit_status=getattr(error, "status", 1), message=message)
-            record(self.run, "failed", message, self.step)
+            status = getattr(error, "status", 1)
+            write_status(self.run, "failed", self.start, exit_status=status, message=message)
+            record(self.run, "failed", message, self.step, self.start)
 
 
 class Waits:
@@ -320,7 +328,7 @@ def _loop(
     reports = Reports(engine.device)
     times = StepTimes(engine.device)
     engine.measure(times)
-    all_times = RankTimes(told.run) if metrics is not None else None
+    all_times = RankTimes(told.run, told.start) if metrics is not None else None
     if looks is not None:
         looks.alive = lambda: watch.sign("a look", step)
     step = first_step
@@ -366,7 +374,7 @@ def _loop(
                 if metrics is not None:
                     metrics.flush()
                     if stop:
-                        write_status(told.run, "stopping", step=step)
+                        told.stopping()
                 checkpointer.save(engine, step, hurry=stop)
                 reports.restart_clock()
             if stop:

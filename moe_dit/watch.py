@@ -60,9 +60,10 @@ class Run:
     memory: dict[str, list[int]]  # bytes by rank
     ranks: dict[str, Any]  # ranks.json
     skipped: int | None  # images that encoding left out; None where nothing tells
-    now: float  # this and the following are seconds since 1970
+    starts: bool  # it trains, and its last start has recorded no step
+    now: float  # this and the following are seconds since 1970, by whichever clock
     begun: float  # when its last start began, as far as it is known
-    written: float  # when a step was last recorded
+    heard: float  # when the last of its news came
     changed: float  # when its state last changed
 
     @property
@@ -86,11 +87,14 @@ class Run:
     def doing(self) -> Text:
         """The state in words; how long nothing was heard of a run that says that it trains."""
         state = self.state or "state unknown"
-        starts = self.state == "training" and self.written <= self.begun
-        text = Text("starting" if starts else state, STATES.get(self.state, ""))
-        quiet = self.now - max(self.written, self.begun, self.changed)
-        if self.state in ("training", "stopping") and quiet > max(QUIET_SECONDS, 10 * (self.seconds_a_step or 0)):
+        text = Text("starting" if self.starts else state, STATES.get(self.state, ""))
+        if self.state not in ("training", "stopping"):
+            return text
+        quiet = self.now - self.heard
+        if quiet > max(QUIET_SECONDS, 10 * (self.seconds_a_step or 0)):
             text.append(f", no news for {duration(quiet)}", "yellow")
+        elif quiet < -QUIET_SECONDS:
+            text.append(f", by a clock {duration(-quiet)} ahead of this one", "yellow")
         return text
 
 
@@ -122,7 +126,14 @@ def read_run(folder: Path, now: float) -> Run:
     with suppress(OSError):
         told = [event for event in events(folder) if math.isfinite(event["time"])]
     changed: Any = status["time"] if is_number(status.get("time")) else 0.0
-    begun = [event["time"] for event in told if event["what"] == "started"]
+    begun = [event for event in told if event["what"] == "started"][-1:]
+    # By what came after what, and not by times: clocks are set back, and differ.
+    trains, this = status.get("state") == "training", bool(begun) and begun[0]["start"] == status.get("start")
+    steps_since = bool(recent) and not (
+        begun and type(begun[0]["step"]) is int and recent[-1]["step"] <= begun[0]["step"]
+    )
+    starts = trains and not (steps_since and (this or not begun))
+    heard = (begun[0]["time"] if this else changed) if starts else written if trains else changed
     batch: Any = config.get("global_batch_size")
     steps, data = config.get("steps"), config.get("data")
     return Run(
@@ -140,9 +151,10 @@ def read_run(folder: Path, now: float) -> Run:
         memory=_memory(_json(folder / "memory.json")),
         ranks=_ranks(_json(folder / "ranks.json")),
         skipped=_lines(data.get("path") if isinstance(data, dict) else None),
+        starts=starts,
         now=now,
-        begun=max([changed, *begun]) if status.get("state") == "training" else max(begun, default=0.0),
-        written=written,
+        begun=changed if starts and not this else begun[0]["time"] if begun else 0.0,
+        heard=heard,
         changed=changed,
     )
 
@@ -282,7 +294,8 @@ def _nth(n: int) -> str:
 
 
 def _ago(run: Run, time: float) -> str:
-    return f"{duration(max(0.0, run.now - time))} ago"
+    ahead = time > run.now + QUIET_SECONDS  # by another clock
+    return f"{duration(time - run.now)} ahead" if ahead else f"{duration(max(0.0, run.now - time))} ago"
 
 
 def _charts(run: Run, width: int, colours: bool) -> list[RenderableType]:

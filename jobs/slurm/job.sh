@@ -10,13 +10,17 @@ cd "${SLURM_SUBMIT_DIR:?this is a job script; submit it with sbatch, or with pyt
 source "${SITE:-jobs/slurm/site.sh}"
 enter
 
+# An array's number is one of its jobs' own too: that one has no other name that means it alone.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
 leaving=
 # Told to make room. SLURM signals this shell alone where --signal=B: says so; the step's processes are told from here,
 # again and again, for those that are just starting do not hear it.
 leave() {
     [ -z "$leaving" ] || return 0
     leaving=--leaving
-    while kill -0 $$ 2>/dev/null && scancel --signal=USR1 "$SLURM_JOB_ID"; do sleep 5; done &
+    while kill -0 $$ 2>/dev/null && scancel --signal=USR1 "$job"; do sleep 5; done &
     telling=$!
 }
 telling=
@@ -52,7 +56,7 @@ nodes_alive() {
 end_if_ended() {
     local state
     [ -z "$telling" ] || kill "$telling" 2>/dev/null || true # the job's next start is not meant
-    state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) || return 0
+    state=$(squeue --noheader --jobs "$job" --format %T) || return 0
     [ "$state" != RUNNING ] || return 0
     say "ends, as SLURM was asked to"
     exit 0
@@ -61,7 +65,7 @@ end_if_ended() {
 # Queues this job again, which ends it.
 requeue() {
     end_if_ended
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$job"; then
         say "queued again"
         sleep 60 # until SLURM ends it
     else
@@ -108,18 +112,18 @@ address() { scontrol show node "$1" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\)
 
 # train ARGUMENTS...: jobs/train.py with these, until its steps are done.
 train() {
-    local began status next start
+    local status next start
     local before=("${passing[@]}") agent=(--signals-to-handle=SIGHUP,SIGINT --shutdown-timeout=300)
+    export MOE_DIT_JOB="${SLURM_CLUSTER_NAME:-}/$SLURM_JOB_ID" # by which its ranks name what they write
     alive=$(nodes)
     for ((ATTEMPT = 1; ; ATTEMPT++)); do
         # Least and most nodes, and the run's folder, a line each.
         start=$("${IN[@]}" python -m moe_dit.cluster.job begin --nodes "$(wc -l <<<"$alive")" \
             --wanted $((SLURM_JOB_NUM_NODES - ${SPARE_NODES:-0})) --ranks-per-node "$(ranks_per_node)" \
             --attempt "$ATTEMPT" -- "$@") ||
-            { [ "$ATTEMPT" -gt 1 ] && requeue; exit 2; }
+            { status=$?; [ "$ATTEMPT" -gt 1 ] && [ "$status" -ne 2 ] && requeue; exit 2; }
         [ -z "$leaving" ] || requeue
         mapfile -t start <<<"$start"
-        began=$(date +%s)
         if [ "$SLURM_JOB_NUM_NODES" -eq 1 ]; then
             on_one_node jobs/train.py "$@" &
         else
@@ -128,7 +132,7 @@ train() {
         status=0
         finish $! || status=$?
         [ -z "$leaving" ] || end_if_ended
-        next=$("${IN[@]}" python -m moe_dit.cluster.job end --run "${start[2]}" --began "$began" --status "$status" \
+        next=$("${IN[@]}" python -m moe_dit.cluster.job end --run "${start[2]}" --status "$status" \
             --attempt "$ATTEMPT" $leaving)
         case $next in
         done) exit 0 ;;

@@ -1,7 +1,7 @@
 """What jobs/slurm/job.sh asks: how a run's launcher is started, and what follows from its end.
 
     python -m moe_dit.cluster.job begin --nodes 4 --wanted 4 --ranks-per-node 8 --attempt 1 -- --ds FILE ...
-    python -m moe_dit.cluster.job end --run RUN --began 1764150000 --status 1 --attempt 1
+    python -m moe_dit.cluster.job end --run RUN --status 1 --attempt 1
 
 Prints for the script, on standard output; for people, on standard error.
 """
@@ -10,16 +10,14 @@ import argparse
 import os
 from pathlib import Path
 
-from moe_dit.cluster.outcome import decide
-from moe_dit.events import What, record
+from moe_dit.cluster.outcome import decide, note_begin
 from moe_dit.runtime.command import Parser, run
-from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.errors import InputError, Stop
 from moe_dit.runtime.progress import say
 
 EXAMPLES = """\
   python -m moe_dit.cluster.job begin --nodes 4 --wanted 4 --ranks-per-node 8 --attempt 1 -- --ds FILE.json
-  python -m moe_dit.cluster.job end --run runs/dsmoe_s_e16 --began 1764150000 --status 1 --attempt 1"""
-EVENT: dict[str, What] = {"again": "restarted", "requeue": "requeued", "give up": "gave up"}
+  python -m moe_dit.cluster.job end --run runs/dsmoe_s_e16 --status 1 --attempt 1"""
 
 
 def main() -> None:
@@ -35,7 +33,7 @@ def main() -> None:
     begin.add_argument("training", nargs=argparse.REMAINDER, help="-- and the training command's arguments")
     end = commands.add_parser("end", help="print what to do: done, again, requeue or give up")
     end.add_argument("--run", type=Path, required=True, help="the run's folder")
-    end.add_argument("--began", type=float, required=True, help="seconds since 1970")
+    end.add_argument("--began", type=float, default=0.0, help="not used")
     end.add_argument("--status", type=int, required=True, help="of the launcher")
     end.add_argument("--attempt", type=int, required=True, help="1 the first time")
     end.add_argument("--leaving", action="store_true", help="the job was told to make room")
@@ -43,15 +41,13 @@ def main() -> None:
     if args.command == "begin":
         begin_training(args)
         return
-    what, why = decide(args.run, args.began, args.status, args.leaving, args.attempt)
-    if what in EVENT and args.run.is_dir():
-        record(args.run, EVENT[what], why)
+    what, why = decide(args.run, args.began, args.status, args.leaving, args.attempt, note=True)
     say(f"{what}: {why}")
     print(what)
 
 
 def begin_training(args: argparse.Namespace) -> None:
-    """Print how a run's launcher is started, and note the job in the run's events the first time."""
+    """Print how a run's launcher is started, and note the start in the run's events; refused beside another run."""
     # They bring in the networks' libraries, which the end of a run need not wait for.
     from moe_dit.cluster.sizes import check_nodes, node_range
     from moe_dit.training_command import parse_training
@@ -62,11 +58,11 @@ def begin_training(args: argparse.Namespace) -> None:
     check_nodes(recipe, asked.ds, args.wanted, args.ranks_per_node)
     span = node_range(recipe, asked.ds, min(args.nodes, args.wanted), args.ranks_per_node)
     if span is None:
-        raise InputError(
+        raise (InputError if args.attempt == 1 else Stop)(  # with the nodes that were lost it did
             f"{args.nodes} x {args.ranks_per_node} ranks are left, and {asked.ds} and the batch do not divide by them"
         )
-    if folder.is_dir() and args.attempt == 1 and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-        record(folder, "queued", f"SLURM job {os.environ.get('SLURM_JOB_ID', '')}".strip())
+    queued = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    note_begin(folder, args.attempt, queued, f"SLURM job {os.environ.get('SLURM_JOB_ID', '')}".strip())
     print(*span, folder, sep="\n")
 
 

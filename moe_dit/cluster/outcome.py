@@ -1,17 +1,26 @@
-"""What a job does when its training command has ended: end, be queued again, start again, or give up."""
+"""What a job does when its training command has ended: end, be queued again, start again, or give up.
 
+The job writes into the run's folder only while it holds it, which nobody else does then: a job whose run another one
+trains writes nothing, and gives up. Times decide nothing. What stands in events.jsonl behind the job's own last event
+is what the start that has just ended wrote.
+"""
+
+import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_dit.events import events, record
+from moe_dit.events import What, events, job, own, record
 from moe_dit.records import Records
 from moe_dit.runtime.errors import InputError
-from moe_dit.status import read_status
+from moe_dit.runtime.lock import Held, lock_folder
+from moe_dit.status import patience, read_status
 
 Next = Literal["done", "again", "requeue", "give up"]
+EVENT: dict[Next, What] = {"again": "restarted", "requeue": "requeued", "give up": "gave up"}
+MARKS = {"queued", *EVENT.values()}  # a job's own events: one stands before each start that it makes
 
 SILENT = "its ranks ended without a word"  # killed, by a node, the kernel for want of memory, or a person
 EARLY = "it ended before its first step; see its log"  # where what was wrong was printed
@@ -26,20 +35,60 @@ def last_step(run: Path) -> int | None:
     return None
 
 
-def note_end(run: Path, began: float, status: int) -> None:
+def is_there(run: Path) -> bool:
+    """Whether a folder is a run that has begun, or may be one, of another user: in any other nothing is written."""
+    closed = os.path.isdir(run) and not os.access(run, os.X_OK)
+    return closed or any(os.path.exists(run / name) for name in (".lock", "events.jsonl", "status.json"))
+
+
+def note_begin(run: Path, attempt: int, queued: bool, message: str) -> None:
+    """Add to a run's events that the job makes another start, unless it said so when the one before had ended.
+
+    Args:
+        run: its folder; where no run has begun, nothing is noted.
+        attempt: how often this job has started the training command, 1 the first time.
+        queued: a person has submitted the job, and SLURM has not queued it again since.
+        message: which job.
+
+    Raises:
+        InputError: another run is writing into the folder.
+    """
+    if not is_there(run):
+        return
+    with lock_folder(run, "another training run", lambda: patience(run)):
+        told = own(events(run))
+        if attempt == 1 and queued:
+            record(run, "queued", message)
+        elif told and told[-1]["what"] not in MARKS:
+            record(run, "restarted" if attempt > 1 else "requeued", message)
+
+
+def last_start(told: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A job's events of the start that it made last; without a word of the job, from the ranks' last "started" on."""
+    marks = [i for i, event in enumerate(told, start=1) if event["what"] in MARKS]
+    return list(told[marks[-1] :]) if marks else _last_ranks(told)
+
+
+def _last_ranks(told: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Events from the last "started" on, of which torchrun may cause several; all, where there is none."""
+    starts = [i for i, event in enumerate(told) if event["what"] == "started"]
+    return list(told[starts[-1] if starts else 0 :])
+
+
+def note_end(run: Path, told: Sequence[dict[str, Any]]) -> None:
     """Add to a run's events that its ranks were killed, which they could not say themselves.
 
     Args:
-        run: its folder; where it is not there, nothing is noted.
-        began: when the training command was started, in seconds since 1970.
-        status: that its launcher ended with.
+        run: its folder.
+        told: events of the start that has ended.
     """
-    if not run.is_dir() or status == 0:
-        return
-    told = {event["what"] for event in events(run) if event["time"] >= began}
-    if told.isdisjoint({"done", "stopped", "failed"}):
-        begun = "started" in told
-        record(run, "failed", SILENT if begun else EARLY, last_step(run) if begun else None)
+    last = _last_ranks(told)
+    whats = {event["what"] for event in last}
+    if whats.isdisjoint({"done", "stopped", "failed"}):
+        if "started" in whats:
+            record(run, "failed", SILENT, last_step(run), last[0]["start"])
+        else:
+            record(run, "failed", EARLY)
 
 
 def gives_up(told: Sequence[dict[str, Any]]) -> str | None:
@@ -77,30 +126,65 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a["step"] == b["step"] and causes[0] == causes[1]
 
 
-def decide(run: Path, began: float, status: int, leaving: bool, attempt: int) -> tuple[Next, str]:
-    """What a job does now.
+def decide(run: Path, began: float, status: int, leaving: bool, attempt: int, note: bool = False) -> tuple[Next, str]:
+    """What a job does now. Waits for the ranks that the job started, as they may be saving still.
 
     Args:
         run: the run's folder.
-        began: when the training command was started, in seconds since 1970.
-        status: that its launcher ended with.
+        began: not used; clocks decide nothing.
+        status: that the training command's launcher ended with.
         leaving: the job was told to make room (its time is up, it is preempted).
         attempt: how often this job has started the training command, 1 the first time.
+        note: add the decision to the run's events, if the job may write there.
 
     Returns:
         the decision, and a line that says why.
+
+    Raises:
+        InputError: the run's folder cannot be written.
     """
-    if not leaving:  # else SLURM may have ended the launcher while its ranks still save
-        note_end(run, began, status)
+    if status == 0:
+        return "done", "all steps are done"
+    with ExitStack() as held:
+        if is_there(run):
+            # A job that is to make room has no time to wait.
+            try:
+                held.enter_context(lock_folder(run, "another training run", lambda: patience(run, hurry=leaving)))
+            except Held as error:
+                return _beside(run, str(error), status, leaving)
+        what, why = _decide(run, status, leaving, attempt)
+        if note and what in EVENT and is_there(run):
+            record(run, EVENT[what], why)
+    return what, why
+
+
+def _beside(run: Path, why: str, status: int, leaving: bool) -> tuple[Next, str]:
+    """What a job does while others hold the run's folder, where it must not write."""
     now = read_status(run)
-    state = now.get("state") if now.get("time", 0) >= began else None
-    if state == "done" or status == 0:
+    if job() is None or now.get("job") != job() or status == InputError.status:
+        return "give up", why
+    return "requeue", "told to make room" if leaving else f"its ranks do not end: {why}"
+
+
+def _decide(run: Path, status: int, leaving: bool, attempt: int) -> tuple[Next, str]:
+    """What a job does that holds the run's folder, or whose run has never begun."""
+    told = last_start(own(events(run)))
+    now = read_status(run)
+    if now.get("start") not in [event["start"] for event in told]:  # whatever stands there
+        now = {}  # of a start before, or another's
+    refused = status == InputError.status  # which says so itself
+    if is_there(run) and not leaving and not refused:  # where it leaves, ranks may have had no time to speak
+        note_end(run, told)
+    state = now.get("state")
+    if state == "done":
         return "done", "all steps are done"
     if state == "stopped":
         return "requeue", str(now.get("message", "it has saved"))
     if state == "failed" and now.get("exit_status") == InputError.status:
         return "give up", str(now.get("message"))
-    if why := gives_up(list(events(run))) or (EARLY if attempt > 1 and not run.is_dir() else None):
+    if refused:
+        return "give up", f"it refuses what it was given (status {status}); see its log"
+    if why := gives_up(own(events(run))) or (EARLY if attempt > 1 and not is_there(run) else None):
         return "give up", why
     said = str(now.get("message")) if state == "failed" else f"{SILENT} (status {status})"
     return ("requeue" if leaving else "again"), said

@@ -91,7 +91,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def open_to_append(path: Path) -> int:
-    """A descriptor that writes at a file's end; the file is made where there is none.
+    """A descriptor that reads, and writes at a file's end; the file is made where there is none.
 
     A file that has other names too, as in a copy of its folder by hard links, becomes one of its own first: what is
     added here is not theirs.
@@ -99,7 +99,7 @@ def open_to_append(path: Path) -> int:
     Raises:
         OSError: it cannot be opened, or made one of its own.
     """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o666)
     if os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)

@@ -17,6 +17,10 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 _HELD = {errno.EAGAIN, errno.EACCES}
 
 
+class Held(InputError):
+    """Another process holds the folder."""
+
+
 def lock_folder(folder: Path, what: str, patience: Callable[[], float] = lambda: 0.0) -> IO[str]:
     """Make and hold a folder until the file that this gives is closed or the process ends, however it ends.
 
@@ -29,7 +33,8 @@ def lock_folder(folder: Path, what: str, patience: Callable[[], float] = lambda:
         patience: how many seconds to wait for another holder in all; asked anew while waiting.
 
     Raises:
-        InputError: another process holds it, or it cannot be written.
+        Held: another process holds it.
+        InputError: it cannot be written.
     """
     begin = time.monotonic()
     shared = 0
@@ -61,5 +66,5 @@ def lock_folder(folder: Path, what: str, patience: Callable[[], float] = lambda:
             if error.errno not in _HELD:
                 raise InputError(f"cannot lock {folder}/.lock: {error.strerror}; give another --out") from None
         if time.monotonic() - begin >= patience():
-            raise InputError(f"{what} is writing into {folder}; wait for it, or give another --out")
+            raise Held(f"{what} is writing into {folder}; wait for it, or give another --out")
         time.sleep(0.5)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from helpers import ENV, ROOT, TIMEOUT, finish, last_step, losses, start_training, told, wait_for
@@ -236,3 +237,40 @@ def test_a_job_that_is_cancelled_stays_so(slurm, latents, tmp_path):
     wait_for(lambda: "stopped" in told(run), "a save", log)
     assert told(run) == ["started", "stopped"]
     assert slurm.show(job)["Restarts"] == "0"
+
+
+def test_jobs_into_one_folder_leave_the_first_alone(slurm, latents, tmp_path):
+    """An array of two jobs that train the same: one does, and goes on when a rank dies; the other and a third give up.
+
+    Both begin before there is a folder to be held, and torchrun makes 1 of the status of what is refused.
+    """
+    run, other = tmp_path / "run", tmp_path / "other"
+    log = lambda job: Path(f"{run}.{job}.out")  # noqa: E731
+    array = train_job(slurm, run, latents, 1_000_000, "--array=0-1", f"--output={run}.%a.out", more=SLOW)
+    jobs = [f"{array}_0", f"{array}_1"]
+    wait_for(lambda: "FAILED" in map(slurm.state, jobs), "one that gives up", log(0))
+    first = 0 if slurm.state(jobs[0]) == "RUNNING" else 1
+    assert slurm.state(jobs[first]) == "RUNNING" and told(run) == ["started"]
+    assert log(1 - first).read_text().count("give up: another training run is writing into") == 1
+    assert "restarted" not in told(run) and slurm.show(jobs[1 - first])["Restarts"] == "0"
+
+    wait_for((run / "checkpoints/latest").exists, "a checkpoint", log(first))
+    third = train_job(slurm, run, latents, 1_000_000, f"--output={other}.out", nodes=1, ds="zero1_ep1")
+    assert slurm.wait(third) == "FAILED"
+    assert re.search(r"error: another training run is writing into \S+; wait for it", Path(f"{other}.out").read_text())
+    assert told(run) == ["started"]
+
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words, given = process.info["cmdline"] or [], process.info["environ"] or {}
+        if "jobs/train.py" in words[1:4] and str(run) in words and given.get("RANK") == "0":
+            process.kill()
+    wait_for(lambda: told(run)[1:].count("started") == 1, "another start", log(first))
+    begun = list(events(run))[-1]["step"]
+    wait_for(lambda: last_step(run) > begun, "a step", log(first))
+    slurm.run("scancel", "--batch", "--signal=USR1", jobs[first])  # its script tells its step
+    wait_for(lambda: told(run)[-1] == "requeued", "an end", log(first))
+    assert slurm.wait(jobs[first], states=("PENDING",)) == "PENDING"
+    slurm.run("scancel", jobs[first])
+    assert slurm.show(jobs[1 - first])["Restarts"] == "0"  # the array's number is one job's too
+    assert {event["job"] for event in events(run)} == {f"test/{slurm.show(jobs[first])['JobId']}"}
+    assert "gave up" not in told(run)

@@ -1,16 +1,15 @@
 """What a job decides when its ranks have ended, how many nodes a run can use, and how its script is filled in."""
 
 import json
-import time
 
 import pytest
 
 from helpers import ds_file
 from moe_dit import load_recipe
-from moe_dit.cluster.outcome import EARLY, SILENT, decide, gives_up
+from moe_dit.cluster.outcome import EARLY, SILENT, decide, gives_up, note_begin
 from moe_dit.cluster.sizes import fits, node_range
 from moe_dit.cluster.submit import checkpoint_bytes, fill
-from moe_dit.events import events, record
+from moe_dit.events import JOB, events, own, record
 from moe_dit.status import write_status
 
 
@@ -65,30 +64,126 @@ def run(tmp_path):
 
 
 def test_what_follows_from_how_a_run_ended(run):
-    began = int(time.time())  # as `date +%s`
-    record(run, "started", "", 0)
-    assert decide(run, began, 137, False, 1) == ("again", f"{SILENT} (status 137)")
+    record(run, "started", "", 0, "a")
+    assert decide(run, 0.0, 137, False, 1) == ("again", f"{SILENT} (status 137)")
     assert [(e["what"], e["step"], e["message"]) for e in events(run)][1:] == [("failed", 7, SILENT)]
-    assert decide(run, began, 137, True, 1)[0] == "requeue"
-    write_status(run, "stopped", exit_status=75, message="saved")
-    assert decide(run, began, 1, False, 1) == ("requeue", "saved")
-    write_status(run, "failed", exit_status=2, message="InputError: bad shard")
-    assert decide(run, began, 1, False, 1) == ("give up", "InputError: bad shard")
-    write_status(run, "failed", exit_status=1, message="OSError: disk")
-    assert decide(run, began, 1, False, 1) == ("again", "OSError: disk")
-    write_status(run, "done", exit_status=0)
-    assert decide(run, began, 1, False, 1)[0] == "done"
+    assert decide(run, 0.0, 137, True, 1)[0] == "requeue"
+    write_status(run, "stopped", "a", exit_status=75, message="saved")
+    assert decide(run, 0.0, 1, False, 1) == ("requeue", "saved")
+    write_status(run, "failed", "a", exit_status=2, message="InputError: bad shard")
+    assert decide(run, 0.0, 1, False, 1) == ("give up", "InputError: bad shard")
+    write_status(run, "failed", "a", exit_status=1, message="OSError: disk")
+    assert decide(run, 0.0, 1, False, 1) == ("again", "OSError: disk")
+    write_status(run, "done", "a", exit_status=0)
+    assert decide(run, 0.0, 1, False, 1)[0] == "done"
 
 
-def test_an_older_end_is_not_taken_for_this_one(run):
+@pytest.mark.parametrize("starts", [("a", "b"), (None, None)], ids=["named", "of an earlier commit"])
+def test_an_older_end_is_not_taken_for_this_one(run, starts):
     """status.json and events of a start before say nothing of this one, which never came to its own."""
-    write_status(run, "done", exit_status=0)
+    record(run, "started", "", 0, starts[0])
+    write_status(run, "done", starts[0], exit_status=0)
+    record(run, "done", "", 7, starts[0])
+    note_begin(run, 1, True, "SLURM job 7")
+    assert decide(run, 0.0, 1, False, 1, note=True)[0] == "again"
+    assert [(e["what"], e["message"], e["step"]) for e in events(run)][2:4] == [
+        ("queued", "SLURM job 7", None),
+        ("failed", EARLY, None),
+    ]
+    note_begin(run, 2, True, "SLURM job 7")
+    assert decide(run, 0.0, 1, False, 2, note=True) == ("give up", f"failed twice in the same way: {EARLY}")
+    assert [e["what"] for e in events(run)][2:] == ["queued", "failed", "restarted", "failed", "gave up"]
+
+
+@pytest.mark.parametrize("step", [-86400, 86400], ids=["back", "on"])
+@pytest.mark.parametrize(
+    ("state", "status", "decision"),
+    [("stopped", 75, ("requeue", "saved")), ("failed", 2, ("give up", "InputError: bad shard"))],
+)
+def test_no_clock_decides(run, monkeypatch, step, state, status, decision):
+    """The clock is set by a day after the job began, and again before its ranks end."""
+    now = 1_800_000_000.0
+    monkeypatch.setattr("time.time", lambda: now)
+    record(run, "started", "", 0, "a")
+    write_status(run, "done", "a", exit_status=0)
+    record(run, "done", "", 3, "a")
+    note_begin(run, 1, True, "")
+    now += step
+    record(run, "started", "", 3, "b")
+    now += step
+    write_status(run, state, "b", exit_status=status, message=decision[1])
+    record(run, state, decision[1], 5, "b")
+    assert decide(run, 1_800_000_000.0, 1, False, 1) == decision
+    assert [e["what"] for e in events(run)] == ["started", "done", "queued", "started", state]
+
+
+def test_names_that_are_none_decide_nothing(run):
+    """A stranger's files."""
+    with open(run / "events.jsonl", "w") as file:
+        file.write('{"time": 1, "what": "started", "step": [], "job": {}, "start": []}\n{"time": 1, "what": []}\n')
+    (run / "status.json").write_text('{"state": "stopped", "start": {}}')
+    assert decide(run, 0.0, 1, False, 1)[0] == "again"
+
+
+def test_a_run_without_a_word_of_a_job_is_judged_by_its_last_start(run):
+    """Begun by hand: its last start stopped, the one before it failed."""
+    for what in ("started", "failed", "started", "stopped"):
+        record(run, what, "", 5, "b")
+    write_status(run, "stopped", "b", message="saved")
+    assert decide(run, 0.0, 1, False, 1) == ("requeue", "saved")
+
+
+def test_a_job_that_slurm_queued_again_says_so(run):
+    """Where the job itself could not; the first time is told of as such."""
+    record(run, "started", "", 0, "a")
+    record(run, "stopped", "", 5, "a")
+    note_begin(run, 1, False, "SLURM job 7")
+    note_begin(run, 1, False, "SLURM job 7")
+    assert [(e["what"], e["message"]) for e in events(run)][2:] == [("requeued", "SLURM job 7")]
+
+
+def test_a_job_counts_its_own_starts(run, monkeypatch):
+    """Another job may have written while the folder was free, as a start that failed was being made anew."""
+    monkeypatch.setenv(JOB, "c/1")
+    record(run, "started", "", 100, "a")
+    record(run, "failed", "OSError: disk", 105, "a")
+    monkeypatch.setenv(JOB, "c/2")
+    note_begin(run, 1, True, "SLURM job 2")
+    assert decide(run, 0.0, 1, False, 1, note=True)[0] == "again"
+    assert decide(run, 0.0, 1, False, 2, note=True) == ("give up", f"failed twice in the same way: {EARLY}")
+    monkeypatch.setenv(JOB, "c/1")
+    assert gives_up(list(events(run))) and gives_up(own(events(run))) is None
+    record(run, "started", "", 100, "b")
+    record(run, "failed", "OSError: disk", 105, "b")
+    assert decide(run, 0.0, 1, False, 1)[1] == "failed twice in the same way at step 105: OSError: disk"
+
+
+def test_a_command_that_refuses_is_not_tried_again(run):
+    """Status 2 is bad input, of which the command told itself."""
+    record(run, "started", "", 0, "a")
+    assert decide(run, 0.0, 2, False, 1)[0] == "give up"
+    assert [e["what"] for e in events(run)] == ["started"]
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    note_begin(tmp_path, 1, True, "")
+    assert decide(tmp_path, 0.0, 1, False, 1, note=True)[0] == "again"
+    assert decide(tmp_path, 0.0, 2, False, 1, note=True)[0] == "give up"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_event_behind_a_line_that_was_cut_short_is_kept(run):
     record(run, "started", "", 0)
-    began = time.time() + 1000
-    assert decide(run, began, 1, False, 1)[0] == "again"
-    told = list(events(run))[-1]
-    assert (told["what"], told["message"], told["step"]) == ("failed", EARLY, None)
-    assert decide(run, began + 1, 1, False, 2) == ("give up", f"failed twice in the same way: {EARLY}")
+    with open(run / "events.jsonl", "a") as file:
+        file.write('{"time": 1.0, "what": "str')
+    record(run, "stopped", "", 5)
+    assert [e["what"] for e in events(run)] == ["started", "stopped"]
+
+
+def test_a_run_in_the_place_of_a_file_never_began(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert decide(tmp_path / "file", 0.0, 1, False, 1)[0] == "again"
 
 
 def test_a_run_that_never_began_is_tried_twice(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import threading
+import time
 
 import pytest
 
@@ -110,6 +111,10 @@ def test_the_cache_keeps_to_its_size(files, tmp_path):
             remote.fetch(*listed[3])
             assert {path.name for path in cache.glob("*.tar")} == {"2.tar", "3.tar"}
             assert held.read() == (folder / "1.tar").read_bytes()
+        ahead = time.time() + 24 * 3600  # used before the clock was set back by a day, and not since
+        os.utime(cache / "3.tar", (ahead, ahead))
+        remote.fetch(*listed[1])
+        assert {path.name for path in cache.glob("*.tar")} == {"1.tar", "2.tar"}
         assert (cache / "manifest.json").exists()
         with pytest.raises(InputError, match=r"0\.0005 GB.*--set data\.cache_gb"):
             RemoteFolder(server.url, tmp_path / "small", limit=500_000).fetch(*listed[0])

@@ -63,12 +63,24 @@ def test_states_are_told_honestly(run):
         json.dumps({"state": "failed", "time": NOW - 60, "message": "Stop: the loss is nan"})
     )
     assert "failed 1 min 0 s ago" in shown(run) and "Stop: the loss is nan" in shown(run)
-    (run / "status.json").write_text(json.dumps({"state": "training", "time": NOW - 3}))
+    (run / "status.json").write_text(json.dumps({"state": "training", "time": NOW - 3, "start": "another"}))
     assert re.search("hand_made +starting ", shown(run))  # again, behind step 400
     (run / "metrics.jsonl").unlink()
     text = shown(run)
     assert re.search("hand_made +starting +step 0 / 1,000", text) and "no step yet" in text
     assert "starting, no news for 1 min 17 s" in shown(run, now=NOW + 74)
+
+
+def test_clocks_that_differ_are_told_of(run):
+    """What came last counts, whatever its time: here the clock was set back by a day behind the start."""
+    day = 24 * 3600
+    (run / "status.json").write_text(json.dumps({"state": "training", "time": NOW + day, "start": "a"}))
+    started = {"time": NOW + day, "what": "started", "step": 200, "start": "a"}
+    (run / "events.jsonl").write_text(json.dumps(started) + "\n")
+    assert re.search("hand_made +training +step 400", shown(run))
+    assert "started 1 d 0 h ahead" in shown(run) and "training, no news for 12 min 5 s" in shown(run, now=NOW + 720)
+    os.utime(run / "metrics.jsonl", (NOW + day, NOW + day))
+    assert "training, by a clock 1 d 0 h ahead of this one" in shown(run)
 
 
 def test_slow_steps_are_waited_for(run):

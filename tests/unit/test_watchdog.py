@@ -11,7 +11,7 @@ from helpers import refused
 from helpers.small import flags_of
 from moe_dit.events import events
 from moe_dit.runtime.rank_log import RankLog
-from moe_dit.status import read_status
+from moe_dit.status import read_status, write_status
 from moe_dit.train import _Told
 from moe_dit.watchdog import Sign, Watchdog, standing, unfinished
 
@@ -19,12 +19,24 @@ CPU = torch.device("cpu")
 
 
 def test_what_ends_a_job_is_in_its_status(tmp_path, capsys):
-    told = _Told(tmp_path)
+    told = _Told(tmp_path, "a")
     told.stands_still("no step for 120 s", 0, True)
     assert read_status(tmp_path)["state"] == "failed" and read_status(tmp_path)["message"] == "no step for 120 s"
     told.stands_still("no step for 121 s", 7, False)
     assert [(event["what"], event["step"]) for event in events(tmp_path)] == [("failed", 0), ("hang", 7)]
     assert capsys.readouterr().err == "no step for 120 s\nno step for 121 s\n"
+
+
+def test_a_rank_of_a_start_that_lost_its_run_says_nothing_there(tmp_path, capsys):
+    """Cut off, it may outlive a start that took over; beside a rank 0 of its own that is silent it speaks."""
+    told = _Told(tmp_path, "a")
+    told.speaks = False
+    write_status(tmp_path, "training", "b")
+    told.stands_still("no step for 120 s", 3, False)
+    assert list(events(tmp_path)) == [] and capsys.readouterr().err == "no step for 120 s\n"
+    write_status(tmp_path, "training", "a")
+    told.stands_still("no step for 121 s", 3, False)
+    assert [(event["message"], event["start"]) for event in events(tmp_path)] == [("no step for 121 s", "a")]
 
 
 def calling(*places: str):
