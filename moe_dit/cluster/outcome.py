@@ -53,7 +53,7 @@ def gives_up(told: Sequence[dict[str, Any]]) -> str | None:
     begun = None  # the step of an attempt that has not ended yet
     start = None
     for event in told:
-        if event["what"] in ("queued", "done", "stopped"):
+        if event["what"] in ("queued", "requeued", "done", "stopped"):
             failures, begun = [], None
         elif event["what"] == "started":
             if begun is not None:  # torchrun ended ranks that could not say so
@@ -100,7 +100,9 @@ def decide(run: Path, began: float, status: int, leaving: bool, attempt: int) ->
         return "requeue", str(now.get("message", "it has saved"))
     if state == "failed" and now.get("exit_status") == InputError.status:
         return "give up", str(now.get("message"))
+    said = str(now.get("message")) if state == "failed" else f"{SILENT} (status {status})"
+    if leaving:  # perhaps before its first step: it is no failure that there was no time
+        return "requeue", said
     if why := gives_up(list(events(run))) or (EARLY if attempt > 1 and not run.is_dir() else None):
         return "give up", why
-    said = str(now.get("message")) if state == "failed" else f"{SILENT} (status {status})"
-    return ("requeue" if leaving else "again"), said
+    return "again", said
