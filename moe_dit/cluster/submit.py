@@ -234,11 +234,11 @@ def fill(
         InputError: a value would not stand on one line of the script.
     """
     values = [(f"--{key}", value) for key, value in options.items() if value is not None]
-    for name, value in (*values, *(("argument", word) for word in arguments), *environment.items()):
+    for name, text in (*values, *(("argument", word) for word in arguments), *environment.items()):
         # Control characters, what ends a line, and bytes that are no UTF-8.
-        if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp", "Cs") for letter in value):
+        if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp", "Cs") for letter in text):
             raise InputError(
-                f"{name} {value!r}: a job script cannot hold a line break, another control character or what is no "
+                f"{name} {text!r}: a job script cannot hold a line break, another control character or what is no "
                 "UTF-8; give it another name"
             )
     lines, left = [], dict(options)

@@ -746,7 +746,7 @@ MUTATIONS = [
     Mutation(
         "a-value-becomes-a-line-of-a-script",
         "moe_dit/cluster/submit.py",
-        'if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp", "Cs") for letter in value):',
+        'if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp", "Cs") for letter in text):',
         "if False:",
         "tests/unit/test_cluster.py::test_no_value_becomes_a_line_of_a_script",
     ),
@@ -814,6 +814,13 @@ MUTATIONS = [
         "tests/ranks/test_cluster.py::test_python_may_be_only_where_srun_leads",
     ),
     Mutation(
+        "a-name-spoils-a-picture",
+        "jobs/watch.py",
+        "title = printable(",
+        "title = str(",
+        "tests/unit/test_watch.py::test_a_run_of_any_name_is_drawn_as_text",
+    ),
+    Mutation(
         "a-port-is-taken-blindly",
         "jobs/slurm/job.sh",
         "/proc/net/tcp /proc/net/tcp6 || break",
@@ -828,10 +835,10 @@ MUTATIONS = [
         "tests/ranks/test_cluster.py::test_what_was_encoded_is_verified_however_its_folder_was_given",
     ),
     Mutation(
-        "another-program-s-port-is-waited-at",
+        "a-store-is-not-waited-for",
         "moe_dit/runtime/joining.py",
         "maker.join(limit + ANSWER_SECONDS)",
-        "maker.join()",
+        "maker.join(0)",
         "tests/ranks/test_joining.py::test_a_port_of_another_program_is_told_of",
     ),
     # What a plan estimates.
