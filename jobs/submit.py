@@ -1,6 +1,7 @@
 """Submit jobs to SLURM after checking that they can work: python jobs/submit.py JOB [--recipe NAME] [--nodes N]."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -50,6 +51,11 @@ def main() -> None:
         if getattr(args, flag) < least:
             raise InputError(f"--{flag} {getattr(args, flag)}: it should be at least {least}")
 
+    for flag, value in vars(args).items():
+        if flag != "time" and isinstance(value, str | Path) and str(value).startswith("-"):
+            raise InputError(f"--{flag} {value}: the job would take this for a flag; write ./{value}")
+    if args.after is not None and not re.fullmatch(r"\d+(_\d+)?", args.after, re.ASCII):
+        raise InputError(f"--after {args.after!r}: it should be a job's number")
     site = read_site(args.site)
     asked = training(args)
     recipe = asked.recipe()
@@ -88,15 +94,21 @@ def prepare(
             submit.check_run(folder)
         submit.check_decoder(recipe, folder, args.vae or site.vae if "encode" in jobs else None)
         arguments = evaluate(args, recipe, site, folder)
-    options = submit.options_for(site, f"{job}-{recipe.name}", nodes, args.time)
-    if args.output is not None:
-        options["output"] = args.output
+    time = site.sbatch.get("SBATCH_TIMELIMIT", site.time) if args.time is None else args.time
+    submit.check_time(time, site)
+    output = site.sbatch.get("SBATCH_OUTPUT") if args.output is None else args.output
+    name = f"{job}-{recipe.name}"
+    log = submit.log_folder(submit.OUTPUT if output is None else output, name)
+    options = submit.options_for(site, name, nodes, time, output)
     template = (submit.TEMPLATES / f"{job}.sbatch").read_text()
     further = args.further if job == jobs[-1] else []
     environment = {} if args.site == DEFAULT else {"SITE": str(args.site.resolve())}
     if nodes > args.nodes:
         environment["SPARE_NODES"] = str(args.spare)
-    return submit.fill(template, options, [*arguments, *further], environment)
+    script = submit.fill(template, options, [*arguments, *further], environment)
+    if not args.dry_run:
+        submit.make_log_folder(log)
+    return script
 
 
 def encode(args: argparse.Namespace, recipe: Recipe, site: Site) -> list[str]:

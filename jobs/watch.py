@@ -10,6 +10,7 @@ from rich.live import Live
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import check_new_file, explained, write_text
+from moe_dit.runtime.wording import printable
 from moe_dit.watch import picture, read_run
 
 EXAMPLES = """\
@@ -51,7 +52,7 @@ def main() -> None:
             file=io.StringIO(), record=True, width=console.width, color_system="truecolor", force_terminal=True
         )
         drawn.print(frame(drawn))
-        title = f"python jobs/watch.py {' '.join(map(str, args.runs))}"
+        title = printable(f"python jobs/watch.py {' '.join(map(str, args.runs))}")
         with explained(str(args.svg)):
             write_text(args.svg, drawn.export_svg(title=title, code_format=SVG))
     elif args.once or not console.is_terminal:

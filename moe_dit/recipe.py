@@ -7,6 +7,7 @@ section is its family's own (:mod:`moe_dit.models`); :mod:`moe_dit.recipe_file` 
 
 import dataclasses
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import field
 from functools import reduce
@@ -18,6 +19,9 @@ from pydantic.dataclasses import dataclass
 from moe_dit.models import FAMILIES, NetworkConfig
 from moe_dit.models.moe import MoEConfig
 from moe_dit.schema import STRICT, Count, Fraction, Interval, Natural, NonNegative, Number, Positive, Problem
+
+# It becomes a part of paths (runs/NAME) and of jobs' names.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -139,7 +143,7 @@ else:
 class Recipe:
     """One experiment."""
 
-    name: str
+    name: str  # of the form NAME
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)]
     steps: Count
     global_batch_size: Count
@@ -186,6 +190,12 @@ class Recipe:
 
     def problems(self) -> Iterator[Problem]:
         """What one key's type cannot say: see :mod:`moe_dit.schema`."""
+        if not NAME.fullmatch(self.name):
+            yield (
+                "name",
+                f"is {self.name[:100]!r}; it should be letters (a to z, A to Z), digits and ._- only, at most 100, and "
+                "begin with none of .-",
+            )
         model: NetworkConfig = self.model
         for key, message in model.problems():
             yield f"model.{key}", message

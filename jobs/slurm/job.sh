@@ -7,8 +7,14 @@
 set -euo pipefail
 # Where sbatch was called: the project's root.
 cd "${SLURM_SUBMIT_DIR:?this is a job script; submit it with sbatch, or with python jobs/submit.py}"
+# What a site's file need not say. It and `enter` may run what touches variables that are not set, as conda does.
+enter() { :; }
+IN=() SRUN=()
+set +u
 source "${SITE:-jobs/slurm/site.sh}"
 enter
+set -u
+here=${SLURMD_NODENAME:-$(hostname -s)} # the node of this script
 
 # An array's number is one of its jobs' own too: that one has no other name that means it alone.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -41,6 +47,28 @@ finish() {
 ranks_per_node() { echo "${SLURM_GPUS_ON_NODE:-${RANKS_PER_NODE}}"; }
 
 nodes() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
+
+# value_of FLAG ARGUMENTS...: what the last of `FLAG VALUE` and `FLAG=VALUE` gives, as commands read it; fails without.
+value_of() {
+    local flag=$1 word before= value=
+    shift
+    for word in "$@"; do
+        case $word in "$flag="*) value=${word#*=} ;; esac
+        [ "$before" != "$flag" ] || value=$word
+        before=$word
+    done
+    [ -n "$value" ] && printf '%s\n' "$value"
+}
+
+# A port that nothing on this node has: this job's own, or one behind it.
+port() {
+    local i port
+    for ((i = 0; i < 1000; i++)); do
+        port=$((20000 + (SLURM_JOB_ID + i) % 10000))
+        grep -qs "^ *[0-9]*: [0-9A-F]*:$(printf %04X "$port") " /proc/net/tcp /proc/net/tcp6 || break
+    done
+    echo "$port"
+}
 
 # The nodes that answer, a line each; a dead one does not within the time.
 nodes_alive() {
@@ -77,6 +105,23 @@ requeue() {
 
 # Ranks that train hear signals themselves. Their launchers must not: SLURM ends a step whose first process has ended.
 deaf=(bash -c 'trap "" USR1 TERM; exec "$@"' launcher)
+# step COMMAND...: a step of one process on this node.
+step() {
+    srun "${SRUN[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$here" ${SLURM_GPUS_ON_NODE:+--gres=none} \
+        ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} "$@"
+}
+# ask COMMAND...: what a short command prints, with the Python that ranks get: a site's may be where srun leads alone.
+ask() { if [ ${#SRUN[@]} -eq 0 ]; then "${IN[@]}" "$@"; else step "${deaf[@]}" "${IN[@]}" "$@"; fi; }
+# once COMMAND...: one process that begins anew where it was stopped, until it is done.
+once() {
+    local status=0
+    [ -z "$leaving" ] || requeue
+    step "${IN[@]}" "$@" &
+    finish $! || status=$?
+    [ "$status" -ne 0 ] || return 0
+    [ -z "$leaving" ] || requeue
+    exit "$status"
+}
 # Nor may an elastic agent; but where SLURM ends the step itself, it must end with its ranks, which it would start again.
 # It hears of that once, as SIGHUP, which it passes on to them: another would end it while they still save.
 passing=(bash -c "$(declare -f finish)"'
@@ -88,14 +133,14 @@ passing=(bash -c "$(declare -f finish)"'
 on_nodes() {
     local least=$1 most=$2 head
     shift 2
-    head=$(head -n 1 <<<"$alive")
+    head=$(grep -Fx "$here" <<<"$alive" || head -n 1 <<<"$alive") # this one, where ports are known
     # srun has not inherited --cpus-per-task from sbatch since SLURM 22.05.
     srun "${SRUN[@]}" --no-kill --kill-on-bad-exit=0 --wait=0 --ntasks-per-node=1 \
         --nodes="$(wc -l <<<"$alive")" --nodelist="$(paste -sd, <<<"$alive")" \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
         "${before[@]}" "${IN[@]}" torchrun --nnodes="$least:$most" --nproc-per-node="$(ranks_per_node)" \
         --max-restarts=3 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$ATTEMPT" \
-        --rdzv-endpoint="$(address "$head"):$((20000 + SLURM_JOB_ID % 10000))" \
+        --rdzv-endpoint="$(address "$head"):$(port)" \
         --rdzv-conf="last_call_timeout=10,join_timeout=${JOIN_SECONDS:-180}" "${agent[@]}" "$@"
 }
 
@@ -104,7 +149,7 @@ on_one_node() {
     local ranks=() # without flags it takes the GPUs that SLURM gave this job
     [ -n "${SLURM_GPUS_ON_NODE:-}" ] || ranks=(--num_gpus "$RANKS_PER_NODE")
     srun "${SRUN[@]}" --nodes=1 --ntasks=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
-        "${deaf[@]}" "${IN[@]}" deepspeed "${ranks[@]}" --master_port $((20000 + SLURM_JOB_ID % 10000)) "$@"
+        "${deaf[@]}" "${IN[@]}" deepspeed "${ranks[@]}" --master_port "$(port)" "$@"
 }
 
 # How other nodes reach a node.
@@ -118,10 +163,10 @@ train() {
     alive=$(nodes)
     for ((ATTEMPT = 1; ; ATTEMPT++)); do
         # Least and most nodes, and the run's folder, a line each.
-        start=$("${IN[@]}" python -m moe_dit.cluster.job begin --nodes "$(wc -l <<<"$alive")" \
+        start=$(ask python -m moe_dit.cluster.job begin --nodes "$(wc -l <<<"$alive")" \
             --wanted $((SLURM_JOB_NUM_NODES - ${SPARE_NODES:-0})) --ranks-per-node "$(ranks_per_node)" \
             --attempt "$ATTEMPT" -- "$@") ||
-            { status=$?; [ "$ATTEMPT" -gt 1 ] && [ "$status" -ne 2 ] && requeue; exit 2; }
+            { status=$?; [ "$status" -eq 2 ] || { [ "$ATTEMPT" -eq 1 ] && [ -z "$leaving" ]; } || requeue; exit 2; }
         [ -z "$leaving" ] || requeue
         mapfile -t start <<<"$start"
         if [ "$SLURM_JOB_NUM_NODES" -eq 1 ]; then
@@ -132,7 +177,7 @@ train() {
         status=0
         finish $! || status=$?
         [ -z "$leaving" ] || end_if_ended
-        next=$("${IN[@]}" python -m moe_dit.cluster.job end --run "${start[2]}" --status "$status" \
+        next=$(ask python -m moe_dit.cluster.job end --run "${start[2]}" --status "$status" \
             --attempt "$ATTEMPT" $leaving)
         case $next in
         done) exit 0 ;;

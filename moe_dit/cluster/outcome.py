@@ -102,7 +102,7 @@ def gives_up(told: Sequence[dict[str, Any]]) -> str | None:
     begun = None  # the step of an attempt that has not ended yet
     start = None
     for event in told:
-        if event["what"] in ("queued", "done", "stopped"):
+        if event["what"] in ("queued", "requeued", "done", "stopped"):
             failures, begun = [], None
         elif event["what"] == "started":
             if begun is not None:  # torchrun ended ranks that could not say so
@@ -184,7 +184,9 @@ def _decide(run: Path, status: int, leaving: bool, attempt: int) -> tuple[Next, 
         return "give up", str(now.get("message"))
     if refused:
         return "give up", f"it refuses what it was given (status {status}); see its log"
+    said = str(now.get("message")) if state == "failed" else f"{SILENT} (status {status})"
+    if leaving:  # perhaps before its first step: it is no failure that there was no time
+        return "requeue", said
     if why := gives_up(own(events(run))) or (EARLY if attempt > 1 and not is_there(run) else None):
         return "give up", why
-    said = str(now.get("message")) if state == "failed" else f"{SILENT} (status {status})"
-    return ("requeue" if leaving else "again"), said
+    return "again", said

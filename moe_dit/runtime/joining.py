@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ class Meeting:
 LIMIT = "MOE_DIT_JOIN_SECONDS"  # environment variable: how long ranks wait for each other
 LIMIT_SECONDS = 300.0
 ANSWER_SECONDS = 15.0  # that rank 0 may take longer than its own limit, to a rank that waits for its answer
+PORTS = "MASTER_PORT, or the launcher's --master_port"
 READ_SECONDS = 5.0  # for those that came, to read rank 0's answer
 POLLS = (0.01, 0.25)  # seconds between looks, the first and the longest
 NAMED_HOSTS = 4  # of those that came, where the missing ones' are not known
@@ -69,12 +71,28 @@ def join(rank: int, local_rank: int, size: int) -> Meeting:
     # torch 2.14's store would write pages of C++ frames about a server that is not there.
     if rank and not _until(_answers, limit):
         raise NotJoined(f"rank 0 is not to be found at {place}, tried for {limit:g} s", everywhere=silent)
-    try:
-        # In a world of one its store waits for nobody, and so does not itself complain of those that stay away.
-        store, _, _ = next(torch.distributed.rendezvous("env://", rank, 1, timeout=timedelta(seconds=limit)))
-    except (torch.distributed.DistError, OSError) as error:
-        what = f"rank {rank} cannot make a store at {place}: {str(error).strip().splitlines()[0]}"
-        raise NotJoined(what, everywhere=silent and rank != 0) from None
+    made: list[Any] = []
+
+    def make() -> None:
+        try:
+            # In a world of one its store waits for nobody, and so does not itself complain of those that stay away.
+            made.append(next(torch.distributed.rendezvous("env://", rank, 1, timeout=timedelta(seconds=limit)))[0])
+        except Exception as error:
+            made.append(error)
+
+    # torch 2.14 waits for ever for a word of another program that has the port.
+    maker = threading.Thread(target=make, name="joining", daemon=True)
+    maker.start()
+    maker.join(limit + ANSWER_SECONDS)
+    other = f"; where another program has that port, give another ({PORTS})"
+    if not made:
+        raise NotJoined(f"what listens at {place} is not rank 0, asked for {limit:g} s{other}", everywhere=silent)
+    store = made[0]
+    if isinstance(store, torch.distributed.DistError | OSError):
+        what = f"rank {rank} cannot make a store at {place}: {str(store).strip().splitlines()[0]}{other}"
+        raise NotJoined(what, everywhere=silent and rank != 0)
+    if isinstance(store, Exception):
+        raise store
     if rank == 0:
         attempt, hosts = _gather(store, size, limit)
     else:

@@ -45,8 +45,10 @@ def set_rendezvous() -> None:
     if "MASTER_ADDR" not in env:
         if "SLURM_STEP_NODELIST" in env and this.size > 1:
             env["MASTER_ADDR"] = address(hostnames(env["SLURM_STEP_NODELIST"])[0])
-            # One port a job, so that two jobs on a node do not meet.
-            env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 10000))
+            # A port of the step's own: two jobs on a node, or steps of one, do not meet. It is the next one where srun
+            # is called again, for a port may be another program's.
+            number = int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", 0))
+            env.setdefault("MASTER_PORT", str(20000 + number % 10000))
         else:
             env["MASTER_ADDR"] = "127.0.0.1"
     if "MASTER_PORT" not in env:

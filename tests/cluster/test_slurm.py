@@ -33,9 +33,9 @@ GPU=h100-80g
 TIME=10
 SAVE_SECONDS=20
 JOIN_SECONDS=60
-enter() { export PATH="$TEST_PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; }
+enter() { export PATH="$TEST_HOST" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1; [ -z "$NOBODY_SETS_THIS" ]; }
 IN=()
-SRUN=()
+SRUN=(--comment=container)
 IMAGES=/nowhere
 VAE=/nowhere
 REFERENCE=/nowhere
@@ -55,6 +55,13 @@ def slurm(tmp_path_factory):
             site = tmp_path_factory.mktemp("site") / "site.sh"
             site.write_text(SITE)
             running.env["SITE"] = str(site)
+            # As where Python is only in the container that flags of srun lead into: the node's own fails.
+            host = tmp_path_factory.mktemp("host")
+            inside = f'case "$*" in *--comment=container*) PATH=$TEST_PATH ;; esac; exec {shutil.which("srun")} "$@"'
+            for name, does in (("python", "exit 97"), ("srun", inside)):
+                (host / name).write_text(f"#!/bin/sh\n{does}\n")
+                (host / name).chmod(0o755)
+            running.env["TEST_HOST"] = f"{host}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
             yield running
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,12 +96,14 @@ SLOW = ["--set", "checkpoint.every=4", "--set", "checkpoint.write_gb_per_second=
 @pytest.fixture(scope="module")
 def chain(slurm, latents, tmp_path_factory) -> tuple[list[tuple[str, str, str]], Path]:
     """Jobs that encode, train on both nodes, and evaluate: what submit.py says of each, and their folder."""
-    folder = tmp_path_factory.mktemp("chain")
+    folder = tmp_path_factory.mktemp("chain") / "a $(b) 'c' %j é"
     flags = ["--recipe", "digits", "--nodes", 2, "--ds", "ds_configs/zero2_ep2.json", "--steps", 12]
     flags += ["--images", latents.parent / "images", "--vae", latents.parent / "vae", "--size", 32]
     flags += ["--set", f"data.vae={latents.parent / 'vae'}", *SMALL, "--data", folder / "shards"]
     flags += ["--reference", latents.parent / "images", "--protocol", "fidelity", "--out", folder / "run"]
-    done = submit(slurm, "chain", *flags, "--output", f"{folder}/%x.out", "--", "-n", 40, "--steps", 2)
+    done = submit(
+        slurm, "chain", *flags, "--output", f"{str(folder).replace('%', '%%')}/%x.out", "--", "-n", 40, "--steps", 2
+    )
     assert done.returncode == 0, done.stderr
     return re.findall(r"(\w+): job (\d+)(?:, when (\d+) has succeeded)?", done.stderr), folder
 

@@ -60,6 +60,21 @@ def test_without_rank_0_one_rank_of_a_node_says_where_it_should_be(tmp_path):
     assert [rank.returncode for rank in done] == [1, 1]
 
 
+def test_a_port_of_another_program_is_told_of(tmp_path):
+    """It takes what ranks say, and answers nothing: torch's own store would wait for that for ever."""
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = join([0, 1], 2, tmp_path, MOE_DIT_JOIN_SECONDS="1", MASTER_PORT=str(port))
+    cure = "; where another program has that port, give another (MASTER_PORT, or the launcher's --master_port)"
+    assert [rank.returncode for rank in done] == [1, 1]
+    assert done[0].stderr.startswith(f"error: rank 0 ({HOST}): rank 0 cannot make a store at 127.0.0.1:{port}: ")
+    assert "address already in use" in done[0].stderr and done[0].stderr.endswith(f"{cure}\n")
+    line = f"error: rank 1 ({HOST}): what listens at 127.0.0.1:{port} is not rank 0, asked for 1 s{cure}\n"
+    assert done[1].stderr == line
+
+
 def test_how_long_ranks_wait_is_checked(tmp_path):
     (done,) = join([0], 2, tmp_path, MOE_DIT_JOIN_SECONDS="soon")
     assert done.returncode == 2

@@ -1,15 +1,29 @@
 """What a job decides when its ranks have ended, how many nodes a run can use, and how its script is filled in."""
 
 import json
+import math
+import shutil
+from pathlib import Path
 
 import pytest
 
-from helpers import ds_file
+from helpers import call, ds_file
+from helpers.older_run import OLD
 from moe_dit import load_recipe
 from moe_dit.cluster.outcome import EARLY, SILENT, decide, gives_up, note_begin
+from moe_dit.cluster.site import Site
 from moe_dit.cluster.sizes import fits, node_range
-from moe_dit.cluster.submit import checkpoint_bytes, fill
+from moe_dit.cluster.submit import (
+    check_run,
+    check_time,
+    checkpoint_bytes,
+    fill,
+    log_folder,
+    make_log_folder,
+    seconds_of,
+)
 from moe_dit.events import JOB, events, own, record
+from moe_dit.runtime.errors import InputError
 from moe_dit.status import write_status
 
 
@@ -31,6 +45,8 @@ NAN = ("failed", 120, "Stop: the loss is nan at step 120")
         ([START, NAN, START, ("failed", 120, "OSError: disk")], None),
         ([START, NAN, ("queued", None, "SLURM job 7"), START, NAN], None),
         ([START, NAN, START, ("stopped", 119, ""), START, NAN], None),
+        # Told to leave before a first step, which is no failure.
+        ([START, ("requeued", None, "")] * 4, None),
         # Ports and addresses are other ones each time.
         (
             [
@@ -186,6 +202,15 @@ def test_a_run_in_the_place_of_a_file_never_began(tmp_path):
     assert decide(tmp_path / "file", 0.0, 1, False, 1)[0] == "again"
 
 
+def test_a_job_that_is_told_to_leave_before_its_first_step_is_queued_again(run, tmp_path):
+    """However often; else it would give up what nothing is wrong with."""
+    began = int(time.time())
+    for attempt in (1, 2, 3):
+        assert decide(tmp_path / "none", 0.0, 138, True, attempt)[0] == "requeue"
+        record(run, "failed", EARLY)
+        assert decide(run, began, 138, True, attempt)[0] == "requeue"
+
+
 def test_a_run_that_never_began_is_tried_twice(tmp_path):
     assert decide(tmp_path / "none", 0.0, 1, False, 1)[0] == "again"
     assert decide(tmp_path / "none", 0.0, 1, False, 2) == ("give up", EARLY)
@@ -212,6 +237,127 @@ def test_a_template_is_filled_in():
         "#!/bin/bash\n#SBATCH --nodes=3\n#SBATCH --requeue\n#SBATCH --mem=0\n\nset -- --out 'a b'\n"
         "export SITE=/x/site.sh\n\nrun\n"
     )
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r", "\v", "\x1c", "\x85", "\u2028", "\x00", "\x1b", "\udcff"])
+@pytest.mark.parametrize("place", ["option", "argument", "environment"])
+def test_no_value_becomes_a_line_of_a_script(place, ending):
+    value = f"x{ending}#SBATCH --uid=0"
+    options = {"output": value} if place == "option" else {}
+    arguments, environment = [value] * (place == "argument"), {"SITE": value} if place == "environment" else {}
+    with pytest.raises(InputError, match="cannot hold a line break") as caught:
+        fill("#!/bin/bash\n#SBATCH --nodes=1\n", options, arguments, environment)
+    assert str(caught.value).isprintable()
+
+
+def test_a_value_of_sbatch_s_is_one_word_whatever_it_holds():
+    """In double quotes sbatch takes all as it is but a quote and a backslash."""
+    template = "#!/bin/bash\n#SBATCH --output=x\n"
+    options = {"output": "a b/%x#1.out", "comment": 'say "$(id)" \\ \'', "partition": "gpu,big"}
+    assert fill(template, options, [], {}).splitlines()[1:4] == [
+        '#SBATCH --output="a b/%x#1.out"',
+        '#SBATCH --comment="say \\"$(id)\\" \\\\ \'"',
+        "#SBATCH --partition=gpu,big",
+    ]
+
+
+# As a SLURM of two nodes took them.
+LIMITS = {"10": 600, "0:01": 60, "1:30": 120, "24:00:00": 86400, "1-0": 86400, "1-2:3": 93780, "1-2:3:4": 93840}
+LIMITS |= {
+    "1:90:90": 9120,
+    "0": math.inf,
+    "0:00": math.inf,
+    "UNLIMITED": math.inf,
+    "infinite": math.inf,
+    "-1": math.inf,
+}
+
+
+@pytest.mark.parametrize(("limit", "seconds"), LIMITS.items())
+def test_a_time_limit_is_read_as_slurm_does(limit, seconds):
+    assert seconds_of(limit) == seconds
+
+
+@pytest.mark.parametrize(
+    "limit", ["", "abc", " 5", "5 ", "5.5", "1:2:3:4", "1-1-1", "1:-5", "1-", "\u0665", "5\n", "-2"]
+)
+def test_what_is_no_time_limit_is_told_of(limit):
+    with pytest.raises(InputError, match="it should be minutes, minutes:seconds"):
+        seconds_of(limit)
+
+
+@pytest.mark.parametrize(
+    ("limit", "fits"), [("5", False), ("7:00", False), ("8", True), ("0:07:59", True), ("0", True)]
+)
+def test_a_job_has_time_for_more_than_to_save(limit, fits):
+    """It would be told to save as soon as it begins, and queue itself again, for ever."""
+    site = Site(Path("site.sh"), 8, 8, 64, 300, *["x"] * 7, sbatch={})
+    if fits:
+        check_time(limit, site)
+    else:
+        with pytest.raises(InputError, match=f"--time {limit}: .* for ever without a step; give at least 8 minutes"):
+            check_time(limit, site)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "folder"),
+    [
+        ("%x-%j.out", "."),
+        ("logs/%j/../%j.out", None),
+        ("a b/%x/%j.out", "a b/train-x"),
+        ("100%%/%x%%.out", "100%"),
+        ("100%%j/o", "100%j"),
+        ("/dev/null", "/dev"),
+        ("%j/out", None),
+        ("a%/out", None),
+        ("a/%5x/out", None),
+        ("a\\b/out", None),
+        ("", None),
+        ("logs/", None),
+        ("logs/..", None),
+        ("/dev", None),
+    ],
+)
+def test_the_folder_of_a_log_is_known_before_the_job(pattern, folder):
+    if folder is None:
+        with pytest.raises(InputError, match=r"^--output "):
+            log_folder(pattern, "train-x")
+    else:
+        assert str(log_folder(pattern, "train-x")) == folder
+
+
+def test_the_folder_of_a_log_is_made(tmp_path):
+    make_log_folder(tmp_path / "a/b")
+    assert (tmp_path / "a/b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write the log's folder .*file/x: Not a directory"):
+        make_log_folder(tmp_path / "file/x")
+
+
+@pytest.mark.parametrize(
+    "latest", ["../../victim/secret", "", "\n", "/etc", "step_00000004", "step_00000003/../x", None]
+)
+def test_which_checkpoint_is_evaluated_is_not_what_latest_says(tmp_path, capfd, latest):
+    """But one of the run's own that can be read."""
+    run = shutil.copytree(OLD / "run", tmp_path / "run")
+    (run / "checkpoints/latest").unlink()
+    if latest is not None:
+        (run / "checkpoints/latest").write_text(latest)
+    call("moe_dit.cluster.newest", run)
+    assert capfd.readouterr().out == "step_00000003\n"
+
+
+def test_a_run_without_a_checkpoint_is_not_evaluated(tmp_path):
+    run, secret = tmp_path / "run", tmp_path / "victim/secret"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copytree(OLD / "run/checkpoints/step_00000003", secret)
+    for latest in ("../../victim/secret\n", "", str(secret)):
+        (run / "checkpoints/latest").write_text(latest)
+        with pytest.raises(InputError):
+            check_run(run)
+    for other in (secret, tmp_path / "none"):
+        with pytest.raises(InputError, match="no checkpoint to evaluate; give the --out of a run"):
+            check_run(other)
 
 
 def test_a_checkpoint_s_bytes():

@@ -1,8 +1,15 @@
 """Recipes: every one loads, counts its parameters as published, and every mistake is one line that helps."""
 
-import pytest
+import json
+import shutil
+from functools import partial
 
+import pytest
+import yaml
+
+from helpers.older_run import OLD
 from moe_dit import build_model
+from moe_dit.checkpoint_files import read_description
 from moe_dit.parallel.deepspeed_config import load_parallelism
 from moe_dit.recipe_file import load_recipe, names, parse_recipe
 from moe_dit.runtime.errors import InputError
@@ -93,6 +100,30 @@ def test_a_wrong_file_is_one_line_that_names_it(tmp_path, content, line):
     with pytest.raises(InputError) as caught:
         load_recipe(str(path))
     assert line in str(caught.value) and "mine.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x\ntouch OWNED\n#", "", ".", "..", "../x", "a/b", "-x", ".x", "a b", "a$(b)", "é", "x\n", "x\0", "a" * 101],
+)
+def test_a_name_that_could_be_a_path_or_a_program_is_refused(tmp_path, name):
+    """In a recipe, in a stranger's RUN/config.yaml, and in a checkpoint's description."""
+    whole = load_recipe("digits").to_dict() | {"name": name}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(whole))
+    checkpoint = shutil.copytree(OLD / "run/checkpoints/step_00000003", tmp_path / "step_00000003")
+    description = json.loads((checkpoint / "state.json").read_text()) | {"recipe": whole}
+    (checkpoint / "state.json").write_text(json.dumps(description))
+    for read in (partial(load_recipe, str(file)), partial(read_description, checkpoint)):
+        with pytest.raises(InputError) as caught:
+            read()
+        assert "name is " in str(caught.value) and "letters (a to z, A to Z), digits and ._- only" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x", "A-1.b_c", "_", "9..", "a" * 100])
+def test_a_plain_name_is_taken(name):
+    assert parse_recipe(load_recipe("digits").to_dict() | {"name": name}, "mine.yaml").name == name
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -147,6 +148,15 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path, make):
         (tmp_path / "run").mkdir()
     assert f"{tmp_path / 'run'} is no run of jobs/train.py" in watch(tmp_path / "run", status=2)
     assert "--every 0: it should be" in watch(tmp_path, "--every", "0", status=2)
+
+
+def test_a_run_of_any_name_is_drawn_as_text(run, tmp_path):
+    """A stranger's folder: no element of the picture, and nothing that XML cannot hold."""
+    stranger = run.rename(tmp_path / "x\x1b<script>&\n")
+    watch(stranger, "--svg", tmp_path / "now.svg")
+    drawing = ElementTree.parse(tmp_path / "now.svg")
+    assert "x?<script>&?" in "".join(drawing.getroot().itertext()).replace("\xa0", " ")
+    assert not drawing.findall(".//{*}script")
 
 
 def test_the_command_prints_once_and_touches_nothing(run, tmp_path):
