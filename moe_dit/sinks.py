@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import write_text
+from moe_dit.runtime.reading import read_bytes
 
 PROJECT = "moe-dit"  # the name that trackers show runs under
 
@@ -81,7 +82,7 @@ class WeightsAndBiases(_Tracker):
         file = run / "wandb_id"
         if not file.exists():
             write_text(file, uuid.uuid4().hex)
-        return {"id": file.read_text(), "dir": str(run)}
+        return {"id": read_bytes(file, 1000).decode(), "dir": str(run)}
 
 
 class Trackio(_Tracker):

@@ -1,11 +1,11 @@
 """What became of a run's last start: RUN/status.json, whatever the launcher makes of its ranks' exit statuses."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from moe_dit.runtime.files import write_json
+from moe_dit.runtime.reading import read_json
 
 State = Literal["training", "stopping", "stopped", "done", "failed"]
 
@@ -22,8 +22,8 @@ def write_status(run: Path, state: State, **more: Any) -> None:
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """A run's status.json; empty where there is none. A run that was killed still says what it did then."""
+    """A run's status.json; empty where none can be read. A run that was killed still says what it did then."""
     try:
-        return dict(json.loads((run / "status.json").read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return dict(read_json(run / "status.json"))
+    except (OSError, ValueError, TypeError):
         return {}

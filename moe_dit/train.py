@@ -1,6 +1,5 @@
 """The training loop: from a recipe and a DeepSpeed JSON to a run folder, continuing where it stopped."""
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from moe_dit.runtime.lock import lock_folder
 from moe_dit.runtime.machine import commit, machine, now
 from moe_dit.runtime.progress import console, say, task
 from moe_dit.runtime.rank_log import RankLog
+from moe_dit.runtime.reading import read_json
 from moe_dit.runtime.stopping import GRACE_SECONDS, StopRequest, was_restarted
 from moe_dit.schema import differences
 from moe_dit.status import read_status, write_status
@@ -460,7 +460,7 @@ def _write_start(run: Path, recipe: Recipe, engine: "Engine", first_step: int) -
     start |= {"expert_parallel": parallelism.ep_size, "parameters": total, "activated": activated}
     file = run / "starts.json"
     try:
-        before = list(json.loads(file.read_text()))
+        before = list(read_json(file))
     except (OSError, ValueError, TypeError):  # none yet, or damaged: a note is no reason not to train
         before = []
     write_json(file, [*before, start], indent=1)

@@ -44,7 +44,7 @@ def main() -> None:
         begin_training(args)
         return
     what, why = decide(args.run, args.began, args.status, args.leaving, args.attempt)
-    if what in EVENT and args.run.is_dir():
+    if what in EVENT and os.path.isdir(args.run):
         record(args.run, EVENT[what], why)
     say(f"{what}: {why}")
     print(what)
@@ -65,7 +65,7 @@ def begin_training(args: argparse.Namespace) -> None:
         raise InputError(
             f"{args.nodes} x {args.ranks_per_node} ranks are left, and {asked.ds} and the batch do not divide by them"
         )
-    if folder.is_dir() and args.attempt == 1 and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    if os.path.isdir(folder) and args.attempt == 1 and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         record(folder, "queued", f"SLURM job {os.environ.get('SLURM_JOB_ID', '')}".strip())
     print(*span, folder, sep="\n")
 

@@ -1,5 +1,6 @@
 """What a job does when its training command has ended: end, be queued again, start again, or give up."""
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,7 +35,7 @@ def note_end(run: Path, began: float, status: int) -> None:
         began: when the training command was started, in seconds since 1970.
         status: that its launcher ended with.
     """
-    if not run.is_dir() or status == 0:
+    if not os.path.isdir(run) or status == 0:
         return
     told = {event["what"] for event in events(run) if event["time"] >= began}
     if told.isdisjoint({"done", "stopped", "failed"}):
@@ -100,7 +101,7 @@ def decide(run: Path, began: float, status: int, leaving: bool, attempt: int) ->
         return "requeue", str(now.get("message", "it has saved"))
     if state == "failed" and now.get("exit_status") == InputError.status:
         return "give up", str(now.get("message"))
-    if why := gives_up(list(events(run))) or (EARLY if attempt > 1 and not run.is_dir() else None):
+    if why := gives_up(list(events(run))) or (EARLY if attempt > 1 and not os.path.isdir(run) else None):
         return "give up", why
     said = str(now.get("message")) if state == "failed" else f"{SILENT} (status {status})"
     return ("requeue" if leaving else "again"), said

@@ -1,5 +1,6 @@
 """What a site decides: jobs/slurm/site.sh, read by bash itself."""
 
+import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def read_site(file: Path) -> Site:
     Raises:
         InputError: it is missing, bash cannot read it, or a value is missing or no number.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"there is no {file}; give --site FILE, such as a changed copy of {DEFAULT}")
     # All variables that it sets, exported or not; what it prints itself goes elsewhere.
     script = 'set -euo pipefail; set -a; source "$0" >&2; env -0'

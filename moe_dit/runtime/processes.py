@@ -1,7 +1,9 @@
 """How helper processes start, and end."""
 
+import multiprocessing.util
 import os
 import select
+import tempfile
 import threading
 import time
 from multiprocessing import get_context
@@ -9,15 +11,36 @@ from typing import Any
 
 import psutil
 
+from moe_dit.runtime.errors import InputError
+
+LONGEST_PLACE = 60  # bytes of a folder; multiprocessing adds 32, and a socket's path has at most 107
+
 
 def forkserver() -> Any:
     """Processes forked from one that has only imported what they need, a multiprocessing context.
 
     They must not inherit a CUDA context or gloo's threads, and each would take seconds to import torch.
     """
+    shorten_sockets()
     context = get_context("forkserver")
     context.set_forkserver_preload(["moe_dit.data"])
     return context
+
+
+def shorten_sockets() -> None:
+    """Let multiprocessing's sockets lie where their paths fit into what the kernel takes, however long TMPDIR is."""
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) <= LONGEST_PLACE:
+        return
+    for short in ("/tmp", "/var/tmp", "/dev/shm"):
+        if os.path.isdir(short) and os.access(short, os.W_OK | os.X_OK):
+            tempfile.tempdir = short
+            try:
+                multiprocessing.util.get_temp_dir()  # made once, and removed at the end; child processes get it too
+            finally:
+                tempfile.tempdir = place
+            return
+    raise InputError(f"TMPDIR {place} is too long for sockets ({LONGEST_PLACE} bytes fit); give a shorter one")
 
 
 def end_with(pid: int, *_: Any) -> None:

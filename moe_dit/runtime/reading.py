@@ -11,8 +11,9 @@ import math
 import os
 import stat
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
@@ -36,7 +37,7 @@ def check_regular(path: str | Path) -> None:
     _check_mode(os.stat(_checked(path)).st_mode, path)
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path) -> BufferedReader:
     """Open a file of bytes to read, without ever waiting for what is none.
 
     Raises:
