@@ -6,6 +6,7 @@ the others one latent (AutoencoderDC, AutoencoderTiny, VQModel). As in diffusers
 """
 
 import hashlib
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import nn
 
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.precision import exact_float32
+from moe_dit.runtime.reading import check_regular, shard_names
 
 PROBE = 512  # side of the images that a network is measured with, a multiple of every factor in use
 DECODE_BATCH = 16  # latents decoded at once ...
@@ -67,6 +69,8 @@ def load_vae(name: str) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     other = f"VAE {name} is not a diffusers AutoencoderKL, AutoencoderDC or other autoencoder of images"
     try:
+        if local:
+            _check_files(Path(name))
         # A config.json is found in the same way for every class.
         config = diffusers.AutoencoderKL.load_config(place[0], subfolder=place[1])
     # Network, hub and JSON errors all mean the same here.
@@ -80,23 +84,38 @@ def load_vae(name: str) -> Any:
     # Before the weights, which may have to be fetched.
     try:
         space = _measure(kind, config)
+        unknown = sorted(key for key in config.keys() - _keys(kind, config) if key[:1] != "_")
     except Exception as error:
         raise InputError(
             f"{other}: {class_name} with its config.json does not take [N, 3, H, W] to latents [N, C, h, w] and back "
             f"({_reason(error)})"
         ) from error
+    if unknown:  # they would only be warned of, and passed over
+        raise InputError(f"VAE {name}: its config.json has keys that no {class_name} has: {', '.join(unknown[:3])}")
     try:
-        # Missing weights would only be warned of, and left random.
+        # Weights that are missing or too many would only be warned of, and left random or out.
         vae, info = kind.from_pretrained(place[0], subfolder=place[1], output_loading_info=True)
     # Network, hub, safetensors and shape errors, likewise.
     except Exception as error:
         raise InputError(f"VAE {name} cannot be loaded as a diffusers {class_name}: {_reason(error)}") from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        wrong = [*info["missing_keys"], *info["mismatched_keys"]][:1]
-        raise InputError(f"VAE {name}: weights are missing or of other shapes, e.g. {wrong}")
+    for keys, what in (
+        (info["missing_keys"] or info["mismatched_keys"], "weights are missing or of other shapes"),
+        (info["unexpected_keys"], f"it holds weights that no such {class_name} has"),
+    ):
+        if keys:
+            raise InputError(f"VAE {name}: {what}, e.g. {min(map(str, keys))}")
     vae = vae.float().eval().requires_grad_(False)
     _spaces[vae] = space
     return vae
+
+
+def _check_files(folder: Path) -> None:
+    """Raise OSError or ValueError where a folder's weights would be read from elsewhere, or reading them would wait."""
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".safetensors", ".bin"):
+            check_regular(file)
+        if file.name.endswith(".index.json"):
+            shard_names(file)
 
 
 def latent_space(vae: Any) -> LatentSpace:
@@ -104,6 +123,13 @@ def latent_space(vae: Any) -> LatentSpace:
     if vae not in _spaces:
         _spaces[vae] = _measure(type(vae), vae.config)
     return _spaces[vae]
+
+
+def _keys(kind: Any, config: Mapping[str, Any]) -> set[str]:
+    """The keys of a configuration that a class knows: its constructor's, and those that this makes of them itself."""
+    with torch.device("meta"):
+        known = inspect.signature(kind.__init__).parameters
+        return set(kind(**{key: value for key, value in config.items() if key in known}).config)
 
 
 def _measure(kind: Any, config: Mapping[str, Any]) -> LatentSpace:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.reading import open_file
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
@@ -55,12 +56,13 @@ def load_image(file: str | Path | bytes, size: int) -> Image.Image:
         InputError: it cannot be read.
     """
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with io.BytesIO(file) if isinstance(file, bytes) else open_file(file) as opened, Image.open(opened) as image:
             return center_crop(as_seen(image), size)
     # Decoders raise whatever they meet: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         what = "an image" if isinstance(file, bytes) else f"the image {file}"
-        raise InputError(f"cannot read {what}: {str(error) or type(error).__name__}") from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"cannot read {what}: {reason}") from error
 
 
 def list_images(folder: str | Path) -> tuple[list[str], list[int], list[str]]:

@@ -5,6 +5,7 @@ Foreign shards are tar files of a folder whose samples have ``.cls`` (a class nu
 """
 
 import io
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, write_json
 from moe_dit.runtime.progress import task
+from moe_dit.runtime.reading import MOST_JSON, open_file, read_bytes
 from moe_dit.store import is_remote
 
 EXAMPLES = """\
@@ -47,7 +49,7 @@ def members_of_first(path: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     first = None
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_file(path) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 first = key if first is None else first
@@ -140,15 +142,15 @@ def main() -> None:
     add("--means", action="store_true", help="foreign latents: latents themselves, not mean and log variance")
     args = parser.parse_args()
     folder = Path(args.shards)
-    if not is_remote(args.shards) and not folder.is_dir():
+    if not is_remote(args.shards) and not os.path.isdir(folder):
         raise InputError(f"no folder of shards {folder}")
     if args.scale is not None and not 0 < args.scale < float("inf"):
         raise InputError(f"--scale {args.scale}: it should be above 0")
-    if not is_remote(args.shards) and not (folder / MANIFEST).exists():
+    if not is_remote(args.shards) and not os.path.exists(folder / MANIFEST):
         names = None
         if args.classes:
             try:
-                names = args.classes.read_text().split("\n")
+                names = read_bytes(args.classes, MOST_JSON).decode("utf-8-sig").split("\n")
             except (OSError, ValueError) as error:
                 raise InputError(f"--classes {args.classes} cannot be read: {error}") from None
             names = names[:-1] if names and not names[-1] else names

@@ -38,6 +38,7 @@ from moe_dit.runtime.files import explained, new_file, remove_unfinished, write_
 from moe_dit.runtime.lock import lock_folder
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.ranks import from_rank_0, world
+from moe_dit.runtime.reading import open_file, read_json
 
 ENOUGH = 1000  # images of which no tenth may be broken
 SETTINGS = ".settings.json"
@@ -98,7 +99,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -106,7 +107,7 @@ def read_keys(path: Path, kind: str) -> list[str]:
     """The samples' keys in a shard, in order; ValueError where a sample lacks a member or the tar file is broken."""
     members: dict[str, set[str]] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
                 members.setdefault(key, set()).add(extension)
@@ -213,10 +214,10 @@ def write_shards(
 def _prepare(folder: Path, settings: dict[str, Any]) -> bool:
     """Make the folder ready to be begun or continued; True where it is complete already."""
     path = folder / SETTINGS
-    if path.exists():
+    if os.path.exists(path):
         try:
-            found = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+            found = dict(read_json(path))
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path} cannot be read: {error}; give another --out") from error
         differing = [
             _SETTING_NAMES[key] for key, value in settings.items() if found.get(key, _BEFORE.get(key)) != value
@@ -226,19 +227,19 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> bool:
                 f"{folder} was begun with other settings: {', '.join(differing)}; give the same again, or another --out"
             )
     else:
-        if any(folder.glob("*.tar")) or (folder / MANIFEST).exists():
+        if any(folder.glob("*.tar")) or os.path.exists(folder / MANIFEST):
             raise InputError(f"{folder} holds shards that this command did not begin; give another --out")
         _write_json(path, settings)
     for name in ("shard-*", f"{MANIFEST}*", f"{SETTINGS}*"):  # other hidden files are not ours
         remove_unfinished(folder, name)
-    return (folder / MANIFEST).exists()
+    return os.path.exists(folder / MANIFEST)
 
 
 def begun_with(folder: Path, key: str, new: Any) -> Any:
     """A setting that was left to the command: the folder's if it was begun already, else ``new``."""
     try:
-        return json.loads((folder / SETTINGS).read_text()).get(key, _BEFORE[key])
-    except (OSError, ValueError, AttributeError, RecursionError):  # what is wrong is said when it is opened to write
+        return read_json(folder / SETTINGS).get(key, _BEFORE[key])
+    except (OSError, ValueError, AttributeError):  # what is wrong is said when it is opened to write
         return new
 
 
@@ -459,9 +460,9 @@ def _finished(path: Path, kind: str, indices: Iterable[int]) -> _Shard | None:
     broken: list[list[Any]] = []
     aside = _broken_file(path)
     try:
-        if aside.exists():
-            broken = [[int(index), str(reason)] for index, reason in json.loads(aside.read_text())]
-    except (OSError, ValueError, TypeError, RecursionError):
+        if os.path.exists(aside):
+            broken = [[int(index), str(reason)] for index, reason in read_json(aside)]
+    except (OSError, ValueError, TypeError):
         return None
     left = {index for index, _ in broken}
     keys = [_key(index) for index in indices if index not in left]

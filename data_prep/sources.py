@@ -295,6 +295,14 @@ def _class_names(schema: Any) -> list[str]:
         return []
 
 
+def _files_in(folder: Path) -> list[Path]:
+    """The files of a folder; none of one that cannot be listed, which is said where class folders are looked for."""
+    try:
+        return sorted(entry for entry in folder.iterdir() if os.path.isfile(entry))
+    except OSError:
+        return []
+
+
 def open_source(images: str) -> Source:
     """The source of images at a path or URL: a folder, or a .tar, .parquet or .arrow file.
 
@@ -311,8 +319,8 @@ def open_source(images: str) -> Source:
         files = [RemotePath(folder, name) for name in names if "/" not in name]
     else:
         path = Path(images)
-        is_file = path.is_file()
-        files = [path] if is_file else sorted(entry for entry in path.glob("*") if entry.is_file())
+        is_file = os.path.isfile(path)
+        files = [path] if is_file else _files_in(path)
     for suffixes, kind in ((_TABLES, Tables), (_TARS, Tars)):
         chosen = [file for file in files if file.suffix in suffixes]
         if chosen:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_dit.runtime.reading import open_file
+
 
 def read_arrays(file: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
     """The arrays of these names, or all.
@@ -14,7 +16,7 @@ def read_arrays(file: Path, names: Iterable[str] | None = None) -> dict[str, np.
         ValueError: it is not a whole .npz file, or lacks one of them.
     """
     try:
-        with np.load(file) as arrays:
+        with open_file(file) as opened, np.load(opened) as arrays:
             return {name: arrays[name] for name in (arrays.files if names is None else names)}
     except FileNotFoundError:
         raise

@@ -10,6 +10,7 @@ import numpy as np
 from eval.arrays import read_arrays
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file
+from moe_dit.runtime.reading import parse_json
 from moe_dit.runtime.wording import printable
 
 FORMAT = "moe-dit-atlas-1"
@@ -96,7 +97,7 @@ def load_atlas(file: Path) -> Atlas:
     """Read what :func:`save_atlas` wrote; InputError where it is something else."""
     try:
         values: dict[str, Any] = read_arrays(file, [field.name for field in fields(Atlas)])
-        values["settings"] = json.loads(str(values["settings"]))
+        values["settings"] = parse_json(str(values["settings"]).encode())
         found = values["settings"].pop("format")
     except FileNotFoundError:
         raise InputError(f"no atlas {file}; python -m eval.atlas makes one") from None

@@ -29,6 +29,7 @@ from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file
 from moe_dit.runtime.precision import exact_float32
 from moe_dit.runtime.progress import say, task
+from moe_dit.runtime.reading import open_file, read_bytes
 
 PUBLISHED_INCEPTION = "6726825d"  # start of the SHA-256 of the weights, the TensorFlow ones of 2015-12-05
 FIT_IMAGES = 20_000  # a bigger reference is thinned to about this many for the fit
@@ -110,7 +111,7 @@ class Inception(Network):
                     f"the Inception weights could not be downloaded ({error}); give their file: --inception FILE.pth"
                 ) from None
             raise InputError(f"{path} does not hold torch-fidelity's Inception V3 weights") from None
-        digest = PUBLISHED_INCEPTION if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = PUBLISHED_INCEPTION if path is None else hashlib.sha256(read_bytes(path)).hexdigest()
         published = digest.startswith(PUBLISHED_INCEPTION)
         self.network = network
         self.half_pixel, self.spatial = half_pixel, spatial
@@ -433,7 +434,7 @@ def save_fitted(network: FittedCNN, path: Path) -> None:
 def load_fitted(path: Path) -> FittedCNN:
     """Read what :func:`save_fitted` wrote; InputError where it is missing or damaged."""
     try:
-        with zipfile.ZipFile(path) as members:
+        with open_file(path) as opened, zipfile.ZipFile(opened) as members:
             if broken := members.testzip():  # torch itself (2.14) loads tensors without a look at their checksums
                 raise ValueError(f"{broken} has another checksum")
         return fitted_from_state(torch.load(path, map_location="cpu", weights_only=True))

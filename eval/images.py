@@ -23,6 +23,7 @@ from data_prep.images import EXTENSIONS, as_seen, center_crop, list_images
 from moe_dit.data import ShardReader
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.reading import open_file
 
 BATCH = 64
 WORKERS = min(8, os.cpu_count() or 1)  # image coding releases Python's lock, so threads are enough
@@ -59,7 +60,7 @@ def any_images(path: Path) -> list[ImageFile]:
     """
     if path.suffix == ".npz":
         return _array_images(path)
-    if (path / "manifest.json").exists():
+    if os.path.exists(path / "manifest.json"):
         return _shard_images(path)
     return _folder_images(path)
 
@@ -81,7 +82,7 @@ def reference_images(path: Path) -> list[ImageFile]:
 def sample_images(folder: Path) -> list[ImageFile]:
     """List a sample folder's images by index: files named 000123_7.png (index, label)."""
     found = []
-    for file in folder.iterdir() if folder.is_dir() else ():
+    for file in folder.iterdir() if os.path.isdir(folder) else ():
         if match := re.fullmatch(r"(\d+)_(\d+)\.png", file.name):
             found.append((int(match[1]), ImageFile(file, int(match[2]))))
     return [image for _, image in sorted(found, key=lambda pair: pair[0])]
@@ -92,7 +93,7 @@ def _folder_images(folder: Path) -> list[ImageFile]:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise InputError(f"cannot list {folder}: {error.strerror}") from None
-    if any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
+    if any(os.path.isdir(entry) and not entry.name.startswith(".") for entry in entries):
         paths, labels, _ = list_images(folder)
         return [ImageFile(Path(path), label) for path, label in zip(paths, labels, strict=True)]
     return [
@@ -121,7 +122,7 @@ def _shard_images(folder: Path) -> list[ImageFile]:
 def _array_images(file: Path) -> list[ImageFile]:
     """Of arr_0, uint8 [N, H, W, 3], and labels arr_1 where there are some, as ADM's sampler writes them."""
     try:
-        with zipfile.ZipFile(file) as members:
+        with open_file(file) as opened, zipfile.ZipFile(opened) as members:
             names = set(members.namelist())
             if "arr_0.npy" not in names:
                 return []
@@ -170,7 +171,7 @@ def labels_of(images: Sequence[ImageFile]) -> torch.Tensor | None:
 def read_image(image: ImageFile, size: int | None = None) -> torch.Tensor:
     """Read one image as uint8 [3, H, W]; one that is not size x size is scaled and cropped as the training data was."""
     try:
-        with open(image.file, "rb") as file:
+        with open_file(image.file) as file:
             file.seek(image.offset)
             content = file.read(image.length)
         if image.raw is None:
@@ -189,7 +190,7 @@ def image_size(image: ImageFile) -> tuple[int, int]:
     if image.raw is not None:
         return image.raw[1], image.raw[0]
     try:
-        with open(image.file, "rb") as opened:
+        with open_file(image.file) as opened:
             opened.seek(image.offset)
             piece: BinaryIO = opened if image.length < 0 else io.BytesIO(opened.read(image.length))
             with Image.open(piece) as picture:

@@ -29,6 +29,7 @@ from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import check_new_file, explained, new_file
 from moe_dit.runtime.progress import say
+from moe_dit.runtime.reading import open_file
 
 EXAMPLES = """\
   torchrun --nproc_per_node 8 -m eval.reference imagenet/train --size 256 --inception FILE.pth --out imagenet256.npz
@@ -50,7 +51,7 @@ def is_statistics(reference: Path) -> bool:
     if reference.suffix != ".npz" or not os.path.isfile(reference):
         return reference.suffix == ".npz"
     try:
-        with np.load(reference) as arrays:
+        with open_file(reference) as opened, np.load(opened) as arrays:
             return "mu" in arrays.files or "arr_0" not in arrays.files
     except Exception:  # what is wrong with it is said where it is read
         return True
@@ -59,7 +60,7 @@ def is_statistics(reference: Path) -> bool:
 def about(file: Path) -> dict[str, Any]:
     """What a file of :func:`write_reference` was computed from; nothing for those of other programs."""
     try:
-        with np.load(file) as arrays:
+        with open_file(file) as opened, np.load(opened) as arrays:
             found = json.loads(str(arrays["about"])) if "about" in arrays.files else {}
     except Exception:  # what is wrong with it is said where it is read
         return {}
@@ -97,7 +98,7 @@ def load_statistics(file: Path) -> tuple[Survey, dict[str, Any]]:
     """
     described = about(file)
     try:
-        with np.load(file) as arrays:
+        with open_file(file) as opened, np.load(opened) as arrays:
             there = set(arrays.files)
         wanted = {
             f"{kind}{ending}"
@@ -148,7 +149,7 @@ def fitted_of(file: Path) -> features.FittedCNN | None:
     if "classes" not in described:
         return None
     try:
-        with np.load(file) as arrays:
+        with open_file(file) as opened, np.load(opened) as arrays:
             state = {
                 name.removeprefix(FITTED): torch.from_numpy(arrays[name])
                 for name in arrays.files
@@ -262,7 +263,7 @@ def image_side(path: Path, images: Sequence[ImageFile], size: int | None) -> int
     """The side to which real images are cropped: as asked, as their manifest says, or their own where all have one."""
     if size is not None:
         return size
-    if (path / "manifest.json").exists():
+    if os.path.exists(path / "manifest.json"):
         return read_manifest(path).sample_shape[-1]
     first = image_size(images[0])
     if first[0] != first[1]:
@@ -277,7 +278,7 @@ def content_hash(images: Sequence[ImageFile]) -> str:
     """SHA-256 over the bytes of all images, by all ranks; the same however many they are."""
     digests = {}
     for i in ranks.world().share(len(images)):
-        with open(images[i].file, "rb") as file:
+        with open_file(images[i].file) as file:
             file.seek(images[i].offset)
             digests[i] = hashlib.sha256(file.read(images[i].length)).hexdigest()
     everyone = ranks.gathered(digests)

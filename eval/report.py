@@ -6,7 +6,6 @@ It needs no network and no other file.
 import base64
 import html
 import io
-import json
 import os
 import re
 from bisect import bisect_right
@@ -14,7 +13,6 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from eval.atlas_file import load_atlas
@@ -27,6 +25,7 @@ from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import check_new_file, explained, write_bytes
 from moe_dit.runtime.progress import say
+from moe_dit.runtime.reading import MOST_YAML, open_file, parse_yaml, read_bytes, read_json
 from moe_dit.runtime.wording import duration, printable
 
 EXAMPLES = """\
@@ -130,7 +129,8 @@ def curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[floa
 def data_uri(file: Path) -> str:
     """An image file as a data URI; a large one scaled down."""
     try:
-        image = Image.open(file).convert("RGB")
+        with open_file(file) as opened:
+            image = Image.open(opened).convert("RGB")
     except Exception:  # decoders raise whatever they meet
         raise InputError(f"{file} is not an image; eval.sample writes it") from None
     return _image_uri(image)
@@ -234,12 +234,12 @@ def _wide(drawing: str) -> str:
 def _config(run_folder: Path) -> tuple[dict[str, Any], str | None]:
     """A run's recipe, as far as it can be read, and config.yaml as it stands."""
     try:
-        text = (run_folder / "config.yaml").read_text(errors="replace")
-    except OSError:
+        text = read_bytes(run_folder / "config.yaml", MOST_YAML).decode("utf-8-sig", "replace")
+    except (OSError, ValueError):
         return {}, None
     try:
-        found = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+        found = parse_yaml(text)
+    except ValueError:
         found = None
     return found if isinstance(found, dict) else {}, text
 
@@ -247,8 +247,8 @@ def _config(run_folder: Path) -> tuple[dict[str, Any], str | None]:
 def _starts(run_folder: Path) -> list[dict[str, Any]]:
     """What the run's starts were computed with; none for older runs."""
     try:
-        found = json.loads((run_folder / "starts.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        found = read_json(run_folder / "starts.json")
+    except (OSError, ValueError):
         return []
     return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
 
@@ -437,7 +437,7 @@ def _published(result: dict[str, Any], sampling: dict[str, Any], recipe: str) ->
 
 def _is_report(file: Path) -> bool:
     """Whether a file is a page that :func:`report` made."""
-    page = file.read_bytes()
+    page = read_bytes(file)
     return page.startswith(BEGINNING.encode()) and SUMMARY.encode() in page
 
 

@@ -1,7 +1,6 @@
 """A folder of samples on disk: settings.json, images or features, and the grid samples.png."""
 
 import hashlib
-import json
 import os
 import zipfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from eval.images import BATCH, WORKERS, any_images, ends_as_png, read_image, sam
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file, remove_unfinished, write_json
 from moe_dit.runtime.progress import say, task
+from moe_dit.runtime.reading import open_file, read_json
 
 GRID = 100  # images shown in samples.png
 SETTINGS = "settings.json"
@@ -35,7 +35,7 @@ def model_fingerprint(model: Path) -> str:
     """SHA-256 over a model folder's configuration and weights."""
     digest = hashlib.sha256()
     for file in (model / "config.json", *sorted(model.glob("*.safetensors"))):
-        with open(file, "rb") as opened:
+        with open_file(file) as opened:
             digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
@@ -48,11 +48,10 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     """
     file = folder / SETTINGS
     try:
-        settings = json.loads(file.read_text())
-        json.dumps(settings, allow_nan=False)  # numbers that no JSON has, which Python reads
+        settings = read_json(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{file} is damaged ({error}); sample into another --out") from None
     kinds = {"num": int, "save": str, "image_size": int, "model_sha256": str}
     found = settings if isinstance(settings, dict) else {}
@@ -128,7 +127,7 @@ def saved_images(folder: Path, labels: Sequence[int]) -> set[int]:
 
 def _has_its_end(file: Path) -> bool:
     try:
-        with open(file, "rb") as opened:
+        with open_file(file) as opened:
             return ends_as_png(opened)
     except OSError:
         return False

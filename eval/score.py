@@ -4,7 +4,6 @@ How images are resized and what is compared is the protocol's (:mod:`eval.protoc
 Features are put in order and the statistics computed in float64, so the numbers do not depend on the number of ranks.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import check_new_file, explained, write_json
 from moe_dit.runtime.progress import say
+from moe_dit.runtime.reading import read_json
 
 EXAMPLES = """\
   python -m eval.score SAMPLES --reference imagenet/val --inception weights-inception-2015-12-05-6726825d.pth
@@ -74,7 +74,7 @@ def _look_at(path: Path, inception: str | None, protocol: Protocol) -> _Given:
         if inception is None:
             given.fitted = features.fitted_state(features.load_fitted(path / "features" / "extractor.pt"))
         return given
-    folder = path / "images" if (path / "images").is_dir() else path
+    folder = path / "images" if os.path.isdir(path / "images") else path
     given.images = sample_images(folder) or _unlabelled(any_images(folder))
     if not given.images:
         raise InputError(f"{path} holds no samples; it should hold images of any names, or what eval.sample makes")
@@ -322,13 +322,13 @@ def read_scores(file: Path) -> dict[str, Any]:
         InputError: no such file, or it holds other things.
     """
     try:
-        result = json.loads(file.read_text())
+        result = read_json(file)
         if not {"features", "num_samples", "fid"} <= result.keys() or not isinstance(result.get("sampling", {}), dict):
             raise ValueError("other keys")
         rows(result)
     except FileNotFoundError:
         raise InputError(f"no scores {file}; eval.score writes them") from None
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+    except (OSError, ValueError, AttributeError, TypeError):
         raise InputError(f"{file} does not hold scores; eval.score writes them") from None
     return result
 
@@ -365,7 +365,9 @@ def main() -> None:
     add("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not used")
     add_scoring_arguments(parser)
     args = parser.parse_args()
-    out = args.out or (args.samples / "metrics.json" if args.samples.is_dir() else args.samples.with_suffix(".json"))
+    out = args.out or (
+        args.samples / "metrics.json" if os.path.isdir(args.samples) else args.samples.with_suffix(".json")
+    )
     ranks.start(timedelta(hours=12))  # nobody gives up on the slowest
 
     def prepare() -> Any:

@@ -7,8 +7,8 @@ or one with more values, computes the others.
 
 import hashlib
 import itertools
-import json
 import math
+import os
 import statistics
 from argparse import Namespace
 from collections.abc import Iterator
@@ -39,6 +39,7 @@ from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file, write_json, write_text
 from moe_dit.runtime.lock import lock_folder
 from moe_dit.runtime.progress import say, task
+from moe_dit.runtime.reading import read_bytes, read_json
 from moe_dit.sampler import METHODS
 
 EXAMPLES = """\
@@ -97,7 +98,7 @@ def variants(model: Path, checkpoints: list[str] | None, weights: list[str]) -> 
     Raises:
         InputError: there is no such checkpoint.
     """
-    if (model / "config.json").exists():
+    if os.path.exists(model / "config.json"):
         if checkpoints:
             raise InputError(f"--checkpoints are of a run; {model} is an exported model")
         return [Variant(model.absolute().name, model, None)]
@@ -224,11 +225,11 @@ def _open(
     }
     file = args.out / SETTINGS
     try:
-        before = json.loads(file.read_text())
+        before = read_json(file)
         before["weights_sha256"].items()
     except FileNotFoundError:
         before = None
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.glob("[!.]*"))):
+        if os.path.exists(args.out) and (not os.path.isdir(args.out) or any(args.out.glob("[!.]*"))):
             raise InputError(f"{args.out} is taken: it is no sweep; give another --out") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{file} is damaged; sweep into another --out") from None
@@ -252,11 +253,11 @@ def _fingerprint(variant: Variant) -> str:
     if variant.weights is None:
         return model_fingerprint(variant.path)
     digest = hashlib.sha256()
-    for file in sorted(path for path in variant.path.rglob("*") if path.is_file()):
+    for file in sorted(path for path in variant.path.rglob("*") if os.path.isfile(path)):
         status = file.stat()
         digest.update(f"{file.relative_to(variant.path)} {status.st_size}\n".encode())
         if status.st_size < 1 << 20:
-            digest.update(file.read_bytes())
+            digest.update(read_bytes(file))
     return digest.hexdigest()
 
 
@@ -288,7 +289,7 @@ def rows(folder: Path, every: list[Cell]) -> list[Row]:
     for cell in every:
         file = folder / "cells" / cell.file
         try:
-            result = json.loads(file.read_text())
+            result = read_json(file)
             result["fid"] + result["fid_std_error"]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{file} is damaged; remove it, and the same command makes it anew") from None

@@ -1,6 +1,5 @@
 """From a recipe to its network, and from a folder back to one."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,15 @@ from moe_dit.models.initialization import initialize
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import load_recipe
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.reading import read_json
+from moe_dit.schema import differences
+from moe_dit.weight_files import load_weights
+
+# What config.json lacks where an earlier version wrote it; the defaults mean what that version did.
+LATER_KEYS = {
+    *("positions", "norm", "interleave", "dense_first"),
+    *("moe.score", "moe.auxiliary_losses", "moe.dropout"),
+}
 
 
 def build_model(recipe: str | Recipe, device: torch.device | str = "cpu") -> Network:
@@ -25,9 +33,7 @@ def build_model(recipe: str | Recipe, device: torch.device | str = "cpu") -> Net
     """
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
-    arguments = asdict(recipe.model)
-    with torch.device("meta"):
-        model = FAMILIES[arguments.pop("family")].network(**arguments)
+    model = _on_meta(asdict(recipe.model), f"the network of recipe {recipe.name}")
     return model if str(device) == "meta" else initialize(model, recipe.seed, device)
 
 
@@ -35,14 +41,21 @@ def load_model(folder: str | Path) -> Network:
     """Load an exported model (config.json and safetensors) as a plain torch module in eval mode, on the CPU.
 
     Raises:
-        InputError: the folder is not an exported model.
+        InputError: the folder is not an exported model, or does not hold just its network's weights.
     """
-    family, _ = _read_config(Path(folder))
+    arguments = asdict(load_settings(folder))
+    network = _on_meta(arguments, f"the network of {folder}")
+    load_weights(network, Path(folder))
+    return network.eval()
+
+
+def _on_meta(arguments: dict[str, Any], what: str) -> Network:
+    """A network without weights, of a recipe's ``model`` section."""
     try:
-        return FAMILIES[family].network.from_pretrained(folder, low_cpu_mem_usage=False).eval()
-    except Exception as error:  # diffusers raises many kinds for a wrong folder
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the model in {folder} cannot be loaded: {reason}") from None
+        with torch.device("meta"):
+            return FAMILIES[arguments.pop("family")].network(**arguments)
+    except RuntimeError as error:  # torch counts elements in 64 bits, and tables lie in this machine's memory
+        raise InputError(f"{what} is too large: {str(error).splitlines()[0]}") from None
 
 
 def to_compute(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
@@ -66,24 +79,39 @@ def load_settings(folder: str | Path) -> NetworkConfig:
     """
     family, config = _read_config(Path(folder))
     try:
-        return TypeAdapter(FAMILIES[family].config).validate_python({"family": family, **config})
+        settings = TypeAdapter(FAMILIES[family].config).validate_python({"family": family, **config})
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
         raise InputError(f"{folder}/config.json: {key} is wrong for a {family} network: {problem['msg']}") from None
+    for key, _, ours in differences(config, asdict(settings)):
+        # Every key is written, and what one means that is not there is known of those alone that came later.
+        if key != "family" and key not in LATER_KEYS and _lacks(config, key):
+            raise InputError(f"{folder}/config.json: {key} is missing; a {family} network's default would be {ours}")
+    for key, message in settings.problems():
+        raise InputError(f"{folder}/config.json: {key} {message}")
+    return settings
+
+
+def _lacks(config: Any, key: str) -> bool:
+    """Whether nested dicts have no such dotted key."""
+    *sections, last = key.split(".")
+    for section in sections:
+        config = config.get(section)
+    return isinstance(config, dict) and last not in config
 
 
 def _read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     """The family of an exported model, and its constructor's arguments."""
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text())
+        config = read_json(file)
         name = config["_class_name"]
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder} is not an exported model: it has no config.json; jobs/export.py makes one"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} cannot be read as a model's configuration: {error}") from None
     families = {family.network.__name__: key for key, family in FAMILIES.items()}
     if not isinstance(name, str) or name not in families:

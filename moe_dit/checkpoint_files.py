@@ -44,6 +44,7 @@ from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import parse_recipe
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import wait_until_seen, write_json
+from moe_dit.runtime.reading import open_file, read_bytes, read_json
 
 FORMAT = 1
 STATE = "state.json"
@@ -104,7 +105,7 @@ def read_description(checkpoint: Path) -> dict[str, Any]:
         Damaged: there is none, or it is not what was written.
     """
     try:
-        description = json.loads((checkpoint / STATE).read_bytes())
+        description = read_json(checkpoint / STATE)
         sha256 = description.pop("sha256", None)
         if sha256 is None and "index_sha256" in description:
             raise ValueError("it has no sha256")
@@ -224,7 +225,7 @@ def read_index(checkpoint: Path, description: dict[str, Any]) -> Metadata:
         Damaged: it is not what was written, or does not describe each element of its tensors once.
     """
     try:
-        data = (checkpoint / INDEX).read_bytes()
+        data = read_bytes(checkpoint / INDEX)
         sha256 = description.get("index_sha256")
         if sha256 is not None and sha256 != hashlib.sha256(data).hexdigest():
             raise ValueError("it does not match its checksum")
@@ -410,7 +411,7 @@ class _Reader(StorageReader):
     def read_data(self, plan, planner) -> Future[None]:
         places = self.index.storage_data
         for file, requests in _by_file(plan.items, lambda request: places[request.storage_index]).items():
-            with open(self.checkpoint / file, "rb") as opened:
+            with open_file(self.checkpoint / file) as opened:
                 for request in requests:
                     record = _read_record(opened, places[request.storage_index])
                     for dim, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import open_to_append
 from moe_dit.runtime.notes import noted
+from moe_dit.runtime.reading import parse_json, read_bytes
 
 # started, done, stopped (told to, and saved) and failed are of training; queued, restarted, requeued and gave up of the
 # job around it; straggler, hang and slow are what ranks find about each other; changed: a run goes on with another
@@ -66,14 +68,20 @@ def record(run: Path, what: What, message: str = "", step: int | None = None, st
 
 
 def events(run: Path) -> Iterator[dict[str, Any]]:
-    """A run's events, oldest first; lines that are none (cut short by a kill) are passed over."""
+    """A run's events, oldest first; lines that are none (cut short by a kill) are passed over.
+
+    Raises:
+        InputError: there are some, and they cannot be read.
+    """
     try:
-        lines = (run / "events.jsonl").read_bytes().splitlines()
+        lines = read_bytes(run / "events.jsonl").splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:
+        raise InputError(f"the events of {run} cannot be read: {error.strerror}") from None
     for line in lines:
         try:
-            event = json.loads(line)
+            event = parse_json(line)
             yield {
                 "time": float(event["time"]),
                 "what": str(event["what"]),
@@ -82,7 +90,7 @@ def events(run: Path) -> Iterator[dict[str, Any]]:
                 "job": event.get("job"),
                 "start": event.get("start"),
             }
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             continue
 
 

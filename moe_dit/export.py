@@ -47,11 +47,11 @@ def new_model_folder(folder: Path, recipe: Recipe) -> Iterator[Path]:
 
 def _check_replaced(folder: Path) -> None:
     """Raise InputError where a folder's files have a model's names, and are another program's model, or none."""
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not os.path.isdir(folder) or not any(folder.iterdir()):
         return
     try:
         load_settings(folder)
-        ours = (folder / RECIPE_FILE).is_file()
+        ours = os.path.isfile(folder / RECIPE_FILE)
     except InputError:
         ours = False
     if not ours:
@@ -73,7 +73,7 @@ def load_export(folder: str | Path) -> tuple[nn.Module, Recipe]:
 def export_recipe(folder: str | Path) -> Recipe:
     """A model folder's recipe, without its weights; InputError where it is not one."""
     settings = load_settings(folder)
-    if not (Path(folder) / RECIPE_FILE).is_file():
+    if not os.path.isfile(Path(folder) / RECIPE_FILE):
         raise InputError(f"{folder} has no {RECIPE_FILE}; jobs/export.py writes one")
     recipe = load_recipe(str(Path(folder) / RECIPE_FILE))
     check_same_network(settings, recipe, Path(folder))

@@ -5,23 +5,18 @@ They are set where a checkpoint's would be, in the float32 master weights and av
 weights that it has rounded to the precision they compute in: no matter for drawn weights, but a loss for these.
 """
 
-import json
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
 from moe_dit.build import build_model, load_settings
 from moe_dit.models import NetworkConfig
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
 from moe_dit.schema import differences, is_under
+from moe_dit.weight_files import check_weights, open_weights, read_flat
 
 if TYPE_CHECKING:
     from moe_dit.engine import Engine
@@ -40,13 +35,7 @@ def check_initial_weights(recipe: Recipe) -> None:
     check_same_network(load_settings(folder), recipe, folder)
     model: Any = build_model(recipe, device="meta")
     with open_weights(folder) as weights:
-        for name, value in model.state_dict().items():
-            if name not in weights:
-                raise InputError(f"{folder} has no weights {name}, which recipe {recipe.name} needs")
-            if (shape := weights[name].get_shape()) != list(value.shape):
-                raise InputError(
-                    f"{folder} has {name} of shape {shape}, but recipe {recipe.name} needs {list(value.shape)}"
-                )
+        check_weights(weights, model.state_dict(), folder, f"recipe {recipe.name}")
 
 
 def check_same_network(settings: NetworkConfig, recipe: Recipe, folder: Path, ignored: frozenset = frozenset()) -> None:
@@ -84,38 +73,3 @@ def load_initial_weights(engine: "Engine", folder: Path) -> None:
         for name, buffer in engine.buffers().items():
             buffer.copy_(weights[name][:])
     engine.set_step(0)
-
-
-@contextmanager
-def open_weights(folder: Path) -> Iterator[Mapping[str, Any]]:
-    """The tensors of a model folder by name, as safetensors' slices: nothing is read before it is asked for.
-
-    Raises:
-        InputError: the folder has no weights, or its files cannot be read.
-    """
-    with ExitStack() as stack:
-        try:
-            index = folder / SAFE_WEIGHTS_INDEX_NAME
-            if index.is_file():
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            else:
-                names = [SAFETENSORS_WEIGHTS_NAME]
-            files = [stack.enter_context(safe_open(folder / name, "pt")) for name in names]
-            tensors = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118  # no dict
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
-            raise InputError(f"the weights in {folder} cannot be read: {error}") from None
-        yield tensors
-
-
-def read_flat(tensor: Any, start: int, numel: int) -> torch.Tensor:
-    """Elements [start, start + numel) of a flattened tensor, reading the rows (of dimension 0) that they lie in.
-
-    Args:
-        tensor: safetensors' slice of a tensor with at least one dimension.
-        start: offset of the first element.
-        numel: how many.
-    """
-    row = math.prod(tensor.get_shape()[1:])
-    first = start // row
-    last = -(-(start + numel) // row)
-    return tensor[first:last].flatten()[start - first * row :][:numel]

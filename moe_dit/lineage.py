@@ -7,7 +7,7 @@ left are the first to be pruned. RUN/history.json repeats the history that the n
 for when the newest checkpoint's own cannot be read.
 """
 
-import json
+import os
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,9 @@ from moe_dit.checkpoint_files import STATE, Attempt, Damaged, Pruned, check_comp
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import write_json, write_text
 from moe_dit.runtime.progress import say
+from moe_dit.runtime.reading import read_bytes, read_json
+
+LONGEST_NAME = 4096  # bytes of what `latest` may say
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,14 @@ def is_ancestor(a: State, b: State) -> bool:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of RUN/checkpoints, by step."""
-    found = {step_of(path.name): path for path in folder.glob("step_*") if (path / STATE).is_file()}
+    """The complete checkpoints of RUN/checkpoints, by step; InputError where another user keeps them closed."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as error:
+        raise InputError(f"{folder} cannot be looked into: {error.strerror}") from None
+    found = {step_of(name): folder / name for name in names if os.path.isfile(folder / name / STATE)}
     return [path for _, path in sorted((step, path) for step, path in found.items() if step is not None)]
 
 
@@ -85,9 +94,13 @@ def set_latest(folder: Path, name: str) -> None:
 def named_by_latest(folder: Path) -> str | None:
     """What ``latest`` says, which may be anything; None where there is no such file."""
     try:
-        return (folder / "latest").read_bytes().decode(errors="replace").strip()
+        return read_bytes(folder / "latest", LONGEST_NAME).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise InputError(f"{folder / 'latest'} cannot be read: {error.strerror}") from None
+    except ValueError:  # whatever it is, it is no name
+        return ""
 
 
 def newest(folder: Path) -> Path | None:
@@ -138,7 +151,7 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path | None:
 
 
 def _meant(run_or_checkpoint: Path, damaged: Mapping[Path, Damaged], notes: list[str]) -> Path | None:
-    if (run_or_checkpoint / STATE).is_file():
+    if os.path.isfile(run_or_checkpoint / STATE):
         return run_or_checkpoint
     return _newest_readable(run_or_checkpoint, damaged, notes)
 
@@ -193,7 +206,7 @@ def _attempt(first_step: int, asked: bool = False) -> Attempt:
 
 
 def _checked(checkpoint: Path | None, resume: str, damaged: Mapping[Path, Damaged]) -> Path:
-    if checkpoint is None or not (checkpoint / STATE).is_file():
+    if checkpoint is None or not os.path.isfile(checkpoint / STATE):
         raise InputError(f"--resume {resume}: no checkpoint there; give auto, never, a run or a checkpoint folder")
     if checkpoint in damaged:
         raise damaged[checkpoint]
@@ -233,7 +246,7 @@ def _tip(run: Path) -> State | None:
 def _recorded_tip(run: Path) -> State | None:
     """What the newest start will have come to, at any step after its first."""
     try:
-        history = [Attempt(**attempt) for attempt in json.loads((run / "history.json").read_bytes())]
+        history = [Attempt(**attempt) for attempt in read_json(run / "history.json")]
     except (OSError, ValueError, TypeError):
         return None  # a run of an earlier version, or damaged too: the newest that can be read decides
     return State(history, sys.maxsize)

@@ -12,7 +12,8 @@ from typing_extensions import TypedDict
 
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, write_bytes
-from moe_dit.schema import Count, Natural
+from moe_dit.runtime.reading import read_json
+from moe_dit.schema import Count, Number, Positive, Size
 from moe_dit.store import RemoteFolder, cache_folder, is_remote
 
 FORMAT = "moe-dit-shards-1"
@@ -21,21 +22,21 @@ KINDS = ("latents", "pixels")
 
 
 class _Shard(TypedDict):
-    name: Annotated[str, Field(pattern=r"^[^/\x00]+$")]
+    name: Annotated[str, Field(pattern=r"^[^/\x00]+$", max_length=255)]
     samples: Count
-    bytes: Natural
+    bytes: Size
     sha256: str
 
 
 class _File(TypedDict):
     """The JSON file's keys; older manifests lack some, and what programs add is passed over."""
 
-    samples: Count
+    samples: Size
     classes: Annotated[list[str], Field(min_length=1)]
     sample_shape: Annotated[list[Count], Field(min_length=3, max_length=3)]
-    scale: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None
+    scale: Positive | None
     shards: list[_Shard]
-    shift: NotRequired[Annotated[float, Field(strict=True, allow_inf_nan=False)] | None]
+    shift: NotRequired[Number | None]
     posterior: NotRequired[bool | None]
     vae: NotRequired[str | None]
     vae_sha256: NotRequired[str | None]
@@ -120,7 +121,7 @@ def read_manifest(folder: str | Path, check_sizes: bool = True, cache_gb: float 
     if not os.path.isdir(folder):
         raise InputError(f"no folder of shards {folder}; {make}")
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         found = values.get("format"), values.get("kind")
         if found[0] != FORMAT or found[1] not in KINDS:
             raise InputError(f"{path}: format is {found[0]!r} and kind {found[1]!r}; expected {FORMAT!r} and {KINDS}")
@@ -145,7 +146,7 @@ def read_manifest(folder: str | Path, check_sizes: bool = True, cache_gb: float 
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
         raise InputError(f"{path} cannot be read as a manifest: {key}: {problem['msg']}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as a manifest: {type(error).__name__} {error}") from None
     for shard in manifest.shards if check_sizes and remote is None else ():
         file = folder / shard["name"]

@@ -18,7 +18,21 @@ from pydantic.dataclasses import dataclass
 
 from moe_dit.models import FAMILIES, NetworkConfig
 from moe_dit.models.moe import MoEConfig
-from moe_dit.schema import STRICT, Count, Fraction, Interval, Natural, NonNegative, Number, Positive, Problem
+from moe_dit.schema import (
+    STRICT,
+    BuiltCount,
+    Count,
+    Fraction,
+    Interval,
+    ListedCount,
+    ListedNatural,
+    Natural,
+    NonNegative,
+    Number,
+    Positive,
+    Problem,
+    Text,
+)
 
 # It becomes a part of paths (runs/NAME) and of jobs' names.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -42,7 +56,7 @@ class SamplingConfig:
     """Defaults of eval.sample, and how looks sample."""
 
     method: Literal["euler", "heun", "unipc"]
-    steps: Count
+    steps: BuiltCount
     cfg_scale: NonNegative = 1.0
     cfg_interval: Interval = field(default_factory=lambda: [0.0, 1.0])  # guidance acts on t inside it
     labels: Literal["balanced", "random"] = "random"
@@ -52,12 +66,12 @@ class SamplingConfig:
 class DataConfig:
     """Where the shards are and how a sample becomes a network input."""
 
-    path: str  # folder of shards, or its URL; --data replaces it
+    path: Text  # folder of shards, or its URL; --data replaces it
     kind: Literal["latents", "pixels"]
     horizontal_flip: Fraction  # probability
     latent_scale: Positive | None = None  # factor on latents; null: the VAE's own, from the shards' manifest
     latent_shift: Number | None = None  # taken from latents before the factor; null: the VAE's own, likewise
-    vae: str | None = None  # hub name or folder of the VAE that decodes samples; null: the one that encoded the shards
+    vae: Text | None = None  # hub name or folder of the VAE that decodes samples; null: the one that encoded the shards
     vae_sha256: str | None = None  # of that VAE's weights, from the shards' manifest; another one is refused
     workers: Natural | Literal["auto"] = "auto"  # loader processes a rank; auto: as many as feed it, by measurement
     # Shards are shuffled in windows of so many GB, read one after another (moe_dit.data.order); null: all samples at
@@ -115,13 +129,13 @@ class LooksConfig:
     """Looks at the averaged weights while a run trains (:mod:`moe_dit.looks`)."""
 
     every: Natural = 0  # steps between looks; 0: none
-    samples: Natural = 16  # images of the grid, always of the same noise and labels; 0: no grid
-    held_out: str | None = None  # folder of shards that are not trained on, for the held-out loss; null: none
-    held_out_samples: Count = 512  # of them, the first in order
-    time_buckets: Count = 10  # equal parts of [0, 1] that the held-out loss is told by
-    score_samples: Natural = 0  # samples that are scored at a look; 0: no scores
-    reference: str | None = None  # folder of images or shards, or statistics, that scores compare with
-    inception: str | None = None  # Inception V3 weights, or "download"; null: a classifier fitted to the reference
+    samples: ListedNatural = 16  # images of the grid, always of the same noise and labels; 0: no grid
+    held_out: Text | None = None  # folder of shards that are not trained on, for the held-out loss; null: none
+    held_out_samples: ListedCount = 512  # of them, the first in order
+    time_buckets: BuiltCount = 10  # equal parts of [0, 1] that the held-out loss is told by
+    score_samples: ListedNatural = 0  # samples that are scored at a look; 0: no scores
+    reference: Text | None = None  # folder of images or shards, or statistics, that scores compare with
+    inception: Text | None = None  # Inception V3 weights, or "download"; null: a classifier fitted to the reference
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -164,7 +178,7 @@ class Recipe:
     # In bf16: what gradients are summed in, over micro-batches and ranks. auto: fp32 where micro-batches are
     # accumulated or more than 8 ranks meet, else bf16
     gradients: Literal["auto", "bf16", "fp32"] = "auto"
-    initial_weights: str | None = None  # model folder to begin from (an export, an upcycled one); null: drawn
+    initial_weights: Text | None = None  # model folder to begin from (an export, an upcycled one); null: drawn
     looks: LooksConfig = field(default_factory=LooksConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from moe_dit.models import FAMILIES
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.reading import parse_yaml, read_yaml
+from moe_dit.runtime.wording import shortened
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "dsmoe_s_e16"
@@ -39,7 +40,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
         if not os.path.exists(path):
             near = difflib.get_close_matches(name_or_file, names(), 1)
             hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names())}, or give a .yaml file"
-            raise InputError(f"no recipe named {name_or_file!r}; {hint}")
+            raise InputError(f"no recipe named {shortened(repr(name_or_file))}; {hint}")
     return parse_recipe(_read_yaml(path), str(name_or_file), overrides)
 
 
@@ -51,9 +52,11 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[str] = ()) -> Rec
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise InputError(f"--set {override}: expected section.key=value, for example --set optimizer.lr=1e-4")
+            raise InputError(
+                f"--set {shortened(override)}: expected section.key=value, for example --set optimizer.lr=1e-4"
+            )
         _set(values, key.strip().split("."), _parse_value(text, override), override)
-        sources[key.strip()] = f"--set {override}"
+        sources[key.strip()] = f"--set {shortened(override)}"
     try:
         values = _floats(values)
         recipe = TypeAdapter(Recipe).validate_python(values)
@@ -68,26 +71,25 @@ def parse_recipe(values: Any, source: str, overrides: Sequence[str] = ()) -> Rec
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text())
+        return read_yaml(path)
     except FileNotFoundError:
         raise InputError(f"no recipe file {path}") from None
-    # PyYAML lets through what Python says of impossible dates and numbers, and of depth.
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read recipe {path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _parse_value(text: str, override: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError):
-        raise InputError(f"--set {override}: the value is not YAML") from None
+        return parse_yaml(text)
+    except ValueError as error:
+        raise InputError(f"--set {shortened(override)}: the value is not YAML: {error}") from None
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
-            raise InputError(f"--set {override}: {key} is a value, not a section")
+            raise InputError(f"--set {shortened(override)}: {shortened(key)} is a value, not a section")
     values[keys[-1]] = value
 
 
@@ -123,6 +125,8 @@ def _explain(error: ValidationError, values: dict, source: str, sources: dict[st
     # An unknown key explains a missing one (a typo makes both), so it comes first.
     problem = sorted(error.errors(), key=lambda p: p["type"] != "unexpected_keyword_argument")[0]
     loc = problem["loc"]
+    if not loc:  # a key that is no text
+        return f"recipe {source}: {problem['msg']}"
     if loc[0] == "model":
         if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):
             loc = ("model", "family")
@@ -131,7 +135,9 @@ def _explain(error: ValidationError, values: dict, source: str, sources: dict[st
             problem = problem | {"type": kind, "input": tag, "ctx": {"expected": ", ".join(FAMILIES)}}
         else:
             loc = (*loc[:1], *loc[2:])  # without the family, which pydantic puts between
-    key = ".".join(str(part) for part in loc)
+    key = shortened(".".join(str(part) for part in loc))
+    if not key.isascii():  # letters of other alphabets look like ours
+        key = f"{key} ({key!a})"
     where = next((text for name, text in sources.items() if f"{name}.".startswith(f"{key}.")), f"recipe {source}")
     if problem["type"] == "unexpected_keyword_argument":
         schema = _schema(loc[:-1], values)
@@ -145,6 +151,6 @@ def _explain(error: ValidationError, values: dict, source: str, sources: dict[st
         choices = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         near = difflib.get_close_matches(str(problem["input"]), choices, 1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"
-        return f"{where}: {key} is {problem['input']!r}; {hint}"
+        return f"{where}: {key} is {shortened(repr(problem['input']))}; {hint}"
     message = problem["msg"].replace("Input should be", "it should be")
-    return f"{where}: {key} is {problem['input']!r}; {message}"
+    return f"{where}: {key} is {shortened(repr(problem['input']))}; {message}"

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from moe_dit.runtime.reading import open_file
+
 Record = dict[str, Any]
 
 BLOCK = 1 << 16  # bytes read at once where a line's place is not known closer
@@ -57,14 +59,15 @@ class Records:
     """
 
     def __init__(self, file: Path):
-        self._descriptor = os.open(file, os.O_RDONLY)
+        self._file = open_file(file)
+        self._descriptor = self._file.fileno()
         self.size = os.fstat(self._descriptor).st_size  # bytes
 
     def __enter__(self) -> "Records":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        self._file.close()
 
     def all(self) -> Iterator[Record]:
         """Every record, in the file's order; this reads all of it."""

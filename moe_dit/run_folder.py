@@ -1,14 +1,14 @@
 """Which files of a folder are a training run's, and whether they are: another's are neither replaced nor removed."""
 
-import json
+import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import remove_unfinished
+from moe_dit.runtime.reading import open_file, parse_json, parse_yaml
 from moe_dit.status import State
 
 
@@ -32,7 +32,8 @@ FILES: dict[str, Callable[[Any], bool] | None] = {
     "trackio_id": None,
     "checkpoints/latest": lambda value: isinstance(value, str) and value.startswith("step_"),
 }
-LONGEST = 1 << 20  # characters that are looked at
+LONGEST = 1 << 20  # bytes that are looked at,
+LINES = 100  # or lines
 
 
 def check_run_folder(run: Path) -> None:
@@ -41,31 +42,31 @@ def check_run_folder(run: Path) -> None:
     Raises:
         InputError: there are such.
     """
-    there = [name for name in FILES if (run / name).exists()]
+    there = [name for name in FILES if os.path.exists(run / name)]
     if there and not any(_is_a_runs(run / name, FILES[name]) for name in there):
         others = ", ".join(there[:3])
         raise InputError(f"{run} holds {others}, which no training run wrote; move it away, or give another --out")
 
 
 def _is_a_runs(file: Path, known: Callable[[Any], bool] | None) -> bool:
-    if known is None or not file.is_file():
+    if known is None:
         return False
     try:
-        with open(file, errors="replace") as opened:
+        with open_file(file) as opened:
             # Of a record the first line that is one tells; a kill may have cut it short.
-            lines = opened if file.suffix == ".jsonl" else iter([opened.read(LONGEST)])
-            return any(known(_parsed(line, file.suffix)) for line, _ in zip(lines, range(100), strict=False))
+            texts = islice(opened, LINES) if file.suffix == ".jsonl" else iter([opened.read(LONGEST)])
+            return any(known(_parsed(text, file.suffix)) for text in texts)
     except OSError:
         return False
 
 
-def _parsed(text: str, suffix: str) -> Any:
+def _parsed(text: bytes, suffix: str) -> Any:
     """What a file says, as its suffix says how; None where it is nothing."""
     try:
         if suffix == ".yaml":
-            return yaml.safe_load(text)
-        return json.loads(text) if suffix else text
-    except (ValueError, RecursionError, yaml.YAMLError):
+            return parse_yaml(text.decode())
+        return parse_json(text) if suffix else text.decode()
+    except ValueError:
         return None
 
 

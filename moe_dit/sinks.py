@@ -18,6 +18,7 @@ from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import write_text
 from moe_dit.runtime.notes import noted
 from moe_dit.runtime.progress import say
+from moe_dit.runtime.reading import read_bytes
 
 PROJECT = "moe-dit"  # the name that trackers show runs under
 
@@ -126,8 +127,8 @@ def kept_id(file: Path, new: str) -> str:
 def _lines(file: Path) -> list[str]:
     """A file's lines; none where there is none."""
     try:
-        return file.read_text().splitlines()
-    except OSError:
+        return read_bytes(file, 10_000).decode().splitlines()
+    except (OSError, ValueError):
         return []
 
 

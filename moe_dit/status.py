@@ -10,6 +10,7 @@ from typing import Any, Literal
 from moe_dit.events import job
 from moe_dit.runtime.files import write_json
 from moe_dit.runtime.notes import noted
+from moe_dit.runtime.reading import read_json
 from moe_dit.runtime.stopping import GRACE_SECONDS, was_restarted
 
 State = Literal["training", "stopping", "stopped", "done", "failed"]
@@ -48,10 +49,10 @@ def _write_over(file: Path, data: bytes) -> None:
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """A run's status.json; empty where there is none. A run that was killed still says what it did then."""
+    """A run's status.json; empty where none can be read. A run that was killed still says what it did then."""
     try:
-        return dict(json.loads((run / "status.json").read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return dict(read_json(run / "status.json"))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

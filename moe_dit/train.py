@@ -1,6 +1,5 @@
 """The training loop: from a recipe and a DeepSpeed JSON to a run folder, continuing where it stopped."""
 
-import json
 import math
 import socket
 import time
@@ -35,6 +34,7 @@ from moe_dit.runtime.machine import commit, machine, now
 from moe_dit.runtime.notes import noted
 from moe_dit.runtime.progress import console, say, task
 from moe_dit.runtime.rank_log import RankLog
+from moe_dit.runtime.reading import read_json
 from moe_dit.runtime.stopping import StopRequest, was_restarted
 from moe_dit.status import patience, read_status, write_status
 from moe_dit.times import LOAD_EVERY, NUMBERS, RankTimes, StepTimes, slots
@@ -458,7 +458,7 @@ def _write_start(run: Path, recipe: Recipe, engine: "Engine", first_step: int, c
     start |= {"changes": list(changes), "recipe": recipe.to_dict()}
     file = run / "starts.json"
     try:
-        before = list(json.loads(file.read_text()))
+        before = list(read_json(file))
     except (OSError, ValueError, TypeError):  # none yet, or damaged: a note is no reason not to train
         before = []
     with noted(file):

@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from moe_dit.continuing import Named
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import DEFAULT_RECIPE, load_recipe
 from moe_dit.runtime.command import Parser
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.wording import shortened
+from moe_dit.schema import MOST
 
 EXAMPLES = """\
   deepspeed jobs/train.py --ds ds_configs/zero2_ep8.json
@@ -43,7 +47,10 @@ class Training:
         self.named.check(recipe)
         steps = recipe.steps if self.steps is None else self.steps
         path = recipe.data.path if self.data is None else self.data
-        return replace(recipe, steps=steps, data=replace(recipe.data, path=path))
+        try:
+            return replace(recipe, steps=steps, data=replace(recipe.data, path=path))
+        except ValidationError as error:
+            raise InputError(f"--data {shortened(path)}: {error.errors()[0]['msg']}") from None
 
     def run(self, recipe: Recipe) -> Path:
         """The run's folder."""
@@ -70,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser, ds: str | None = None) -> Non
 
 def training(args: argparse.Namespace) -> Training:
     """The values of :func:`add_arguments`; InputError where they cannot be."""
-    if args.steps is not None and args.steps < 1:
-        raise InputError(f"--steps {args.steps}: it should be at least 1")
+    if args.steps is not None and not 1 <= args.steps <= MOST:
+        raise InputError(f"--steps {args.steps}: it should be 1 to {MOST}")
     return Training(args.ds, args.recipe, args.set, args.data, args.out, args.resume, args.steps, args.allow_change)
 
 

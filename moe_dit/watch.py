@@ -4,7 +4,6 @@ Everything is read anew for each picture, by seeking, and nothing is written; ne
 So this works over ssh, on any machine that sees the run's folder, and as soon as it is called.
 """
 
-import json
 import math
 import os
 import statistics
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich import box
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
@@ -27,6 +25,7 @@ from moe_dit.charts import FAINT, chart, heat_map
 from moe_dit.events import events
 from moe_dit.records import FAR, Record, Records, is_number
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.reading import read_bytes, read_json, read_yaml
 from moe_dit.runtime.wording import duration, printable
 from moe_dit.status import read_status
 
@@ -108,7 +107,9 @@ def read_run(folder: Path, now: float) -> Run:
     Raises:
         InputError: it is no run.
     """
-    if not any((folder / name).is_file() for name in ("config.yaml", "status.json", "metrics.jsonl")):
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be looked into: it is another user's, and closed to you")
+    if not any(os.path.isfile(folder / name) for name in ("config.yaml", "status.json", "metrics.jsonl")):
         raise InputError(f"{folder} is no run of jobs/train.py: it has no config.yaml, status.json or metrics.jsonl")
     status, config = read_status(folder), _config(folder / "config.yaml")
     recent: list[Record] = []
@@ -162,16 +163,16 @@ def read_run(folder: Path, now: float) -> Run:
 def _json(file: Path) -> Any:
     """A file's value; None where there is none."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except (OSError, ValueError):
         return None
 
 
 def _config(file: Path) -> dict[str, Any]:
     """A run's recipe, as far as it can be read."""
     try:
-        found = yaml.safe_load(file.read_text(errors="replace"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        found = read_yaml(file, errors="replace")
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -216,7 +217,7 @@ def _ranks(found: Any) -> dict[str, Any]:
 def _lines(shards: Any) -> int | None:
     """Images that are listed as left out beside a folder of shards."""
     try:
-        return (Path(shards) / "errors.jsonl").read_bytes().count(b"\n")
+        return read_bytes(Path(shards) / "errors.jsonl").count(b"\n")
     except (OSError, TypeError, ValueError):
         return None
 

@@ -1,5 +1,6 @@
 """What a site decides: jobs/slurm/site.sh, read by bash itself."""
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ def read_site(file: Path) -> Site:
     Raises:
         InputError: it is missing, bash cannot read it, or a value is missing or no number.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(f"there is no {file}; give --site FILE, such as a changed copy of {DEFAULT}")
     command = ["bash", "-c", SCRIPT, str(file.resolve())]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="surrogateescape")

@@ -118,7 +118,7 @@ def check_decoder(recipe: Recipe, run: Path, encodes: str | None) -> None:
         encodes: the VAE of a job before this one that makes the shards.
     """
     config = run / "config.yaml"
-    data = (load_recipe(str(config)) if config.is_file() else recipe).data
+    data = (load_recipe(str(config)) if os.path.isfile(config) else recipe).data
     vae = recipe.data.vae or data.vae or encodes
     if data.kind == "latents" and vae is not None:
         check_vae(
@@ -133,7 +133,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 def check_room(recipe: Recipe, run: Path) -> None:
     """Raise InputError where the disk that a run lies on has no room for two checkpoints."""
-    there = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
+    there = next(folder for folder in (run.absolute(), *run.absolute().parents) if os.path.exists(folder))
     needed = CHECKPOINTS * checkpoint_bytes(recipe)
     free = shutil.disk_usage(there).free
     if free < needed:

@@ -25,6 +25,7 @@ from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import new_file, write_bytes
 from moe_dit.runtime.loading import read
 from moe_dit.runtime.progress import say, task
+from moe_dit.runtime.reading import open_file
 from moe_dit.store import cache
 
 IMAGE = "image"  # stands for the extension of a sample's image, whatever that is
@@ -58,7 +59,7 @@ def scan_shard(path: Path, kind: str, samples: int | None = None) -> tuple[np.nd
     members = MEMBERS[kind]
     rows: dict[str, list[Any]] = {}
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for entry in tar:
                 key, _, extension = entry.name.partition(".")
                 if kind == "pixels" and extension.lower() in IMAGE_EXTENSIONS:
@@ -109,11 +110,11 @@ def open_index(manifest: Manifest) -> np.memmap | None:
     """
     name = index_name(manifest.shards)
     dtype = record_type(manifest.kind)
-    if manifest.remote is not None and not (manifest.folder / name).is_file():
+    if manifest.remote is not None and not os.path.isfile(manifest.folder / name):
         with suppress(FileNotFoundError):
             write_bytes(manifest.folder / name, manifest.remote.read(name))
     for path in (manifest.folder / name, cache() / "indexes" / name):
-        if not path.is_file():
+        if not os.path.isfile(path):
             continue
         try:
             index = np.load(path, mmap_mode="r", allow_pickle=False)

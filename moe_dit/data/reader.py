@@ -25,6 +25,7 @@ from moe_dit.data import stored_png
 from moe_dit.data.index import IMAGE, ensure_index
 from moe_dit.manifest import Manifest
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.reading import open_file
 
 RETRIES = (0.1, 1.0, 5.0)  # seconds between tries of a read that failed
 MOST_OPEN = 4096  # shards open in a process, and at most a quarter of the files that the system lets it open
@@ -168,7 +169,8 @@ class ShardReader:
             if len(self._files) >= _most_open():
                 os.close(self._files.popitem(last=False)[1].descriptor)
             try:
-                file = _OpenFile(os.open(self._local(shard), os.O_RDONLY), now)
+                with open_file(self._local(shard)) as opened:
+                    file = _OpenFile(os.dup(opened.fileno()), now)
             except FileNotFoundError:
                 if self.manifest.remote is not None:  # put out of the cache this moment
                     return self._file(shard)
@@ -327,6 +329,6 @@ class ReadAhead:
                     return
                 shard = self._wanted.pop(0)
             # What cannot be read is said by whoever needs it.
-            with suppress(OSError, InputError), open(self._path(shard), "rb", buffering=0) as file:
+            with suppress(OSError, InputError), open_file(self._path(shard)) as file:
                 while file.readinto(buffer) and not self._closed:
                     pass

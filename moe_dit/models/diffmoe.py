@@ -29,7 +29,7 @@ from moe_dit.models.layers import (
 from moe_dit.models.moe import Experts, SwiGLU
 from moe_dit.models.network import Network, NetworkConfig
 from moe_dit.models.recomputing import recomputing
-from moe_dit.schema import STRICT, Count, Natural, NonNegative, Positive, Problem
+from moe_dit.schema import STRICT, BuiltCount, Natural, NonNegative, Positive, Problem
 
 gelu_tanh: Any = partial(nn.GELU, approximate="tanh")
 
@@ -38,7 +38,7 @@ gelu_tanh: Any = partial(nn.GELU, approximate="tanh")
 class ExpertChoiceConfig:
     """DiffMoE's layer: experts choose tokens among a rank's whole batch."""
 
-    num_experts: Count
+    num_experts: BuiltCount
     capacity: Positive  # experts a token gets on average in training
     shared_experts: Natural = 0  # 0, or any number for one dense MLP of twice the usual width, as published
 

@@ -18,14 +18,14 @@ from torch import nn
 from moe_dit.kernels import combine, cpu, dispatch, places, swiglu
 from moe_dit.models.dropout import Dropout
 from moe_dit.models.recomputing import recomputing
-from moe_dit.schema import STRICT, Count, NonNegative, Positive, Problem, divisors
+from moe_dit.schema import STRICT, BuiltCount, Count, NonNegative, Positive, Problem, divisors, listed
 
 
 @dataclass(frozen=True, config=STRICT)
 class MoEConfig:
     """A token-choice mixture-of-experts layer (arXiv:2512.01252, section 3; DeepSeek-V3's router)."""
 
-    num_experts: Count
+    num_experts: BuiltCount
     top_k: Count  # experts a token is sent to
     expert_width: Count  # hidden width of an expert's SwiGLU, and of the shared expert's
     routed_scale: Positive  # factor on the normalised routing weights
@@ -45,7 +45,8 @@ class MoEConfig:
         if self.num_experts % self.num_groups:
             yield (
                 "num_groups",
-                f"is {self.num_groups}; it must divide num_experts {self.num_experts}: {divisors(self.num_experts)}",
+                f"is {self.num_groups}; it must divide num_experts {self.num_experts}: "
+                f"{listed(divisors(self.num_experts))}",
             )
             return
         if self.num_groups_kept > self.num_groups:

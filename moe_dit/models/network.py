@@ -7,7 +7,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from pydantic.dataclasses import dataclass
 
-from moe_dit.schema import STRICT, Count, Positive, Problem
+from moe_dit.schema import MOST, STRICT, BuiltCount, Count, Positive, Problem
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -17,7 +17,7 @@ class NetworkConfig:
     input_size: Count  # side of the latent, or of the image in pixel space
     in_channels: Count
     patch_size: Count
-    depth: Count
+    depth: BuiltCount
     hidden_size: Count
     num_heads: Count
     mlp_ratio: Positive  # width of the dense blocks' MLP over hidden_size
@@ -37,6 +37,12 @@ class NetworkConfig:
                 "num_heads",
                 f"is {self.num_heads}; hidden_size / num_heads must be a multiple of 4 (2-D RoPE), "
                 f"and hidden_size is {self.hidden_size}",
+            )
+        if self.tokens * self.hidden_size > MOST:
+            yield (
+                "input_size",
+                f"is {self.input_size}, which makes {self.tokens} tokens of {self.hidden_size} values a sample; their "
+                f"product should be at most {MOST}",
             )
         moe = getattr(self, "moe", None)
         for key, message in moe.problems() if moe is not None else ():

@@ -6,7 +6,6 @@ of DeepSpeed 0.19.8); everything else is refused.
 
 import difflib
 import importlib.util
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,9 @@ from typing import Any
 
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.reading import read_json
+from moe_dit.runtime.wording import shortened
+from moe_dit.schema import divisors, listed
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,12 @@ class Kind:
     fits: Callable[[Any], bool]
 
 
+MOST_NUMBER = 2**53  # what every program's numbers hold exactly
+
+
 def _whole(value: Any) -> bool:
     """Whether a number is an integer; people write 2e8, which JSON reads as a float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
+    return type(value) in (int, float) and abs(value) <= MOST_NUMBER and float(value).is_integer()
 
 
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
@@ -38,7 +43,7 @@ EVEN = Kind("a positive, even integer", lambda value: _whole(value) and value > 
 # Without these two DeepSpeed does not train expert-parallel layers, and for others they make no difference.
 ALWAYS = Kind("true", lambda value: value is True)
 NAMES = Kind("a list of names", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
-PATH = Kind("a file name or null", lambda value: value is None or isinstance(value, str))
+PATH = Kind("a file name or null", lambda value: value is None or (isinstance(value, str) and "\0" not in value))
 
 # The keys that say how work is spread, or look at it, and leave results as they are.
 NEUTRAL: dict[str, Kind | dict[str, Kind]] = {
@@ -154,12 +159,12 @@ def _wrong(key: str, value: Any, valid: Mapping[str, Kind | dict], where: str, p
         near = difflib.get_close_matches(key, valid, 1)
         hint = f"did you mean {near[0]}?" if near else "remove it: what is not known to be neutral could change results"
         *keys, last = valid
-        yield f"{where} takes {', '.join(keys)} and {last}, not {key}; {hint}"
+        yield f"{where} takes {', '.join(keys)} and {last}, not {shortened(key)}; {hint}"
     elif isinstance(kind, dict):
         if not isinstance(value, dict):
-            yield f"{name} is {value!r}; it should be an object"
+            yield f"{name} is {shortened(repr(value))}; it should be an object"
     elif not kind.fits(value):
-        yield f"{name} is {value!r}; it should be {kind.words}"
+        yield f"{name} is {shortened(repr(value))}; it should be {kind.words}"
 
 
 @dataclass(frozen=True)
@@ -211,13 +216,15 @@ def load_parallelism(file: str, recipe: Recipe, world_size: int) -> Parallelism:
     """
     path = Path(file)
     try:
-        config = json.loads(path.read_text(), object_pairs_hook=partial(_without_duplicates, file))
+        config = read_json(path, partial(_without_duplicates, file))
     except FileNotFoundError:
         known = sorted(str(p) for p in path.parent.glob("*.json"))
         raise InputError(
             f"no DeepSpeed configuration {file}; {'there are ' + ', '.join(known) if known else ''}"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{file} should hold a JSON object")
@@ -247,10 +254,9 @@ def _divide(file: str, config: dict, stage: int, ep_size: int, recipe: Recipe, w
             f"that ranks can share; give a --ds file with autoep_size 1"
         )
     if moe is not None and moe.num_experts % ep_size:
-        fitting = ", ".join(str(n) for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0)
         raise InputError(
             f"{file}: expert_parallel.autoep_size {ep_size} does not divide the {moe.num_experts} experts of recipe "
-            f"{recipe.name}; choose one of {fitting}"
+            f"{recipe.name}; choose one of {listed(divisors(moe.num_experts))}"
         )
     if world_size % ep_size:
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
@@ -269,7 +275,7 @@ def _divide(file: str, config: dict, stage: int, ep_size: int, recipe: Recipe, w
 def micro_batches(recipe: Recipe, world_size: int) -> tuple[int, int]:
     """Samples that each of so many ranks, which divide the batch, computes at once; and how often in a step."""
     share = recipe.global_batch_size // world_size
-    accumulation = next(a for a in range(1, share + 1) if share % a == 0 and share // a <= recipe.max_micro_batch_size)
+    accumulation = next(a for a in divisors(share) if share // a <= recipe.max_micro_batch_size)
     return share // accumulation, accumulation
 
 

@@ -16,6 +16,7 @@ from moe_dit.recipe import Recipe
 from moe_dit.reference.weights import check_state, conversions
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.progress import task
+from moe_dit.runtime.reading import check_regular
 
 WEIGHTS = ("ema", "model", "model_ema1", "model_ema2")  # state dicts of published files
 SHARD = 500 * 2**20  # bytes of weights that an import holds at once beside the file
@@ -60,6 +61,7 @@ def import_checkpoint(file: Path, recipe: Recipe, weights: str, folder: Path, sh
 def _read_checkpoint(file: Path, weights: str) -> dict[str, torch.Tensor]:
     """The state dict ``weights`` of a checkpoint file, its tensors mapped from the file."""
     try:
+        check_regular(file)
         # The published DSMoE puts its command line's arguments beside the weights; no other class may be in the file.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

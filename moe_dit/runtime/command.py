@@ -3,20 +3,26 @@
 import argparse
 import atexit
 import gc
+import math
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-from moe_dit.runtime.errors import Followed, InputError, Interrupted, NotJoined, Stop, left_behind
-from moe_dit.runtime.processes import kill_children
+from moe_dit.runtime.errors import Followed, InputError, Interrupted, NotJoined, Stop, left_behind, of_a_place
+from moe_dit.runtime.processes import kill_children, shorten_sockets
 from moe_dit.runtime.progress import console, leave_streams
 from moe_dit.runtime.stopping import SIGNALS, end_torchrun, may_restart
+from moe_dit.runtime.wording import shortened
 from moe_dit.runtime.world import joined, world
 
+MOST_NUMBER = 2**53
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux
 LEAVING_SECONDS = 55.0  # for a command that has done all, or failed, to end at most
 HARD_SECONDS = 5  # then, where the interpreter is gone and what it ran in does not end
 
@@ -36,7 +42,40 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message):
-        raise InputError(f"{message}; see --help")
+        raise InputError(f"{shortened(message, 1000)}; see --help")
+
+    def parse_args(self, *args, **more):
+        """As argparse's; without numbers that are none, and names that no file can have."""
+        found = super().parse_args(*args, **more)
+        for name, value in vars(found).items():
+            for one in _each(value):
+                if problem := _problem(one):
+                    self.error(f"{name.replace('_', '-')}: {shortened(repr(str(one)))} {problem}")
+        return found
+
+
+def _each(value: Any) -> Iterator[Any]:
+    """The single values of an argument, which may be lists of lists."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _each(one)
+    else:
+        yield value
+
+
+def _problem(value: Any) -> str | None:
+    """What is wrong with a value whatever it is for; None where nothing is."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "should be a finite number"
+    if isinstance(value, int) and abs(value) > MOST_NUMBER:
+        return f"should be at most {MOST_NUMBER}"
+    if isinstance(value, str | Path) and "\0" in str(value):
+        return "should not hold a zero byte"
+    if isinstance(value, Path):
+        name = os.fsencode(value)
+        if len(name) > LONGEST_PATH or max(map(len, name.split(b"/"))) > LONGEST_NAME:
+            return f"is longer than a path may be: {LONGEST_PATH} bytes, {LONGEST_NAME} a name"
+    return None
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -48,7 +87,11 @@ def run(main: Callable[[], int | None]) -> None:
     this = world()
     status = 1
     try:
-        status = main() or 0
+        try:
+            shorten_sockets()
+            status = main() or 0
+        except OSError as error:  # of a command that is at work, it may pass
+            raise error if joined() else of_a_place(error) from None
     except Stop as error:
         status = error.status
         alike = not (joined() or isinstance(error, NotJoined))

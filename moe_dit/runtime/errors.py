@@ -1,5 +1,7 @@
 """Errors that end a command with one plain line instead of a traceback."""
 
+import errno
+import os
 import re
 
 # What gloo (in torch 2.14) and NCCL say to ranks that wait for one that is no more.
@@ -28,6 +30,18 @@ class InputError(Stop):
     """What a user gave (a recipe, a flag, a file) cannot be used: the one error type for bad input."""
 
     status = 2
+
+
+# What the system says of a place that a user named: a file where a folder is meant, another user's, no name at all.
+_NO_PLACE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+def of_a_place(error: Exception) -> Exception:
+    """An error, or the InputError that it amounts to where a path cannot be what it was given for."""
+    if isinstance(error, OSError) and error.errno in _NO_PLACE and error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
+        return InputError(f"{name} cannot be used: {error.strerror}")
+    return error
 
 
 class Interrupted(Stop):

@@ -1,13 +1,19 @@
 """How helper processes start, and end."""
 
 import multiprocessing
+import multiprocessing.util
 import os
 import select
+import tempfile
 import threading
 import time
 from typing import Any
 
 import psutil
+
+from moe_dit.runtime.errors import InputError
+
+LONGEST_PLACE = 60  # bytes of a folder; multiprocessing adds 32, and a socket's path has at most 107
 
 
 def forkserver() -> Any:
@@ -15,6 +21,7 @@ def forkserver() -> Any:
 
     They must not inherit a CUDA context or gloo's threads, and each would take seconds to import torch.
     """
+    shorten_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["moe_dit.data"])
     return context
@@ -27,6 +34,22 @@ def kill_children() -> None:
     """
     for child in multiprocessing.active_children():
         child.kill()
+
+
+def shorten_sockets() -> None:
+    """Let multiprocessing's sockets lie where their paths fit into what the kernel takes, however long TMPDIR is."""
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) <= LONGEST_PLACE:
+        return
+    for short in ("/tmp", "/var/tmp", "/dev/shm"):
+        if os.path.isdir(short) and os.access(short, os.W_OK | os.X_OK):
+            tempfile.tempdir = short
+            try:
+                multiprocessing.util.get_temp_dir()  # made once, and removed at the end; child processes get it too
+            finally:
+                tempfile.tempdir = place
+            return
+    raise InputError(f"TMPDIR {place} is too long for sockets ({LONGEST_PLACE} bytes fit); give a shorter one")
 
 
 def end_with(pid: int, *_: Any) -> None:

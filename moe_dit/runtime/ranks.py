@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_dit.runtime.errors import Stop
+from moe_dit.runtime.errors import Stop, of_a_place
 from moe_dit.runtime.joining import Meeting, address, hostnames, join, named
 from moe_dit.runtime.tree import tree_group
 from moe_dit.runtime.world import World, world
@@ -170,7 +170,7 @@ def _outcome(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:
-        return error
+        return of_a_place(error)
 
 
 def _error(outcome: Any) -> Stop | None:

@@ -6,6 +6,12 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
+def shortened(value: object, most: int = 80) -> str:
+    """A value as text of at most so many letters."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def duration(seconds: float) -> str:
     """Two units, rounded down: "3 d 4 h", "2 h 5 min", "4 min 10 s", "40 s"."""
     for size, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from helpers import call, refused
 from helpers.autoencoders import write_images
 from helpers.small_jit import MIXTURE, flags_from, recipe, save_mixture
-from moe_dit.initial_weights import check_initial_weights, open_weights, read_flat
+from moe_dit.initial_weights import check_initial_weights
 from moe_dit.runtime.errors import InputError
+from moe_dit.weight_files import open_weights, read_flat
 
 
 @pytest.fixture(scope="module")
