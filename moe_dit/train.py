@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_dit import preflight, watchdog
+from moe_dit import preflight, silence, watchdog
 from moe_dit.cluster.outcome import gives_up
 from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.data.index import ensure_index
@@ -33,6 +33,7 @@ from moe_dit.runtime.machine import commit, machine, now
 from moe_dit.runtime.progress import console, say, task
 from moe_dit.runtime.rank_log import RankLog
 from moe_dit.runtime.stopping import GRACE_SECONDS, StopRequest, was_restarted
+from moe_dit.runtime.within import within
 from moe_dit.schema import differences
 from moe_dit.status import read_status, write_status
 from moe_dit.times import LOAD_EVERY, NUMBERS, RankTimes, StepTimes, slots
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 # A continued run must be the same experiment: with these changed it would not be.
 SAME_ON_RESUME = ("seed", "global_batch_size", "model", "flow", "ema")
+TELLING_SECONDS = 10.0  # for a line of the watchdog's to be written
 ENDING_SECONDS = 10.0  # for the ranks of a run that was just killed to end
 
 
@@ -67,7 +69,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         Stop: the loss is not finite any more, or a checkpoint could not be written.
     """
     recipe, parallelism, manifest = ranks.agreed(lambda: _check(recipe, ds_file))
-    patience = ranks.agreed(watchdog.patience)
+    patience, longest_silence = ranks.agreed(lambda: (watchdog.patience(), silence.silence()))
     # Shards of before there was an index, and foreign ones, are indexed once a node.
     ranks.agreed(lambda: ensure_index(manifest) is None if ranks.world().local_rank == 0 else None)
 
@@ -87,13 +89,17 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         from moe_dit.looks import Looks  # brings in evaluation, which a run without looks need not wait for
 
         looks = Looks(recipe, run, device, parallelism.micro_batch_size)
+    told = _Told(run)
+    gone = silence.Silence(lambda line: told.stands_still(line, told.step, True), longest_silence)
     with ExitStack() as held:
+        held.callback(gone.close)
         # Rank 0 alone decides what is continued: ranks that each looked might see different moments.
         start = ranks.from_rank_0(lambda: _open_run(recipe, run, resume, held))
-        told = held.enter_context(_Told(run))
+        held.enter_context(told)
         log = held.enter_context(ranks.agreed(lambda: RankLog(run, device)))
         watch = Watchdog(log, told.stands_still, patience, device.type == "cuda")
         held.callback(watch.close)
+        gone.last = watch.last
         preflight.check_shards(manifest)
         watch.sign("the check before the first step", ends=True)
         shared = expert_group(parallelism.ep_size) if parallelism.ep_size > 1 else None
@@ -130,6 +136,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         watch.sign("the end", last_step)
         last = f"step {last_step}, saved in {checkpointer.confirm(last_step)}"
         ranks.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
+        gone.close()
         if last_step < recipe.steps:
             stopped = Interrupted(f"stopped as asked after {last}; the same command continues", everywhere=True)
             stopped.ends_torchrun = request.ends_torchrun()
@@ -229,8 +236,22 @@ class _Told:
 
     def stands_still(self, line: str, step: int, ends: bool) -> None:
         """A rank's watchdog says who waits where, from its thread: rank 0's, or another's for it."""
-        console.print(line, markup=False, soft_wrap=True)
-        with suppress(OSError):  # perhaps it is the folder that does not answer
+        # Perhaps it is the terminal or the folder that does not answer.
+        within(
+            TELLING_SECONDS,
+            lambda: console.print(line, markup=False, soft_wrap=True),
+            lambda: self._note_standing(line, step, ends),
+        )
+
+    def _note_standing(self, line: str, step: int, ends: bool) -> None:
+        with ExitStack() as held, suppress(OSError):
+            if ends and not self.speaks:
+                # Rank 0, which holds the folder, says itself how it ends, unless it is gone. It may run again already.
+                try:
+                    held.enter_context(lock_folder(self.run, "rank 0"))
+                    ends = read_status(self.run).get("state") == "training"
+                except InputError:
+                    ends = False
             record(self.run, "failed" if ends else "hang", line, step)
             if ends:
                 write_status(self.run, "failed", exit_status=1, message=line)
