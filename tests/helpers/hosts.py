@@ -5,6 +5,7 @@ What makes them needs root and `ip` (Debian's iproute2); :func:`cannot` says whe
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,12 +71,16 @@ class Hosts:
         env = {"GLOO_SOCKET_IFNAME": "wire"} | env
         return self.start(host, [sys.executable, "-m", "torch.distributed.run", *flags, *command], log, **env)
 
+    def processes(self, host: int) -> list[int]:
+        """What runs on a host."""
+        found = subprocess.run([_IP, "netns", "pids", self.names[host]], check=True, capture_output=True, text=True)
+        return list(map(int, found.stdout.split()))
+
     def kill(self, host: int) -> None:
         """SIGKILL to all that runs on a host."""
-        found = subprocess.run([_IP, "netns", "pids", self.names[host]], check=True, capture_output=True, text=True)
-        for number in found.stdout.split():
+        for number in self.processes(host):
             with suppress(ProcessLookupError):
-                os.kill(int(number), 9)
+                os.kill(number, signal.SIGKILL)
 
 
 @contextmanager
