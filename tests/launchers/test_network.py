@@ -145,7 +145,7 @@ CASES = {
 SHORT = ("silent disk", "store")
 GONE = (
     r"rank 1 \(host1\) has been silent for \d+ s, at step \d+: the node or the network is gone",
-    r"the store that ranks met in \(10\.9\.0\.1, of rank 0 \(host0\)\) has been silent for \d+ s, at step \d+: the node",
+    r"the store that ranks met in \(10\.9\.0\.1, of rank 0 \(host0\)\) has been silent for \d+ s, at step \d+: the ",
 )
 
 

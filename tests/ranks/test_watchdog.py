@@ -231,3 +231,44 @@ def test_a_check_that_hangs_ends_all_with_a_line(tmp_path):
     line = r"no step for \d+ s, in the check before the first step: "
     line += rf"rank 0 \({HOST}\) waits in all_reduce \(command\.run\); "
     assert re.fullmatch(line + rf"rank 1 \({HOST}\) is in command\.run 0 True\n", first.stdout), first.stdout
+
+
+# Rank 1 is busy in Python for longer than ranks may be silent, its process is stopped for a while, and then rank 2 is
+# gone. What says so never comes back: a full pipe, a disk that does not answer.
+SILENT = """
+import os, signal, threading, time
+from pathlib import Path
+import torch
+from moe_dit.silence import Silence
+def tell(line):
+    print(line, flush=True)
+    Path("told").touch()
+    threading.Event().wait()
+gone = Silence(tell, 10.0)
+numbers = [None] * 3
+torch.distributed.all_gather_object(numbers, os.getpid())
+if rank == 1:
+    time.sleep(12)
+torch.distributed.barrier()
+if rank == 0:
+    os.kill(numbers[1], signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(numbers[1], signal.SIGCONT)
+torch.distributed.barrier()
+print("all are there", flush=True)
+if rank == 2:
+    gone.close()
+    while not Path("told").exists():
+        time.sleep(0.05)
+    time.sleep(3)
+    os._exit(0)
+torch.distributed.all_reduce(torch.ones(1))
+"""
+
+
+def test_a_rank_that_is_gone_ends_the_others_whatever_blocks(tmp_path):
+    first, second, third = run_scripts(SILENT, 3, tmp_path)
+    assert [done.returncode for done in (first, second, third)] == [1, 1, 0], first.stderr + second.stderr
+    line = rf"rank 2 \({HOST}\) has been silent for \d+ s, in the start: the node or the network is gone, .*\n"
+    assert re.fullmatch("all are there\n" + line, first.stdout), first.stdout
+    assert (second.stdout, third.stdout) == ("all are there\n", "all are there\n")
