@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_dit import preflight, silence, watchdog
+from moe_dit import preflight, watchdog
 from moe_dit.cluster.outcome import gives_up
 from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.data.index import ensure_index
@@ -69,7 +69,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         Stop: the loss is not finite any more, or a checkpoint could not be written.
     """
     recipe, parallelism, manifest = ranks.agreed(lambda: _check(recipe, ds_file))
-    patience, longest_silence = ranks.agreed(lambda: (watchdog.patience(), silence.silence()))
+    patience = ranks.agreed(watchdog.patience)
     # Shards of before there was an index, and foreign ones, are indexed once a node.
     ranks.agreed(lambda: ensure_index(manifest) is None if ranks.world().local_rank == 0 else None)
 
@@ -89,17 +89,17 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         from moe_dit.looks import Looks  # brings in evaluation, which a run without looks need not wait for
 
         looks = Looks(recipe, run, device, parallelism.micro_batch_size)
-    told = _Told(run)
-    gone = silence.Silence(lambda line: told.stands_still(line, told.step, True), longest_silence)
     with ExitStack() as held:
-        held.callback(gone.close)
         # Rank 0 alone decides what is continued: ranks that each looked might see different moments.
         start = ranks.from_rank_0(lambda: _open_run(recipe, run, resume, held))
-        held.enter_context(told)
+        told = held.enter_context(_Told(run))
         log = held.enter_context(ranks.agreed(lambda: RankLog(run, device)))
         watch = Watchdog(log, told.stands_still, patience, device.type == "cuda")
         held.callback(watch.close)
-        gone.last = watch.last
+        gone = ranks.silence()
+        if gone is not None:
+            gone.tell = lambda line: told.stands_still(line, told.step, True)
+            gone.last = watch.last
         preflight.check_shards(manifest)
         watch.sign("the check before the first step", ends=True)
         shared = expert_group(parallelism.ep_size) if parallelism.ep_size > 1 else None
@@ -136,7 +136,8 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str = "auto") -> None
         watch.sign("the end", last_step)
         last = f"step {last_step}, saved in {checkpointer.confirm(last_step)}"
         ranks.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
-        gone.close()
+        if gone is not None:
+            gone.close()
         if last_step < recipe.steps:
             stopped = Interrupted(f"stopped as asked after {last}; the same command continues", everywhere=True)
             stopped.ends_torchrun = request.ends_torchrun()

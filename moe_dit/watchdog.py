@@ -4,7 +4,7 @@ A thread of each rank looks at its rank's last sign of life. Where that is too o
 thread stands and tells the others, through a connection of its own to the store that the ranks met in: a main thread
 that waits in a collective does not matter. Rank 0 says in one line what all told, and who did not answer. Each rank's
 log gets its stacks. It tells, and ends nothing but the check before the first step; and while all is well it speaks
-with nobody. Where a rank does not answer at all, moe_dit/silence.py ends the others.
+with nobody. Where a rank does not answer at all, moe_dit/runtime/silence.py ends the others.
 """
 
 import json
@@ -23,8 +23,8 @@ import torch
 from moe_dit.runtime import ranks
 from moe_dit.runtime.joining import named, seconds_from
 from moe_dit.runtime.rank_log import RankLog
+from moe_dit.runtime.silence import end
 from moe_dit.runtime.within import within
-from moe_dit.silence import end
 
 PATIENCE = "MOE_DIT_PATIENCE_SECONDS"  # environment variable: how long without a step is too long
 PATIENCE_SECONDS = 120.0
@@ -104,7 +104,7 @@ class Watchdog:
         self._thread.join(self._window)
 
     def last(self) -> tuple[str, float, bool]:
-        """The last sign of life, as :class:`moe_dit.silence.Silence` asks for it."""
+        """The last sign of life, as :class:`moe_dit.runtime.silence.Silence` asks for it."""
         sign = self._sign
         return _when(sign), sign.time, sign.what == "step"
 

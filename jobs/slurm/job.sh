@@ -81,7 +81,7 @@ passing=(bash -c "$(declare -f finish)"'
 # on_nodes LEAST MOST COMMAND...: a rank a GPU on LEAST to MOST nodes, under torchrun's elastic agents. An agent starts
 # its ranks again where some die, and goes on with fewer nodes, or with ones to spare, where a node does. Flags of
 # torchrun and what stands before it are in `agent` and `before`. An agent that hears nothing of the others for
-# read_timeout ends its ranks, which know better: where the network is back in time they go on (moe_dit/silence.py).
+# read_timeout ends its ranks, which know better: where the network is back in time they go on (moe_dit/runtime/silence.py).
 on_nodes() {
     local least=$1 most=$2 head silence=${MOE_DIT_SILENCE_SECONDS:-180}
     shift 2

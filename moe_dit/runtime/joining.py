@@ -47,7 +47,7 @@ class Meeting:
         return torch.distributed.PrefixStore(self.name, store)
 
 
-BEATS = "beat/{}"  # keys of a meeting's store by which ranks say that they are there (moe_dit/silence.py)
+BEATS = "beat/{}"  # keys of a meeting's store by which ranks say that they are there (moe_dit/runtime/silence.py)
 LIMIT = "MOE_DIT_JOIN_SECONDS"  # environment variable: how long ranks wait for each other
 LIMIT_SECONDS = 300.0
 ANSWER_SECONDS = 15.0  # that rank 0 may take longer than its own limit, to a rank that waits for its answer

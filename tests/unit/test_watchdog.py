@@ -11,8 +11,9 @@ import torch
 
 from helpers import refused
 from helpers.small import flags_of
-from moe_dit import silence
 from moe_dit.events import events
+from moe_dit.runtime import silence
+from moe_dit.runtime.joining import Meeting
 from moe_dit.runtime.rank_log import RankLog
 from moe_dit.status import read_status
 from moe_dit.train import _Told
@@ -132,6 +133,7 @@ STOPPED = {"this rank is stopped for 20 s": 20.0, "this rank is stopped for an h
         ("steps are done", None, None),
         ("rank 2 is gone", (144, 158), "rank 2 (c)"),
         ("the store is gone", (144, 158), "the store that ranks met in (10.9.0.1, of rank 0 (a))"),
+        ("rank 2 has left, and said so", None, None),
         ("rank 2 is gone for 120 s", None, None),
         ("the store is gone for 120 s", None, None),
         ("this rank is stopped for 20 s", None, None),
@@ -143,12 +145,12 @@ STOPPED = {"this rank is stopped for 20 s": 20.0, "this rank is stopped for an h
 )
 def test_who_is_silent(monkeypatch, name, ends, who):
     now, said = 1000.0, []
-    gone = silence.Silence(said.append, 180.0)  # one rank: no thread watches
+    monkeypatch.setattr(silence, "world", lambda: SimpleNamespace(rank=1, local_rank=0))
+    gone = silence.Silence(Meeting(None, ["a", "b", "c"], ""))
+    gone.tell = said.append
     monkeypatch.setattr(silence.time, "monotonic", lambda: now)
     monkeypatch.setattr(silence.threading, "Thread", lambda target, **_: SimpleNamespace(start=target))
     monkeypatch.setenv("MASTER_ADDR", "10.9.0.1")
-    gone._hosts, gone._rank, gone._heard = ["a", "b", "c"], 1, [0.0] * 3
-    monkeypatch.setattr(silence.ranks, "world", lambda: SimpleNamespace(rank=1, local_rank=0))
     gone.last = lambda: ("at step 8", now if name == "steps are done" else 1000.0, True)
     spoken = 0
 
@@ -165,7 +167,9 @@ def test_who_is_silent(monkeypatch, name, ends, who):
             gone._refused = now
         elif not (name.startswith("the store is gone") and away):
             gone._reached = now
-            for rank in range(2 if name.startswith("rank 2 is gone") and away else 3):
+            if name == "rank 2 has left, and said so":
+                gone._values[2] = silence.LEFT
+            for rank in range(2 if name.startswith("rank 2") and away else 3):
                 # Suspended ranks go on a minute after this one.
                 if not (name.endswith("an hour") and 4700 < now < 4760 and rank != 1):
                     gone._heard[rank] = now
