@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
@@ -264,7 +264,8 @@ class Checkpointer:
         """Wait until the last save is complete.
 
         Raises:
-            Stop: it failed, on every rank alike; names the cause and the newest complete checkpoint.
+            Stop: it failed, on every rank alike but where one is gone; names the cause and the newest complete
+                checkpoint.
         """
         self._finish()
         if self._error is not None:
@@ -328,7 +329,10 @@ class Checkpointer:
             from_rank_0(lambda: self._publish(description, temporary, final), self.group)
             self._error = None
         except BaseException as error:  # dcp's own is no Exception
-            self._error = Stop(f"checkpoint {final} could not be written: {cause_of(error)}", everywhere=True)
+            # Whatever a rank met in its own work all are told of. A collective itself fails where a rank is gone: then
+            # torchrun starts all anew, as at any other time.
+            alike = isinstance(error, (Stop, CheckpointException, OSError, ValueError))
+            self._error = Stop(f"checkpoint {final} could not be written: {cause_of(error)}", everywhere=alike)
             free = _free(self.folder)
             if world().rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -336,7 +340,7 @@ class Checkpointer:
                 self._error = Stop(
                     f"checkpoint {final} could not be written{free}: {cause_of(error)}; the newest complete one is "
                     f"{newest(self.folder) or 'none'}, and the same command continues from it",
-                    everywhere=True,
+                    everywhere=alike,
                 )
 
     def _publish(self, description: dict[str, Any], temporary: Path, final: Path) -> None:

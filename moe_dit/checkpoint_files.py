@@ -42,7 +42,7 @@ from moe_dit.manifest import Content
 from moe_dit.optimizer import optimizer_kind
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import parse_recipe
-from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.errors import InputError, left_behind
 from moe_dit.runtime.files import wait_until_seen, write_json
 from moe_dit.runtime.reading import open_file, read_bytes, read_json
 
@@ -84,6 +84,8 @@ def cause_of(error: BaseException) -> str:
     # A write that fails makes torch's zip writer fail once more, with a message of its own.
     while not isinstance(cause, OSError) and isinstance(cause.__context__, OSError):
         cause = cause.__context__
+    if left_behind(cause):
+        return "another rank has ended"
     text = f"{type(cause).__name__}: {cause}" if not isinstance(cause, (OSError, ValueError)) else str(cause)
     return " ".join(text.split())[:300]
 

@@ -36,6 +36,7 @@ from moe_dit.runtime.progress import console, say, task
 from moe_dit.runtime.rank_log import RankLog
 from moe_dit.runtime.reading import read_json
 from moe_dit.runtime.stopping import StopRequest, was_restarted
+from moe_dit.runtime.within import within
 from moe_dit.status import patience, read_status, write_status
 from moe_dit.times import LOAD_EVERY, NUMBERS, RankTimes, StepTimes, slots
 from moe_dit.watchdog import Watchdog
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from moe_dit.lineage import Start
     from moe_dit.looks import Looks
     from moe_dit.metrics import Metrics, Report
+
+TELLING_SECONDS = 10.0  # for a line of the watchdog's to be written
 
 
 def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) -> None:
@@ -95,6 +98,10 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) ->
         log = held.enter_context(ranks.agreed(lambda: RankLog(run, device)))
         watch = Watchdog(log, told.stands_still, watchful, device.type == "cuda")
         held.callback(watch.close)
+        gone = ranks.silence()
+        if gone is not None:
+            gone.tell = lambda line: told.stands_still(line, told.step, True)
+            gone.last = watch.last
         preflight.check_shards(manifest)
         watch.sign("the check before the first step", ends=True)
         shared = expert_group(parallelism.ep_size) if parallelism.ep_size > 1 else None
@@ -132,6 +139,8 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) ->
         watch.sign("the end", last_step)
         last = f"step {last_step}, saved in {checkpointer.confirm(last_step)}"
         ranks.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
+        if gone is not None:
+            gone.close()
         if last_step < recipe.steps:
             stopped = Interrupted(f"stopped as asked after {last}; the same command continues", everywhere=True)
             stopped.ends_torchrun = request.ends_torchrun()
@@ -244,13 +253,28 @@ class _Told:
 
     def stands_still(self, line: str, step: int, ends: bool) -> None:
         """A rank's watchdog says who waits where, from its thread: rank 0's, or another's for it."""
-        console.print(line, markup=False, soft_wrap=True)
-        # Rank 0 may have lost the folder to a start that took over, of which this rank is none.
-        if not self.speaks and read_status(self.run).get("start") != self.start:
-            return
-        record(self.run, "failed" if ends else "hang", line, step, self.start)
-        if ends:
-            write_status(self.run, "failed", self.start, exit_status=1, message=line)
+        # Perhaps it is the terminal or the folder that does not answer.
+        within(
+            TELLING_SECONDS,
+            lambda: console.print(line, markup=False, soft_wrap=True),
+            lambda: self._note_standing(line, step, ends),
+        )
+
+    def _note_standing(self, line: str, step: int, ends: bool) -> None:
+        with ExitStack() as held:
+            if ends and not self.speaks:
+                # Rank 0, which holds the folder, says itself how it ends, unless it is gone. It may run again already.
+                try:
+                    held.enter_context(lock_folder(self.run, "rank 0"))
+                    ends = read_status(self.run).get("state") == "training"
+                except InputError:
+                    ends = False
+            # It may have lost the folder to a start that took over, of which this rank is none.
+            if not self.speaks and read_status(self.run).get("start") != self.start:
+                return
+            record(self.run, "failed" if ends else "hang", line, step, self.start)
+            if ends:
+                write_status(self.run, "failed", self.start, exit_status=1, message=line)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if left_behind(error) and read_status(self.run).get("state") == "failed":

@@ -4,11 +4,10 @@ A thread of each rank looks at its rank's last sign of life. Where that is too o
 thread stands and tells the others, through a connection of its own to the store that the ranks met in: a main thread
 that waits in a collective does not matter. Rank 0 says in one line what all told, and who did not answer. Each rank's
 log gets its stacks. It tells, and ends nothing but the check before the first step; and while all is well it speaks
-with nobody.
+with nobody. Where a rank does not answer at all, moe_dit/runtime/silence.py ends the others.
 """
 
 import json
-import os
 import statistics
 import sys
 import threading
@@ -24,12 +23,15 @@ import torch
 from moe_dit.runtime import ranks
 from moe_dit.runtime.joining import named, seconds_from
 from moe_dit.runtime.rank_log import RankLog
+from moe_dit.runtime.silence import end
+from moe_dit.runtime.within import within
 
 PATIENCE = "MOE_DIT_PATIENCE_SECONDS"  # environment variable: how long without a step is too long
 PATIENCE_SECONDS = 120.0
 MEDIANS = 20  # or so many times the median step, where that is more
 LONGEST = 6  # times the patience at most, and for what is no step: building, compiling, looking, saving
 WINDOW_SECONDS = 2.0  # that rank 0 collects at least; else a quarter of the patience
+ENDING_SECONDS = 10.0  # that the end of a check which takes too long may take, whatever blocks
 
 COLLECTIVES = {
     *("all_reduce", "all_to_all", "all_to_all_single", "all_gather", "all_gather_into_tensor", "all_gather_object"),
@@ -60,7 +62,7 @@ class Watchdog:
 
     Args:
         log: this rank's.
-        tell: called from the thread, on the rank that speaks for all, with a line, the steps that were done, and
+        tell: called from a thread, on the rank that speaks for all, with a line, the steps that were done, and
             whether the job ends with it.
         patience: seconds (:func:`patience`).
         on_gpu: whether this rank computes on one.
@@ -101,6 +103,11 @@ class Watchdog:
         self._closed.set()
         self._thread.join(self._window)
 
+    def last(self) -> tuple[str, float, bool]:
+        """The last sign of life, as :class:`moe_dit.runtime.silence.Silence` asks for it."""
+        sign = self._sign
+        return _when(sign), sign.time, sign.what == "step"
+
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
@@ -122,12 +129,11 @@ class Watchdog:
             self._post(state)
             if idle > self._limit(sign) and not noticed:
                 noticed = True
-                self._log.write(f"no sign for {idle:.0f} s, after step {sign.step}: {state}")
-                self._log.stacks()
+                line = f"no sign for {idle:.0f} s, after step {sign.step}: {state}"
+                within(self._window, partial(self._log.stacks, line))  # perhaps it is the disk that does not answer
                 told = self._speak(sign, state)
                 if sign.ends and self._sign is sign and not self._closed.is_set():
-                    self._closed.wait(0 if told else WINDOW_SECONDS)  # a launcher ends all when the first one goes
-                    os._exit(1)
+                    end(None, ENDING_SECONDS)
 
     def _limit(self, sign: Sign) -> float:
         """Seconds after which what has begun takes too long."""
@@ -203,7 +209,6 @@ class Watchdog:
     def _line(self, sign: Sign, states: dict[int, str], lost: bool) -> str:
         """All ranks' states in one line."""
         seconds = time.monotonic() - sign.time
-        what = f"at step {sign.step + 1}" if sign.what == "step" else f"in {sign.what}"
         by_state: dict[str, list[int]] = {}
         for rank in sorted(states):
             by_state.setdefault(states[rank], []).append(rank)
@@ -216,7 +221,7 @@ class Watchdog:
             parts.append(f"rank 0 ({self._hosts[0]}), which keeps what ranks tell each other, does not answer")
         elif silent:
             parts.append(f"{named(silent, self._hosts)} do{'es' if len(silent) == 1 else ''} not answer")
-        return f"no step for {seconds:.0f} s, {what}: {'; '.join(parts)}"
+        return f"no step for {seconds:.0f} s, {_when(sign)}: {'; '.join(parts)}"
 
     def _state(self) -> str:
         """Where this rank's main thread stands, in words."""
@@ -229,6 +234,10 @@ class Watchdog:
             state = next((found for found in inner if found.startswith("waits in")), state)
         on_gpu = unfinished() if self._on_gpu else ""
         return state + (f", its GPU in {on_gpu}" if on_gpu else "")
+
+
+def _when(sign: Sign) -> str:
+    return f"at step {sign.step + 1}" if sign.what == "step" else f"in {sign.what}"
 
 
 def standing(frame: FrameType | None) -> str:

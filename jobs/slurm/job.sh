@@ -129,9 +129,10 @@ passing=(bash -c "$(declare -f finish)"'
 
 # on_nodes LEAST MOST COMMAND...: a rank a GPU on LEAST to MOST nodes, under torchrun's elastic agents. An agent starts
 # its ranks again where some die, and goes on with fewer nodes, or with ones to spare, where a node does. Flags of
-# torchrun and what stands before it are in `agent` and `before`.
+# torchrun and what stands before it are in `agent` and `before`. An agent that hears nothing of the others for
+# read_timeout ends its ranks, which know better: where the network is back in time they go on (moe_dit/runtime/silence.py).
 on_nodes() {
-    local least=$1 most=$2 head
+    local least=$1 most=$2 head silence=${MOE_DIT_SILENCE_SECONDS:-180}
     shift 2
     head=$(grep -Fx "$here" <<<"$alive" || head -n 1 <<<"$alive") # this one, where ports are known
     # srun has not inherited --cpus-per-task from sbatch since SLURM 22.05.
@@ -141,7 +142,8 @@ on_nodes() {
         "${before[@]}" "${IN[@]}" torchrun --nnodes="$least:$most" --nproc-per-node="$(ranks_per_node)" \
         --max-restarts=3 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$ATTEMPT" \
         --rdzv-endpoint="$(address "$head"):$(port)" \
-        --rdzv-conf="last_call_timeout=10,join_timeout=${JOIN_SECONDS:-180}" "${agent[@]}" "$@"
+        --rdzv-conf="last_call_timeout=10,join_timeout=${JOIN_SECONDS:-180},read_timeout=$((${silence%.*} + 60))" \
+        "${agent[@]}" "$@"
 }
 
 # on_one_node COMMAND...: a rank a GPU under DeepSpeed's own launcher.

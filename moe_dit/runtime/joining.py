@@ -40,15 +40,15 @@ class Meeting:
         """A connection of its own to the same store, for a thread; nothing in it takes longer than ``seconds``.
 
         Raises:
-            ConnectionError: nobody listens there any more.
+            ConnectionRefusedError: nobody listens there any more.
+            OSError: nobody answers there.
         """
-        if not _answers():
-            raise ConnectionError
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(*place, timeout=timedelta(seconds=seconds), wait_for_workers=False)
+        _reach(seconds)
+        store = torch.distributed.TCPStore(*_place(), timeout=timedelta(seconds=seconds), wait_for_workers=False)
         return torch.distributed.PrefixStore(self.name, store)
 
 
+BEATS = "beat/{}"  # keys of a meeting's store by which ranks say that they are there (moe_dit/runtime/silence.py)
 LIMIT = "MOE_DIT_JOIN_SECONDS"  # environment variable: how long ranks wait for each other
 LIMIT_SECONDS = 300.0
 ANSWER_SECONDS = 15.0  # that rank 0 may take longer than its own limit, to a rank that waits for its answer
@@ -65,7 +65,7 @@ def join(rank: int, local_rank: int, size: int) -> Meeting:
         NotJoined: some ranks did not come in time, or rank 0 was not to be found.
     """
     limit = seconds_from(LIMIT, LIMIT_SECONDS)
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    place = "{}:{}".format(*_place())
     # Without rank 0 nobody can agree on who says so: one rank of each node does.
     silent = local_rank != 0 and rank != 1
     # torch 2.14's store would write pages of C++ frames about a server that is not there.
@@ -100,8 +100,11 @@ def join(rank: int, local_rank: int, size: int) -> Meeting:
         if found is None:
             raise NotJoined(f"rank 0 did not join within {limit:g} s at {place}", everywhere=silent)
         attempt, hosts = found
-    name = f"meeting_{attempt}"
-    return Meeting(torch.distributed.PrefixStore(name, store), hosts, name)
+    return Meeting(torch.distributed.PrefixStore(_name(attempt), store), hosts, _name(attempt))
+
+
+def _name(attempt: int) -> str:
+    return f"meeting_{attempt}"
 
 
 def _gather(store: Any, size: int, limit: float) -> tuple[int, list[str]]:
@@ -115,6 +118,8 @@ def _gather(store: Any, size: int, limit: float) -> tuple[int, list[str]]:
     came = {rank: _get(store, key) for rank, key in enumerate(keys) if store.check([key])}
     hosts = {rank: found["host"] for rank, found in came.items()}
     problem = "" if len(came) == size else missing(hosts, size, limit)
+    for rank in range(size):
+        store.set(f"{_name(attempt)}/{BEATS.format(rank)}", "0")
     answer = {"tokens": [found["token"] for found in came.values()], "problem": problem}
     _set(store, f"joining/{attempt}/answer", answer | {"hosts": list(hosts.values())})
     # The store ends with this process, which may have no more to do, so the others read first.
@@ -252,11 +257,19 @@ def _until(true: Callable[[], bool], seconds: float) -> bool:
 def _answers() -> bool:
     """Whether somebody listens where ranks meet."""
     try:
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        socket.create_connection(place, timeout=5.0).close()
+        _reach(5.0)
         return True
     except OSError:
         return False
+
+
+def _reach(seconds: float) -> None:
+    """Raise OSError where nobody listens where ranks meet, or none answers in some seconds."""
+    socket.create_connection(_place(), timeout=seconds).close()
+
+
+def _place() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _set(store: Any, key: str, value: Any) -> None:

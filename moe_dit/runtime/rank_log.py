@@ -55,10 +55,15 @@ class RankLog:
             if self._file is not None:
                 self._file.write(f"{now()} {text}\n".encode())
 
-    def stacks(self) -> None:
-        """Add where each thread stands."""
-        if self._file is not None:
-            faulthandler.dump_traceback(self._file, all_threads=True)
+    def stacks(self, text: str) -> None:
+        """Add a line, and where each thread stands."""
+        self.write(text)
+        # By way of memory: while it writes, no other thread runs, and a disk may not answer.
+        with noted(self.path.parent), open(os.memfd_create("stacks"), "w+b", buffering=0) as memory:
+            faulthandler.dump_traceback(memory, all_threads=True)
+            memory.seek(0)
+            if self._file is not None:
+                self._file.write(memory.read())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Stop):

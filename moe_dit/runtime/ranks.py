@@ -12,6 +12,7 @@ import torch
 
 from moe_dit.runtime.errors import Stop, of_a_place
 from moe_dit.runtime.joining import Meeting, address, hostnames, join, named
+from moe_dit.runtime.silence import Silence
 from moe_dit.runtime.tree import tree_group
 from moe_dit.runtime.world import World, world
 
@@ -75,8 +76,9 @@ def start(timeout: timedelta = timedelta(minutes=30), alone: bool = False) -> Wo
 
     Raises:
         NotJoined: some ranks did not come (:func:`moe_dit.runtime.joining.join`).
+        InputError: the environment has no number of seconds where one is meant.
     """
-    global _meeting
+    global _meeting, _silence
     this = world()
     if (this.size > 1 or alone) and not torch.distributed.is_initialized():
         set_rendezvous()
@@ -84,6 +86,8 @@ def start(timeout: timedelta = timedelta(minutes=30), alone: bool = False) -> Wo
         met: dict[str, Any] = {}
         if this.size > 1:
             _meeting = join(this.rank, this.local_rank, this.size)
+            _silence = Silence(_meeting)
+            _silence.start()
             _meeting.store.set_timeout(timeout)
             met = {"store": _meeting.store, "rank": this.rank, "world_size": this.size}
         torch.distributed.init_process_group(backend, timeout=timeout, **met)
@@ -96,6 +100,14 @@ _meeting: Meeting | None = None
 def meeting() -> Meeting | None:
     """How the ranks met; None where there is one, or none has joined."""
     return _meeting
+
+
+_silence: Silence | None = None
+
+
+def silence() -> Silence | None:
+    """What watches for ranks that are gone; None where there is one rank, or none has joined."""
+    return _silence
 
 
 def hosts() -> list[str]:
@@ -220,8 +232,10 @@ def stop() -> None:
     A Python that ends as a member aborts now and then (torch 2.14: "terminate called without an active exception",
     from gloo's threads), with status -6 instead of the command's.
     """
-    global _meeting
+    global _meeting, _silence
     if torch.distributed.is_initialized():
-        _meeting = None
+        if _silence is not None:
+            _silence.close()
+        _meeting = _silence = None
         torch.distributed.destroy_process_group()
         cpu_group.cache_clear()

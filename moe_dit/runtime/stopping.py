@@ -9,11 +9,13 @@ watches its launchers itself, and takes the end of one for a request to stop.
 """
 
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -130,6 +132,25 @@ def end_torchrun(local_rank: int) -> None:
             agent.wait(2 if handled else 10)
         except (psutil.NoSuchProcess, psutil.TimeoutExpired):
             pass
+
+
+def end_lost_torchrun(seconds: float) -> None:
+    """Kill the torchrun above this rank if the store of its rendezvous does not answer within some seconds.
+
+    torchrun (torch 2.14) waits for that without a limit of its own and does not see meanwhile that its ranks have
+    ended; the kernel lets go after a quarter of an hour. One whose rendezvous answers starts its ranks anew.
+    """
+    for agent in (process for process in launchers() if _is(process, _TORCHRUN)):
+        with suppress(psutil.Error):
+            found = re.search(r"\0--rdzv[-_]endpoint[=\0]\[?([^\0]+?)\]?:(\d+)\0", "\0".join([*agent.cmdline(), ""]))
+            # Without the flag it is where the ranks meet.
+            place = found.groups() if found else (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+            try:
+                socket.create_connection((place[0], int(place[1])), seconds).close()
+            except ConnectionRefusedError:
+                continue  # which it sees itself
+            except OSError:
+                agent.kill()
 
 
 def _is(process: psutil.Process, names: set[str]) -> bool:

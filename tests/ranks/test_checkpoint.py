@@ -1,6 +1,7 @@
 """Saves of whole runs: on a full disk, beside training, killed, and none that fails without a word."""
 
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -181,3 +182,23 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_that_loads(tmp_path)
         kill(process)
     named = run / "checkpoints" / latest(run)
     assert all(torch.isfinite(weight).all() for weight in export(named, tmp_path / "model", "ema").parameters())
+
+
+DIES = """
+import os
+from moe_dit.checkpoint import dcp
+save = dcp.save
+dcp.save = lambda *given, **more: os._exit(9) if os.environ["SLURM_PROCID"] == "1" else save(*given, **more)
+"""
+
+
+def test_a_rank_that_dies_in_a_save_is_no_failure_that_all_met(tmp_path):
+    run = tmp_path / "run"
+    process = small.start(run, "--steps=1", ranks=2, code=DIES)
+    try:
+        assert process.wait(TIMEOUT) == 9
+    finally:
+        kill(process)
+    # All would end torchrun, which could start them anew.
+    (line,) = [line for line in Path(f"{run}.log").read_text().splitlines() if "error: " in line]
+    assert line.startswith(f"error: rank 0 ({socket.gethostname()}): checkpoint {run / 'checkpoints' / step(1)} could")

@@ -231,3 +231,48 @@ def test_a_check_that_hangs_ends_all_with_a_line(tmp_path):
     line = r"no step for \d+ s, in the check before the first step: "
     line += rf"rank 0 \({HOST}\) waits in all_reduce \(command\.run\); "
     assert re.fullmatch(line + rf"rank 1 \({HOST}\) is in command\.run 0 True\n", first.stdout), first.stdout
+
+
+# Rank 1 is busy in Python for longer than ranks may be silent, its process is stopped for a while, and then rank 2 is
+# gone. What says so never comes back: a full pipe, a disk that does not answer.
+SILENT = """
+import os, signal, threading, time
+from pathlib import Path
+import torch
+def tell(line):
+    print(line, flush=True)
+    Path("told").touch()
+    threading.Event().wait()
+gone = ranks.silence()
+gone.tell = tell
+numbers = [None] * 3
+torch.distributed.all_gather_object(numbers, os.getpid())
+if rank == 1:
+    time.sleep(12)
+torch.distributed.barrier()
+if rank == 0:
+    os.kill(numbers[1], signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(numbers[1], signal.SIGCONT)
+torch.distributed.barrier()
+print("all are there", flush=True)
+if rank == 2:
+    gone._closed.set()
+    while not Path("told").exists():
+        time.sleep(0.05)
+    for _ in range(100):
+        time.sleep(0.1)
+        alive = [number for number in numbers[:2] if Path(f"/proc/{number}").exists()]
+    for number in alive:
+        os.kill(number, signal.SIGKILL)
+    os._exit(0)
+threading.Event().wait()
+"""
+
+
+def test_a_rank_that_is_gone_ends_the_others_whatever_blocks(tmp_path):
+    first, second, third = run_scripts(SILENT, 3, tmp_path, MOE_DIT_SILENCE_SECONDS="10")
+    assert [done.returncode for done in (first, second, third)] == [1, 1, 0], first.stderr + second.stderr
+    line = rf"rank 2 \({HOST}\) has been silent for \d+ s: the node or the network is gone, .*\n"
+    assert re.fullmatch("all are there\n" + line, first.stdout), first.stdout
+    assert (second.stdout, third.stdout) == ("all are there\n", "all are there\n")

@@ -749,6 +749,63 @@ MUTATIONS = [
         "if function in COLLECTIVES and not collective else collective",
         "tests/unit/test_watchdog.py::test_where_a_thread_stands",
     ),
+    # Who is gone without a word.
+    Mutation(
+        "silence-ends-nobody",
+        "moe_dit/runtime/silence.py",
+        "        if gone:\n",
+        "        if not gone:\n            return\n        if silent is None:\n",
+        "tests/unit/test_watchdog.py::test_who_is_silent",
+    ),
+    Mutation(
+        "store-may-be-silent",
+        "moe_dit/runtime/silence.py",
+        "if self._refused > self._reached else limit)",
+        "if True else limit)",
+        "tests/unit/test_watchdog.py::test_who_is_silent",
+    ),
+    Mutation(
+        "suspended-and-gone",
+        "moe_dit/runtime/silence.py",
+        "awake = now  # this process",
+        "pass  # this process",
+        "tests/unit/test_watchdog.py::test_who_is_silent",
+    ),
+    Mutation(
+        "end-waits-for-the-disk",
+        "moe_dit/runtime/silence.py",
+        "        within(seconds / 2, tell)\n",
+        "        tell()\n",
+        "tests/ranks/test_watchdog.py::test_a_rank_that_is_gone_ends_the_others_whatever_blocks",
+    ),
+    Mutation(
+        "busy-is-silent",
+        "moe_dit/runtime/silence.py",
+        "            if value > self._values[rank]:\n",
+        "            if not self._values[rank]:\n",
+        "tests/ranks/test_watchdog.py::test_a_rank_that_is_gone_ends_the_others_whatever_blocks",
+    ),
+    Mutation(
+        "stacks-hold-all-threads",
+        "moe_dit/runtime/rank_log.py",
+        "faulthandler.dump_traceback(memory, all_threads=True)",
+        "faulthandler.dump_traceback(self._file, all_threads=True)",
+        "tests/unit/test_rank_log.py::test_stacks_do_not_hold_other_threads_up",
+    ),
+    Mutation(
+        "lost-rank-is-all-s-failure",
+        "moe_dit/checkpoint.py",
+        "alike = isinstance(error, (Stop, CheckpointException, OSError, ValueError))",
+        "alike = True",
+        "tests/ranks/test_checkpoint.py::test_a_rank_that_dies_in_a_save_is_no_failure_that_all_met",
+    ),
+    Mutation(
+        "lost-torchrun-waits",
+        "moe_dit/runtime/stopping.py",
+        "                agent.kill()\n",
+        "                pass\n",
+        "tests/launchers/test_network.py::test_what_vanishes_without_a_word",
+    ),
     # What jobs decide.
     Mutation(
         "give-up-at-another-step",

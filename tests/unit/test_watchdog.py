@@ -1,8 +1,10 @@
 """Where a rank stands, in words, and how long is too long."""
 
 import json
+import re
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ import torch
 from helpers import refused
 from helpers.small import flags_of
 from moe_dit.events import events
+from moe_dit.runtime import silence
+from moe_dit.runtime.joining import Meeting
 from moe_dit.runtime.rank_log import RankLog
 from moe_dit.status import read_status, write_status
 from moe_dit.train import _Told
@@ -124,3 +128,84 @@ def test_a_bad_patience_is_one_line(tmp_path, monkeypatch, capfd):
     line = refused(capfd, "jobs/train.py", *flags_of(tmp_path / "run"))
     assert line == "error: MOE_DIT_PATIENCE_SECONDS is '0'; it should be a number of seconds\n"
     assert not (tmp_path / "run").exists()
+
+
+class Ended(Exception):
+    """A rank has ended."""
+
+
+STOPPED = {"this rank is stopped for 20 s": 20.0, "this rank is stopped for an hour": 3600.0}
+
+
+# Seconds of the others' silence after which a rank ends, of 180 that it may take in all.
+@pytest.mark.parametrize(
+    ("name", "ends", "who"),
+    [
+        ("nobody is gone", None, None),
+        ("steps are done", None, None),
+        ("rank 2 is gone", (144, 158), "rank 2 (c)"),
+        ("the store is gone", (144, 158), "the store that ranks met in (10.9.0.1, of rank 0 (a))"),
+        ("rank 2 has left, and said so", None, None),
+        ("rank 2 is gone for 120 s", None, None),
+        ("the store is gone for 120 s", None, None),
+        ("this rank is stopped for 20 s", None, None),
+        # All were suspended, and this rank goes on before the others do.
+        ("this rank is stopped for an hour", None, None),
+        # Its launcher was killed: ranks have 300 s to save.
+        ("nobody keeps the store", (300, 315), "the store that ranks met in (10.9.0.1, of rank 0 (a))"),
+    ],
+)
+def test_who_is_silent(monkeypatch, name, ends, who):
+    now, said = 1000.0, []
+    monkeypatch.setattr(silence, "world", lambda: SimpleNamespace(rank=1, local_rank=0))
+    gone = silence.Silence(Meeting(None, ["a", "b", "c"], ""))
+    gone.tell = said.append
+    monkeypatch.setattr(silence.time, "monotonic", lambda: now)
+    monkeypatch.setattr(silence.threading, "Thread", lambda target, **_: SimpleNamespace(start=target))
+    monkeypatch.setenv("MASTER_ADDR", "10.9.0.1")
+    gone.last = lambda: ("at step 8", now if name == "steps are done" else 1000.0, True)
+    spoken = 0
+
+    def wait(seconds):
+        nonlocal now
+        now += seconds + (STOPPED.get(name, 0) if 1100 < now < 1108 else 0)
+        return now > 6000
+
+    def speak():
+        nonlocal spoken
+        spoken += 1
+        away = now < 1120 if name.endswith("for 120 s") else True
+        if name == "nobody keeps the store":
+            gone._refused = now
+        elif not (name.startswith("the store is gone") and away):
+            gone._reached = now
+            if name == "rank 2 has left, and said so":
+                gone._values[2] = silence.LEFT
+            for rank in range(2 if name.startswith("rank 2") and away else 3):
+                # Suspended ranks go on a minute after this one.
+                if not (name.endswith("an hour") and 4700 < now < 4760 and rank != 1):
+                    gone._heard[rank] = now
+
+    def end(tell, seconds):
+        assert seconds == 22.5
+        if tell is not None:
+            tell()
+        raise Ended
+
+    gone._closed = SimpleNamespace(wait=wait, is_set=lambda: False)
+    gone._speak = speak
+    monkeypatch.setattr(silence, "end", end)
+    if ends is None:
+        gone._watch()
+        assert said == [] and bool(spoken) == (name != "steps are done")
+    else:
+        with pytest.raises(Ended):
+            gone._watch()
+        assert ends[0] < now - 1000 < ends[1]
+        # Rank 0 speaks where it is there and heard.
+        if name == "rank 2 is gone":
+            assert said == []
+        else:
+            assert re.fullmatch(
+                re.escape(who) + r" has been silent for \d+ s, at step 8: the node or the network .*", said[0]
+            )
