@@ -1,4 +1,4 @@
-"""Kills at random moments; tests/tools/kills.py says what must hold after each."""
+"""Faults at random moments; tests/tools/faults.py says what must hold after each."""
 
 import pytest
 
@@ -6,15 +6,15 @@ from helpers import ROOT, call
 from helpers.older_run import SHARDS
 
 
-def kills(*flags: str) -> int:
+def faults(*flags: str) -> int:
     """The command's exit status."""
-    return call(str(ROOT / "tests/tools/kills.py"), "--data", SHARDS, *flags)
+    return call(str(ROOT / "tests/tools/faults.py"), "--data", SHARDS, *flags)
 
 
-def test_random_kills_lose_nothing():
-    assert kills("--forked", "--kills", "5", "--seed", "7") == 0
+def test_random_faults_lose_nothing():
+    assert faults("--forked", "--faults", "7", "--launcher", "deepspeed", "--seed", "7") == 0
 
 
 @pytest.mark.long
-def test_many_random_kills_lose_nothing():
-    assert kills("--forked", "--kills", "10", "--seed", "8") == 0
+def test_random_faults_lose_nothing_under_true_launchers():
+    assert faults("--faults", "14", "--seed", "8") == 0

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from moe_dit.recipe_file import load_recipe
 from moe_dit.records import Records
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import ENV, ROOT, finish, forks, free_port, kill, losses, ranks_of, small
+from helpers import ENV, ROOT, finish, forks, free_port, kill, losses, ranks_of, small, wait_for
 from helpers.faults import fault, library
 
 SMALL = ["--set=model.depth=2", "--set=global_batch_size=16", "--set=checkpoint.every=3", "--set=data.workers=1"]
@@ -84,13 +85,20 @@ def family_of(process: subprocess.Popen) -> list[psutil.Process]:
     return []
 
 
-def trains_on(run: Path, process: subprocess.Popen, family: list[psutil.Process]) -> bool:
-    """Whether a run trains on, or has ended and left nobody, within the limit; fails where it does neither."""
+def trains_on(
+    run: Path, process: subprocess.Popen, family: list[psutil.Process], doomed: Sequence[psutil.Process] = ()
+) -> bool:
+    """Whether a run trains on, or has ended and left nobody, within the limit; fails where it does neither.
+
+    Args:
+        family: what must have ended with its launcher.
+        doomed: what cannot train on; what takes its place may.
+    """
     deadline = time.monotonic() + LIMIT
     lowest = last_step(run)
     while time.monotonic() < deadline:
         step = last_step(run)
-        if process.poll() is None and step > lowest:
+        if process.poll() is None and step > lowest and not any(map(_there, doomed)):
             return True
         lowest = min(lowest, step)  # records of steps that are done again are cut as a run is started again
         if process.poll() is not None and not any(map(_there, family)):
@@ -125,12 +133,14 @@ def failing(faults: Path, *operations: str):
         shutil.rmtree(faults / "now")
 
 
-def strike(kind: str, process: subprocess.Popen, chosen: random.Random, faults: Path) -> None:
-    """Do it; returns when it is over, and what it broke may go on."""
-    ranks = ranks_of(process)
-    rank = chosen.choice(ranks)
+def strike(kind: str, process: subprocess.Popen, chosen: random.Random, faults: Path) -> Sequence[psutil.Process]:
+    """Do it; returns when it is over, and what it broke may go on; gives what cannot."""
+    wait_for(lambda: process.poll() is not None or len(ranks_of(process)) == 2, "two ranks", None, LIMIT)
+    rank = chosen.choice(ranks_of(process))
+    doomed = []
     if kind == "kill rank":
         send([rank], signal.SIGKILL)
+        doomed = [rank]
     elif kind == "kill launcher":
         send([psutil.Process(process.pid)], signal.SIGKILL)
     elif kind == "kill everything":
@@ -141,8 +151,9 @@ def strike(kind: str, process: subprocess.Popen, chosen: random.Random, faults: 
         send([rank], signal.SIGCONT)
     elif kind == "loader":
         # The workers are the children of a rank's fork server, which is its child.
-        workers = [child for server in rank.children() for child in server.children()]
-        send(workers[:1], signal.SIGKILL)
+        (worker,) = [child for server in rank.children() for child in server.children()]
+        send([worker], signal.SIGKILL)
+        doomed = [rank]
     elif kind == "full disk":
         with failing(faults, "write", "mkdir"):
             time.sleep(10)
@@ -151,6 +162,7 @@ def strike(kind: str, process: subprocess.Popen, chosen: random.Random, faults: 
             deadline = time.monotonic() + 10
             while not (faults / "log").exists() and time.monotonic() < deadline:
                 time.sleep(0.001)
+    return doomed
 
 
 def told(kind: str, said: str) -> str:
@@ -196,9 +208,9 @@ def harm(starts: Starts, out: Path, count: int, chosen: random.Random) -> float:
             time.sleep(chosen.uniform(0, 3))
             family = family_of(process)
             start = time.monotonic()
-            strike(kind, process, chosen, starts.faults)
+            doomed = strike(kind, process, chosen, starts.faults)
             over = time.monotonic()
-            goes_on = trains_on(run, process, family)
+            goes_on = trains_on(run, process, family, doomed)
             what = "trained on" if goes_on else f"ended: {told(kind, log.read_text()[begin:])[:100]}"
             assert goes_on or kind != "stand still", what
             if not goes_on:
