@@ -4,6 +4,7 @@ What makes them needs root and `ip` (Debian's iproute2); :func:`cannot` says whe
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from helpers.forks import ENV, ROOT, kill
 
 ADDRESSES = ("10.9.0.1", "10.9.0.2")
+NAMES = "/run/netns"  # where ip keeps them
 PORT = 29400  # each pair of hosts has a network of its own
 _IP = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "ip"
 
@@ -83,6 +85,15 @@ class Hosts:
                 os.kill(number, signal.SIGKILL)
 
 
+def _remove_left() -> None:
+    """Remove the hosts of processes that were killed."""
+    for name in os.listdir(NAMES) if os.path.isdir(NAMES) else []:
+        if (found := re.fullmatch(r"moe-dit-(\d+)-.*", name)) and not os.path.exists(f"/proc/{found[1]}"):
+            with suppress(subprocess.CalledProcessError):  # another process removes it too
+                Hosts((name, name)).kill(0)
+                _ip("netns", "del", name)
+
+
 @contextmanager
 def two_hosts(name: str) -> Iterator[Hosts]:
     """Two hosts, which are gone with all that runs on them when the block ends.
@@ -93,6 +104,7 @@ def two_hosts(name: str) -> Iterator[Hosts]:
     Raises:
         FileNotFoundError, subprocess.CalledProcessError: they cannot be made here.
     """
+    _remove_left()
     hosts = Hosts((f"moe-dit-{os.getpid()}-{name}-0", f"moe-dit-{os.getpid()}-{name}-1"))
     made = []
     try:

@@ -804,7 +804,7 @@ MUTATIONS = [
         "moe_dit/runtime/stopping.py",
         "                agent.kill()\n",
         "                pass\n",
-        "tests/launchers/test_network.py::test_what_vanishes_without_a_word",
+        "tests/unit/test_stopping.py::test_a_torchrun_whose_rendezvous_is_lost_is_killed",
     ),
     # What jobs decide.
     Mutation(
