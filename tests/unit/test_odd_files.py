@@ -1,11 +1,10 @@
 """What is no plain file, or holds what nobody writes, under the name of each file that is read: one line, no harm."""
 
 import os
-import shutil
 import socket
 import tempfile
 import time
-from multiprocessing import current_process, util
+from multiprocessing import current_process
 from multiprocessing.connection import Listener
 from pathlib import Path
 
@@ -304,10 +303,6 @@ def test_sockets_have_short_paths_however_long_the_folder_of_temporary_files_is(
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     monkeypatch.delitem(current_process()._config, "tempdir", raising=False)
-    with pytest.raises(OSError, match="AF_UNIX path too long"):
-        Listener(family="AF_UNIX")
-    monkeypatch.delitem(current_process()._config, "tempdir", raising=False)
     shorten_sockets()
     Listener(family="AF_UNIX").close()
     assert tempfile.gettempdir() == str(long)
-    shutil.rmtree(util.get_temp_dir())
