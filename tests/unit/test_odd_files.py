@@ -38,6 +38,7 @@ from moe_dit.runtime.processes import shorten_sockets
 from moe_dit.runtime.reading import open_file, parse_json, parse_yaml, read_json
 from moe_dit.schema import divisors
 from moe_dit.status import read_status
+from moe_dit.store import cache
 from moe_dit.watch import read_run
 
 RUN = OLD / "run"
@@ -306,3 +307,16 @@ def test_sockets_have_short_paths_however_long_the_folder_of_temporary_files_is(
     shorten_sockets()
     Listener(family="AF_UNIX").close()
     assert tempfile.gettempdir() == str(long)
+
+
+def test_a_user_without_a_home_keeps_files_beside_temporary_ones(tmp_path, monkeypatch):
+    monkeypatch.delenv("MOE_DIT_CACHE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where there is no HOME and no such user
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"moe-dit-{os.getuid()}"
+    assert cache() == folder and folder.stat().st_mode & 0o777 == 0o700
+    other = tmp_path / f"moe-dit-{os.getuid() + 1}"
+    folder.rename(other)
+    monkeypatch.setattr(os, "getuid", lambda: int(other.name[8:]))
+    with pytest.raises(InputError, match=f"{other.name} is another user's"):
+        cache()
