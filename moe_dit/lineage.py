@@ -95,7 +95,7 @@ def named_by_latest(folder: Path) -> str | None:
     """What ``latest`` says, which may be anything; None where there is no such file."""
     try:
         return read_bytes(folder / "latest", LONGEST_NAME).decode(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise InputError(f"{folder / 'latest'} cannot be read: {error.strerror}") from None

@@ -12,6 +12,7 @@ import io
 import os
 import random
 import re
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, unquote
 
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import temporary_name
+from moe_dit.runtime.files import explained, temporary_name
 from moe_dit.runtime.progress import say
 
 PATIENCE = 120.0  # seconds that a server may stay away; $MOE_DIT_PATIENCE replaces it
@@ -41,9 +42,24 @@ def is_remote(path: str | Path) -> bool:
 
 
 def cache() -> Path:
-    """Where this machine keeps what it makes or fetches once: $MOE_DIT_CACHE, or ~/.cache/moe-dit."""
-    given = os.environ.get("MOE_DIT_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "moe-dit"
+    """Where this machine keeps what it makes or fetches once: $MOE_DIT_CACHE, or ~/.cache/moe-dit.
+
+    A user without a home, as containers have them, has a folder of temporary files.
+
+    Raises:
+        InputError: that one is another user's.
+    """
+    if given := os.environ.get("MOE_DIT_CACHE"):
+        return Path(given)
+    home = os.path.expanduser("~")
+    if os.path.isabs(home):
+        return Path(home) / ".cache" / "moe-dit"
+    folder = Path(tempfile.gettempdir()) / f"moe-dit-{os.getuid()}"
+    with explained(f"into {folder}"):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    if os.lstat(folder).st_uid != os.getuid():
+        raise InputError(f"{folder} is another user's; set MOE_DIT_CACHE to a folder of your own")
+    return folder
 
 
 def cache_folder(url: str) -> Path:

@@ -1,6 +1,7 @@
 """The training command's line, for jobs/train.py and for what submits and supervises it."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,10 @@ def training(args: argparse.Namespace) -> Training:
     """The values of :func:`add_arguments`; InputError where they cannot be."""
     if args.steps is not None and not 1 <= args.steps <= MOST:
         raise InputError(f"--steps {args.steps}: it should be 1 to {MOST}")
+    if args.out is not None:
+        there = next(place for place in (args.out, *args.out.absolute().parents) if os.path.lexists(place))
+        if not os.path.isdir(there):
+            raise InputError(f"--out {args.out}: {there} is not a folder; give another --out")
     return Training(args.ds, args.recipe, args.set, args.data, args.out, args.resume, args.steps, args.allow_change)
 
 

@@ -39,6 +39,7 @@ from helpers.faults import fault, library
 
 SMALL = ["--set=model.depth=2", "--set=global_batch_size=16", "--set=checkpoint.every=3", "--set=data.workers=1"]
 LIMIT = 60.0  # seconds after a fault's end in which a run trains again, or has ended
+SAVED = 6  # steps, in which a save has failed if it was to
 KINDS = ("kill rank", "kill launcher", "kill everything", "stand still", "loader", "full disk", "rename")
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=100", "--master_port"],
@@ -98,7 +99,7 @@ def trains_on(
     lowest = last_step(run)
     while time.monotonic() < deadline:
         step = last_step(run)
-        if process.poll() is None and step > lowest and not any(map(_there, doomed)):
+        if process.poll() is None and step > lowest + SAVED and not any(map(_there, doomed)):
             return True
         lowest = min(lowest, step)  # records of steps that are done again are cut as a run is started again
         if process.poll() is not None and not any(map(_there, family)):

@@ -59,10 +59,11 @@ def index_says(name):
             keys = load_file(folder / WHOLE)
             index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(keys, WHOLE)}))
         found = json.loads(index.read_text())
-        found["weight_map"][next(iter(found["weight_map"]))] = name
+        place = next(iter(found["weight_map"].values()))
+        found["weight_map"] = {key: name if file == place else file for key, file in found["weight_map"].items()}
         index.write_text(json.dumps(found))
         if os.path.dirname(name):  # the file outside the folder is there, and whole
-            shutil.copy2(min(folder.glob("*.safetensors")), folder / name)
+            (folder / place).rename(folder / name)
 
     return damage
 
