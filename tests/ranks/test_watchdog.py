@@ -102,7 +102,7 @@ def test_a_rank_that_is_slow_or_stuck_in_reading_is_named(shared, tmp_path):
     assert found is not None and 0.5 <= float(found[1]) < 2.5  # a step's, not five steps'
     line = rf"no step for \d+ s, at step 13: rank 0 \({HOST}\) waits in (\w+) \([\w.]+\); "
     assert told[2][1] == 12
-    assert re.fullmatch(line + rf"rank 1 \({HOST}\) waits for data in loader\._batch", told[2][2]), told[2][2]
+    assert re.fullmatch(line + rf"rank 1 \({HOST}\) waits for data in loader\.__getitems__", told[2][2]), told[2][2]
     assert re.fullmatch(r"moving again after \d+ s", told[3][2])
     assert log.count(told[2][2]) == 1 and log.count("moving again") == 1
     # What is watched is not changed: as the run without, to the last bit.
