@@ -514,8 +514,8 @@ MUTATIONS = [
     Mutation(
         "a-failing-source-breaks-images",
         "data_prep/shards.py",
-        "        except InputError as error:\n            return error\n",
-        "        except InputError as error:\n            return self._broken(index, str(error))\n",
+        "        except BrokenImage as error:\n            return self._broken(index, str(error))\n",
+        "        except (BrokenImage, InputError) as error:\n            return self._broken(index, str(error))\n",
         "tests/unit/test_sources.py::test_an_image_that_goes_is_broken_and_a_server_that_goes_ends_the_job",
     ),
     Mutation(
@@ -817,8 +817,8 @@ MUTATIONS = [
     Mutation(
         "give-up-after-a-resubmission",
         "moe_dit/cluster/outcome.py",
-        'if event["what"] in ("queued", "done", "stopped"):',
-        'if event["what"] in ("done", "stopped"):',
+        'if event["what"] in ("queued", "requeued", "done", "stopped"):',
+        'if event["what"] in ("requeued", "done", "stopped"):',
         "tests/unit/test_cluster.py::test_a_run_that_does_not_get_on_is_given_up",
     ),
     Mutation(
@@ -1148,7 +1148,7 @@ MUTATIONS = [
     Mutation(
         "changes-without-an-event",
         "moe_dit/train.py",
-        'record(run, "changed", change, first_step)',
+        'record(run, "changed", change, first_step, start.history[-1].attempt)',
         "pass",
         "tests/ranks/test_lineage.py::test_another_rate_is_named_and_told_and_not_taken_back_without_a_word",
     ),
