@@ -1,15 +1,26 @@
 """Writing whole or not at all: kills."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from helpers import ENV, ROOT, forks, losses, small
+from helpers.older_run import OLD
+from moe_dit.cluster.outcome import decide
+from moe_dit.export import checkpoint_recipe
+from moe_dit.lineage import choose, find_checkpoint, newest
+from moe_dit.run_folder import check_run_folder
+from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import new_file, remove_unfinished, write_text
+from moe_dit.runtime.lock import lock_folder
+from moe_dit.watch import read_run
 
 WRITER = """
 import sys, itertools
@@ -60,3 +71,48 @@ def test_a_log_on_a_full_disk_ends_nothing(tmp_path):
         done = small.train_here(tmp_path / "run", "--steps=3", "--set=checkpoint.every=3", **streams)
     assert done.returncode == 0
     assert losses(tmp_path / "run") == pytest.approx(small.LOSSES[:3], rel=1e-6)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize("closed", ["the folder", "its files"])
+def test_another_users_closed_run_is_one_line(closed):
+    """A run made under umask 077, where its folder may not be entered, or may, and nothing in it be read."""
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed too
+        run = shutil.copytree(OLD / "run", Path(place) / "run")
+        os.chmod(place, 0o755)
+        for path in [run, *run.rglob("*")]:
+            path.chmod(0o700 if path.is_dir() else 0o600)
+        if closed == "its files":
+            run.chmod(0o755)
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            raised = set()
+            for call in CALLS:
+                try:
+                    call(run)
+                except InputError as error:
+                    raised.add("" if str(run) in str(error) else f"{call}: {error}")
+                except BaseException as error:
+                    raised.add(repr(error))
+            os.write(write, repr(raised).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(write)
+        with os.fdopen(read) as told:
+            assert told.read() == "{''}"
+
+
+CALLS = [
+    lambda run: read_run(run, 0.0),
+    find_checkpoint,
+    lambda run: newest(run / "checkpoints"),
+    choose,
+    lambda run: checkpoint_recipe(run, "ema"),
+    lambda run: lock_folder(run, "another"),
+    lambda run: decide(run, 0.0, 1, False, 1),
+    check_run_folder,
+]
