@@ -18,11 +18,11 @@ COMMANDS = [
 
 
 def test_these_are_all_commands():
-    """But for the one that a job script calls."""
+    """But for those that job scripts call."""
     found = [name for name in project_files() if re.match(r"(jobs|eval|data_prep|moe_dit)/.*\.py", name)]
     found = [name for name in found if '__name__ == "__main__"' in (ROOT / name).read_text()]
     named = [name if name.startswith("jobs/") else f"-m {name[:-3].replace('/', '.')}" for name in found]
-    assert sorted(named) == sorted([*COMMANDS, "-m moe_dit.cluster.job"])
+    assert sorted(named) == sorted([*COMMANDS, "-m moe_dit.cluster.job", "-m moe_dit.cluster.newest"])
 
 
 def one_line(done: subprocess.CompletedProcess) -> bool:

@@ -1,6 +1,7 @@
 """The list of mutations: every edit still applies and names a test, and what is said of an edit is true."""
 
 import ast
+import subprocess
 
 import pytest
 
@@ -17,11 +18,15 @@ def test_names_are_told_apart():
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_every_edit_applies(mutation):
-    """The text is there once, the edited file is Python, and the test exists."""
+    """The text is there once, the edited file is Python (or Bash, as job scripts are), and the test exists."""
     content = (ROOT / mutation.file).read_text()
     assert content.count(mutation.text) == 1
-    edited = ast.parse(content.replace(mutation.text, mutation.replacement))
-    assert ast.dump(edited) != ast.dump(ast.parse(content))
+    edited = content.replace(mutation.text, mutation.replacement)
+    if mutation.file.endswith(".py"):
+        assert ast.dump(ast.parse(edited)) != ast.dump(ast.parse(content))
+    else:
+        assert edited != content
+        subprocess.run(["bash", "-n"], input=edited, text=True, check=True)
     file, _, test = mutation.test.partition("::")
     functions = [node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)]
     assert test.partition("[")[0] in functions

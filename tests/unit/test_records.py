@@ -39,7 +39,7 @@ def million(tmp_path_factory):
         out.writelines(line(step) for step in range(1, STEPS + 1))
     assert 180e6 < file.stat().st_size < 300e6
     yield file
-    file.unlink()
+    file.unlink(missing_ok=True)
 
 
 @contextmanager
