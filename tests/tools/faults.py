@@ -208,7 +208,7 @@ def harm(starts: Starts, out: Path, count: int, chosen: random.Random) -> float:
                 assert trains_on(run, process, []), log.read_text()[begin:]
             time.sleep(chosen.uniform(0, 3))
             family = family_of(process)
-            start = time.monotonic()
+            start, begin = time.monotonic(), log.stat().st_size
             doomed = strike(kind, process, chosen, starts.faults)
             over = time.monotonic()
             goes_on = trains_on(run, process, family, doomed)

@@ -1,6 +1,6 @@
 """Break the code, one line at a time, and say which breaks no test notices.
 
-    python tests/tools/mutate.py                                 # all; about ten minutes on two cores
+    python tests/tools/mutate.py                                 # all; about fifteen minutes on two cores
     python tests/tools/mutate.py --only flow-sign kid-subsets
     python tests/tools/mutate.py --list
 
