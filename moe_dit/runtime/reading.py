@@ -123,7 +123,7 @@ def parse_yaml(text: str) -> Any:
     """The plain value of a YAML text.
 
     Raises:
-        ValueError: it is no YAML of plain values, stands for more than MOST_VALUES of them, nests deeper than
+        ValueError: it is no YAML of plain values, has a key twice, stands for more than MOST_VALUES, nests deeper than
             MOST_NESTED or in itself, or holds integers of more than 64 bits or dates that there are not.
     """
     loader = None
@@ -171,6 +171,8 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
         raise ValueError(f"it nests deeper than {MOST_NESTED} levels")
     known[id(node)] = 0
     total = 1
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
     if isinstance(node, yaml.SequenceNode):
         inside = node.value
     else:
@@ -181,6 +183,18 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
             raise ValueError(f"it stands for more than {MOST_VALUES} values, its aliases followed")
     known[id(node)] = total
     return total
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    """Raise ValueError where a key stands twice: PyYAML takes the last one without a word."""
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if (key.tag, key.value) in seen:
+                raise ValueError(
+                    f"the key {key.value[:80]!r} stands twice, the second time in line {key.start_mark.line + 1}"
+                )
+            seen.add((key.tag, key.value))
 
 
 def shard_names(index: Path) -> list[str]:

@@ -163,6 +163,12 @@ def test_json_is_utf8_with_or_without_its_mark(tmp_path):
         parse_json(b"1e999")
 
 
+def test_a_key_that_stands_twice_is_no_choice():
+    with pytest.raises(ValueError, match=r"^the key 'lr' stands twice, the second time in line 3$"):
+        parse_yaml("lr: 1\nbetas: [1, 2]\nlr: 2")
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, x: 2}") == {"a": {"x": 1}, "b": {"x": 2}}
+
+
 def test_yaml_may_repeat_itself_a_little(tmp_path):
     assert parse_yaml("a: &a {x: 1}\nb: *a\nc:\n  <<: *a\n  y: 2") == {
         "a": {"x": 1},
