@@ -7,7 +7,7 @@ from moe_dit.manifest import MANIFEST, read_manifest
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import explained, write_bytes
+from moe_dit.runtime.files import discard, explained, write_bytes
 from moe_dit.runtime.progress import say, task
 from moe_dit.store import RemoteFolder, is_remote
 
@@ -44,7 +44,7 @@ def main() -> None:
                 except FileNotFoundError:
                     continue  # an index is made when it is needed
             for lock in args.out.glob(".*.tar.lock"):
-                lock.unlink()
+                discard(lock)
 
     ranks.agreed(fetch)
     ranks.from_rank_0(finish)

@@ -34,7 +34,7 @@ from moe_dit.data.index import scan_shard, write_index
 from moe_dit.manifest import FORMAT, MANIFEST, Manifest
 from moe_dit.runtime import loading, ranks
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import explained, new_file, remove_unfinished, write_json, write_text
+from moe_dit.runtime.files import discard, explained, new_file, remove_unfinished, write_json, write_text
 from moe_dit.runtime.lock import lock_folder
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.ranks import from_rank_0, world
@@ -203,7 +203,7 @@ def write_shards(
             manifest = {"format": FORMAT, "size": args.size} | values | more | {"errors": len(broken)}
             _write_json(args.out / MANIFEST, manifest)
             for leftover in args.out.glob(".*.broken.json"):
-                leftover.unlink()
+                discard(leftover)
 
         from_rank_0(finish)
     say(f"{args.out}: {len(shards)} shards, {samples} samples, {len(source.classes)} classes")

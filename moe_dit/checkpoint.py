@@ -34,10 +34,17 @@ from moe_dit.checkpoint_files import (
     write_description,
 )
 from moe_dit.engine import Engine
-from moe_dit.lineage import State, named_by_latest, newest, set_latest, superfluous
+from moe_dit.lineage import State, named_by_latest, newest_told, set_latest, superfluous
 from moe_dit.manifest import Content
 from moe_dit.runtime.errors import InputError, Stop
-from moe_dit.runtime.files import publish_folder, remove_folder, remove_unfinished, wait_until_seen
+from moe_dit.runtime.files import (
+    discard,
+    publish_folder,
+    put_aside,
+    remove_folder,
+    remove_unfinished,
+    wait_until_seen,
+)
 from moe_dit.runtime.notes import noted
 from moe_dit.runtime.pace import Pace, PacedFile
 from moe_dit.runtime.progress import say
@@ -336,12 +343,12 @@ class Checkpointer:
             free = _free(self.folder)
             if world().rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            with suppress(OSError):  # the disk that fails is asked what is there
-                self._error = Stop(
-                    f"checkpoint {final} could not be written{free}: {cause_of(error)}; the newest complete one is "
-                    f"{newest(self.folder) or 'none'}, and the same command continues from it",
-                    everywhere=alike,
-                )
+            self._error = Stop(
+                f"checkpoint {final} could not be written{free}: {cause_of(error)}; the newest complete one is "
+                f"{newest_told(self.folder)}, and the same command continues from it",
+                everywhere=alike,
+            )
+            self._error.__cause__ = error  # by which left_behind knows it
 
     def _publish(self, description: dict[str, Any], temporary: Path, final: Path) -> None:
         """Check what was written, give it its name, let ``latest`` say so, and prune."""
@@ -408,7 +415,8 @@ def _connect(group: Any) -> None:
 
 
 def _make_empty(folder: Path) -> None:
-    remove_folder(folder)
+    with suppress(FileNotFoundError):
+        discard(put_aside(folder))
     folder.mkdir(parents=True)
 
 

@@ -62,7 +62,9 @@ def record(run: Path, what: What, message: str = "", step: int | None = None, st
         try:
             size = os.fstat(descriptor).st_size
             whole = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
-            os.write(descriptor, line if whole else b"\n" + line)
+            line = line if whole else b"\n" + line
+            while line:  # where there is room for a part only, the next try says so
+                line = line[os.write(descriptor, line) :]
         finally:
             os.close(descriptor)
 

@@ -109,6 +109,14 @@ def newest(folder: Path) -> Path | None:
     return next((path for path in complete_checkpoints(folder) if path.name == named), None)
 
 
+def newest_told(folder: Path) -> str:
+    """The newest complete checkpoint for a message, which the disk that fails must not hide."""
+    try:
+        return str(newest(folder) or "none")
+    except (OSError, InputError):
+        return "unknown"
+
+
 def write_history(run: Path, history: Sequence[Attempt]) -> None:
     """Write RUN/history.json."""
     write_json(run / "history.json", [asdict(attempt) for attempt in history])

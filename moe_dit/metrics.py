@@ -130,7 +130,7 @@ class Metrics:
         self.path = run / "metrics.jsonl"
         self.images = recipe.global_batch_size
         self._kept: int | None = kept  # until others are set aside
-        self._unwritten = b""
+        self._unwritten: list[bytes] = []
         self.flush()
         self._sinks = Sinks(recipe, run, first_step)
         self._load: torch.Tensor | None = None
@@ -156,7 +156,7 @@ class Metrics:
         self._load = report.load if self._load is None else self._load + report.load
         if report.step % LOAD_EVERY == 0 and self._load.numel():
             record |= self._expert_load(report.step)
-        self._unwritten += json.dumps(record).encode() + b"\n"
+        self._unwritten.append(json.dumps(record).encode() + b"\n")
         if time.perf_counter() - self._flushed > self.SECONDS_BETWEEN_FLUSHES:
             self.flush()
         return f"loss {loss:.4f}  {record['images_per_second']:.0f} images/s  imbalance {record['moe_imbalance']:.2f}"
@@ -186,8 +186,8 @@ class Metrics:
             if self._unwritten:
                 descriptor = open_to_append(self.path)
                 try:
-                    while self._unwritten:
-                        self._unwritten = self._unwritten[os.write(descriptor, self._unwritten) :]
+                    while text := b"".join(self._unwritten):
+                        self._unwritten = [text[os.write(descriptor, text) :]]
                 finally:
                     os.close(descriptor)
 

@@ -163,7 +163,7 @@ class Sinks:
         self._run = run
         self._step = first_step
         self._open: dict[str, Sink] = {}
-        self._failed: dict[str, float] = {}  # when, in monotonic seconds
+        self._failed: dict[str, float] = {}  # until when they are left alone, in monotonic seconds
         self._each(lambda sink: None)
 
     def numbers(self, values: dict[str, float], step: int) -> None:
@@ -180,11 +180,11 @@ class Sinks:
         self._each(lambda sink: sink.close())
 
     def _each(self, call: Callable[[Sink], None]) -> None:
-        now = time.monotonic()
         for name in self._recipe.metrics.sinks:
-            if now - self._failed.get(name, -math.inf) < self.SECONDS:
+            now = time.monotonic()
+            if now < self._failed.get(name, -math.inf):
                 continue
-            self._failed[name] = now
+            self._failed[name] = math.inf
             with noted(name, Exception):
                 if name not in self._open:
                     self._open[name] = SINKS[name](self._run, self._step, self._recipe)
@@ -192,3 +192,5 @@ class Sinks:
                 del self._failed[name]
             if name in self._failed:
                 self._open.pop(name, None)
+                # Training stands meanwhile: a server that takes a minute to say nothing is asked once an hour.
+                self._failed[name] = now + max(self.SECONDS, 60 * (time.monotonic() - now))

@@ -25,7 +25,7 @@ from moe_dit.optimizer import optimizer_kind
 from moe_dit.parallel.deepspeed_config import Parallelism, load_parallelism
 from moe_dit.plan import most_images_per_second, parameters
 from moe_dit.recipe import Recipe
-from moe_dit.run_folder import check_run_folder, clear_unfinished
+from moe_dit.run_folder import CONFIG_COMMENT, check_run_folder, clear_unfinished
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import Followed, InputError, Interrupted, Stop, left_behind
 from moe_dit.runtime.files import explained, write_json, write_yaml
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from moe_dit.metrics import Metrics, Report
 
 TELLING_SECONDS = 10.0  # for a line of the watchdog's to be written
+CLOSING_SECONDS = 5.0  # for trackers of a run that failed to finish
 
 
 def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) -> None:
@@ -94,6 +95,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) ->
     with ExitStack() as held:
         # Rank 0 alone decides what is continued: ranks that each looked might see different moments.
         start = ranks.from_rank_0(lambda: _open_run(asked, run, resume, held))
+        record_of = held.enter_context(_Record())  # closed when it is told how the run ended
         told = held.enter_context(_Told(run, start.history[-1].attempt))
         log = held.enter_context(ranks.agreed(lambda: RankLog(run, device)))
         watch = Watchdog(log, told.stands_still, watchful, device.type == "cuda")
@@ -116,8 +118,10 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) ->
         if recipe.initial_weights is not None and start.checkpoint is None:
             load_initial_weights(engine, Path(recipe.initial_weights))
         bytes_held = engine.bytes_held_by_rank()
-        ranks.on_rank_0(lambda: _write_start(run, recipe, engine, first_step, start.changes))
+        if first_step < recipe.steps:  # else nothing is trained that would differ
+            ranks.on_rank_0(lambda: _write_start(run, recipe, engine, first_step, start.changes))
         metrics = ranks.on_rank_0(lambda: _open_record(engine, run, start, first_step, bytes_held))
+        record_of.metrics = metrics
         for note in (*start.notes, *start.changes):
             say(note)
         headline = _headline(recipe, parallelism, manifest, start.checkpoint, engine)
@@ -135,7 +139,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) ->
             stream.close()
             checkpointer.close()
             if metrics is not None:
-                metrics.close()
+                metrics.flush()
         watch.sign("the end", last_step)
         last = f"step {last_step}, saved in {checkpointer.confirm(last_step)}"
         ranks.barrier()  # nobody leaves before all have saved: a launcher ends every rank when the first one goes
@@ -169,10 +173,11 @@ def _check_beginning(asked: Asked, run: Path, resume: str) -> None:
 
 def _open_run(asked: Asked, run: Path, resume: str, held: ExitStack) -> "Start":
     """Hold the run's folder until ``held`` ends, clear what a kill left, and decide what is continued."""
-    check_run_folder(run)
+    known = check_run_folder(run)
     _resumed(asked, run, resume)  # refuse before the folder is touched
     held.enter_context(lock_folder(run, "another training run", lambda: patience(run)))
-    clear_unfinished(run)
+    if known:
+        clear_unfinished(run)
     if was_restarted() and (why := gives_up(own(events(run)))):
         raise Stop(why)
     return _resumed(asked, run, resume)
@@ -205,10 +210,12 @@ def _open_record(engine: "Engine", run: Path, start: "Start", first_step: int, b
     from moe_dit.lineage import set_latest, write_history
     from moe_dit.metrics import Metrics
 
-    with explained(run / "config.yaml", Stop):
-        _write_config(run, engine.recipe, engine.parallelism.json)
-    with noted(run / "memory.json"):
-        write_json(run / "memory.json", bytes_held)
+    trains = first_step < engine.recipe.steps
+    if trains:
+        with explained(run / "config.yaml", Stop):
+            _write_config(run, engine.recipe, engine.parallelism.json)
+        with noted(run / "memory.json"):
+            write_json(run / "memory.json", bytes_held)
     # The record first: a kill in between must not leave the steps of another branch in the record of the new one.
     metrics = Metrics(run, first_step, engine.recipe, start.records)
     with explained(f"the history of {run}", Stop):
@@ -216,9 +223,29 @@ def _open_record(engine: "Engine", run: Path, start: "Start", first_step: int, b
             # Before anything is saved: a requeued job goes on from here too.
             set_latest(run / "checkpoints", name_of(first_step))
         write_history(run, start.history)
-    for change in start.changes:
+    for change in start.changes if trains else ():
         record(run, "changed", change, first_step, start.history[-1].attempt)
     return metrics
+
+
+class _Record:
+    """Closes a run's metrics and sinks behind its block, in which they are opened.
+
+    A tracker may take minutes to finish. Where a run fails the line that says why comes first, and launchers end the
+    ranks that are left: then no tracker is waited for.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: Metrics | None = None
+
+    def __enter__(self) -> "_Record":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if self.metrics is not None and error is None:
+            self.metrics.close()
+        elif self.metrics is not None:
+            within(CLOSING_SECONDS, self.metrics.close)
 
 
 class _Told:
@@ -277,10 +304,13 @@ class _Told:
                 write_status(self.run, "failed", self.start, exit_status=1, message=line)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if left_behind(error) and read_status(self.run).get("state") == "failed":
+        now = {} if error is None else read_status(self.run)
+        mine = now.get("start") == self.start  # else a start that took over has the folder
+        if mine and left_behind(error) and now.get("state") == "failed":
             raise Followed("another rank failed") from None
-        # What one rank alone has met, the others will never hear of.
-        if not self.speaks and not (isinstance(error, Stop) and not error.everywhere):
+        # What one rank alone has met, the others will never hear of; of several, the first says so.
+        alone = mine and now.get("state") != "failed" and isinstance(error, Stop) and not error.everywhere
+        if not self.speaks and not alone:
             return
         if error is None:
             write_status(self.run, "done", self.start, exit_status=0)
@@ -414,14 +444,13 @@ def _check_finite(report: "Report", recipe: Recipe, run: Path) -> None:
     loss = report.losses["loss"]
     if math.isfinite(loss) and math.isfinite(report.grad_norm):
         return
-    from moe_dit.lineage import newest
+    from moe_dit.lineage import newest_told
 
-    last = newest(run / "checkpoints")
+    last = newest_told(run / "checkpoints")
     what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
     first, end = ((report.step - n) * recipe.global_batch_size for n in (1, 0))
     raise Stop(
-        f"{what} at step {report.step}, positions {first} to {end - 1} of the run; nothing was saved since "
-        f"{last or 'the start'}",
+        f"{what} at step {report.step}, positions {first} to {end - 1} of the run; nothing was saved since {last}",
         everywhere=True,
     )
 
@@ -467,8 +496,7 @@ def _resumed(asked: Asked, run: Path, resume: str, damaged: "Mapping[Path, Damag
 
 
 def _write_config(run: Path, recipe: Recipe, ds_config: dict) -> None:
-    comment = "# Everything resolved: `--recipe` takes this file, `--ds` the ds_config.json beside it.\n"
-    write_yaml(run / "config.yaml", recipe.to_dict(), comment)
+    write_yaml(run / "config.yaml", recipe.to_dict(), CONFIG_COMMENT)
     write_json(run / "ds_config.json", ds_config, indent=2)
 
 

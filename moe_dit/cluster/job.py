@@ -50,6 +50,7 @@ def begin_training(args: argparse.Namespace) -> None:
     """Print how a run's launcher is started, and note the start in the run's events; refused beside another run."""
     # They bring in the networks' libraries, which the end of a run need not wait for.
     from moe_dit.cluster.sizes import check_nodes, node_range
+    from moe_dit.run_folder import check_run_folder
     from moe_dit.training_command import parse_training
 
     asked = parse_training(args.training[1:] if args.training[:1] == ["--"] else args.training)
@@ -61,6 +62,7 @@ def begin_training(args: argparse.Namespace) -> None:
         raise (InputError if args.attempt == 1 else Stop)(  # with the nodes that were lost it did
             f"{args.nodes} x {args.ranks_per_node} ranks are left, and {asked.ds} and the batch do not divide by them"
         )
+    check_run_folder(folder)
     queued = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
     note_begin(folder, args.attempt, queued, f"SLURM job {os.environ.get('SLURM_JOB_ID', '')}".strip())
     print(*span, folder, sep="\n")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from moe_dit.events import What, events, job, own, record
 from moe_dit.records import Records
+from moe_dit.run_folder import is_run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.lock import Held, lock_folder
 from moe_dit.status import patience, read_status
@@ -38,7 +39,7 @@ def last_step(run: Path) -> int | None:
 def is_there(run: Path) -> bool:
     """Whether a folder is a run that has begun, or may be one, of another user: in any other nothing is written."""
     closed = os.path.isdir(run) and not os.access(run, os.X_OK)
-    return closed or any(os.path.exists(run / name) for name in (".lock", "events.jsonl", "status.json"))
+    return closed or is_run(run)
 
 
 def note_begin(run: Path, attempt: int, queued: bool, message: str) -> None:
@@ -106,10 +107,12 @@ def gives_up(told: Sequence[dict[str, Any]]) -> str | None:
             failures, begun = [], None
         elif event["what"] == "started":
             if begun is not None:  # torchrun ended ranks that could not say so
-                failures.append({"message": SILENT, "step": None, "from": begun})
+                failures.append({"message": SILENT, "step": None, "start": None, "from": begun})
             begun = start = event["step"]
         elif event["what"] == "failed":
-            failures.append({"message": event["message"], "step": event["step"], "from": start})
+            if not (failures and event.get("start") and event["start"] == failures[-1]["start"]):
+                # Of one start several ranks may say how it ended.
+                failures.append({key: event.get(key) for key in ("message", "step", "start")} | {"from": start})
             begun = None
     last = failures[-MOST_SILENT:]
     if len(last) > 1 and last[-1]["message"] != SILENT and _same(last[-1], last[-2]):
@@ -178,12 +181,12 @@ def _decide(run: Path, status: int, leaving: bool, attempt: int) -> tuple[Next, 
     state = now.get("state")
     if state == "done":
         return "done", "all steps are done"
+    if refused:
+        return "give up", f"it refuses what it was given (status {status}); see its log"
     if state == "stopped":
         return "requeue", str(now.get("message", "it has saved"))
     if state == "failed" and now.get("exit_status") == InputError.status:
         return "give up", str(now.get("message"))
-    if refused:
-        return "give up", f"it refuses what it was given (status {status}); see its log"
     said = str(now.get("message")) if state == "failed" else f"{SILENT} (status {status})"
     if leaving:  # perhaps before its first step: it is no failure that there was no time
         return "requeue", said

@@ -118,6 +118,7 @@ def run(main: Callable[[], int | None]) -> None:
             error.add_note(f"on rank {this.rank}, host {socket.gethostname()}")
         raise
     finally:
+        leave_streams()
         limit_the_end(status)
         kill_children()
         if joined():
@@ -136,7 +137,7 @@ def limit_the_end(status: int) -> None:
     Leaving NCCL may wait for ranks that are gone, and the interpreter waits for threads and processes; a failure must
     not hide in that. Nothing asks any more whether a signal came.
     """
-    limit = threading.Timer(LEAVING_SECONDS, os._exit, [status or 1])
+    limit = threading.Timer(LEAVING_SECONDS, os._exit, [status])
     limit.daemon = True
     limit.start()
     # The kernel's, for what runs when there are no threads of Python any more: destructors of libraries.

@@ -61,4 +61,6 @@ class Followed(Stop):
 
 def left_behind(error: BaseException | None) -> bool:
     """Whether a collective failed because another rank has ended."""
+    if isinstance(error, Stop):
+        error = error.__cause__  # a save's
     return isinstance(error, RuntimeError) and _LEFT_BEHIND.search(str(error)) is not None

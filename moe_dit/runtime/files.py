@@ -5,6 +5,7 @@ renamed. A stop at any moment leaves the old one or the new one. Temporary names
 :func:`remove_unfinished` clears what a kill left.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -100,8 +101,12 @@ def open_to_append(path: Path) -> int:
         OSError: it cannot be opened, or made one of its own.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o666)
-    if os.fstat(descriptor).st_nlink > 1:
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a file")
+    if found.st_nlink > 1:
         os.close(descriptor)
         with open(path, "rb") as old, new_file(path) as new:
             shutil.copyfileobj(old, new)
@@ -178,6 +183,7 @@ def new_folder(path: Path, ours: Sequence[str] = ()) -> Iterator[Path]:
         yield temporary
         check_replaceable(path, ours)
         publish_folder(temporary, path)
+        remove_unfinished(path.parent, f"{path.name}.old.*")  # what could not be removed the last time
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:
@@ -213,13 +219,17 @@ def publish_folder(temporary: Path, path: Path) -> None:
         for name in files:
             sync(Path(folder) / name)
         sync(Path(folder))
-    old = _put_aside(path) if os.path.lexists(path) else None
+    old = put_aside(path) if os.path.lexists(path) else None
     try:
         os.replace(temporary, path)
-    except OSError:
-        if old is not None:
-            with suppress(OSError):
-                os.replace(old, path)
+    except OSError as error:
+        if old is None:
+            raise
+        try:
+            os.replace(old, path)
+        except OSError:
+            what = f"{error.strerror}; what was at {path} is now {old}"
+            raise OSError(error.errno, what) from error
         raise
     sync(path.parent)
     if old is not None:
@@ -232,7 +242,7 @@ def remove_folder(path: Path) -> None:
     Of a link only the link goes. Where something cannot be removed one line says so, and nothing else follows.
     """
     try:
-        aside = _put_aside(path)
+        aside = put_aside(path)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -262,8 +272,8 @@ def _say_left(path: Path, error: OSError) -> None:
     tell(path.parent, error, f"cannot remove {path}: {reason(error)}; it stays for now, and will be tried again")
 
 
-def _put_aside(path: Path) -> Path:
-    """Rename what is to go; gives its new place."""
+def put_aside(path: Path) -> Path:
+    """Rename what is to go; gives its new place. OSError where it stays."""
     aside = path.with_name(f".{path.name}.old.{uuid.uuid4().hex[:8]}.tmp")
     os.replace(path, aside)
     return aside

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from moe_dit.runtime.errors import Stop
@@ -269,6 +270,9 @@ class _Workers:
         self._closing = True
         if self._death is not None:
             self._batches._shutdown = True  # torch's way would wait for locks that the dead may have held
+            # It knows iterators by where they lie, and would take the next one there for this one.
+            signal_handling._remove_worker_pids(id(self._batches))
+            self._batches._worker_pids_set = False
         else:
             # In a thread, since it may wait for long for a process that is stopped.
             ending = threading.Thread(target=self._batches._shutdown_workers, name="loader end", daemon=True)

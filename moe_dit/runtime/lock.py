@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,9 +42,12 @@ def lock_folder(folder: Path, what: str, patience: Callable[[], float] = lambda:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(folder / ".lock", "a")
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.fdopen(os.open(folder / ".lock", flags, 0o666), "a")
         except OSError as error:
             raise InputError(f"cannot write into {folder}: {error.strerror}; give another --out") from None
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InputError(f"{folder}/.lock is not a file; move it away, or give another --out")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status, named = os.fstat(file.fileno()), os.stat(folder / ".lock")
@@ -54,6 +58,9 @@ def lock_folder(folder: Path, what: str, patience: Callable[[], float] = lambda:
                 shared += 1
                 write_bytes(folder / ".lock", b"")
             file.close()  # no longer the folder's
+            continue
+        except FileNotFoundError:  # removed by somebody since
+            file.close()
             continue
         except OSError as error:
             if error.errno in _NO_LOCKS:

@@ -66,8 +66,9 @@ def leave_streams() -> bool:
     good = True
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
-        except OSError:
+            if stream is not None:  # else it was closed before Python began
+                stream.flush()
+        except (OSError, ValueError):
             good = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return good

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from moe_dit.runtime.errors import Stop, of_a_place
+from moe_dit.runtime.errors import InputError, NotJoined, Stop, of_a_place
 from moe_dit.runtime.joining import Meeting, address, hostnames, join, named
-from moe_dit.runtime.silence import Silence
+from moe_dit.runtime.silence import Silence, silence_seconds
 from moe_dit.runtime.tree import tree_group
 from moe_dit.runtime.world import World, world
 
@@ -85,13 +85,23 @@ def start(timeout: timedelta = timedelta(minutes=30), alone: bool = False) -> Wo
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         met: dict[str, Any] = {}
         if this.size > 1:
+            seconds = _silence_seconds(this)
             _meeting = join(this.rank, this.local_rank, this.size)
-            _silence = Silence(_meeting)
+            _silence = Silence(_meeting, seconds)
             _silence.start()
             _meeting.store.set_timeout(timeout)
             met = {"store": _meeting.store, "rank": this.rank, "world_size": this.size}
         torch.distributed.init_process_group(backend, timeout=timeout, **met)
     return this
+
+
+def _silence_seconds(this: World) -> float:
+    try:
+        return silence_seconds()
+    except InputError as error:  # perhaps of this node alone, and nobody can agree yet on who says so
+        told = NotJoined(str(error), everywhere=this.rank != 0 and this.local_rank != 0)
+        told.status = InputError.status
+        raise told from None
 
 
 _meeting: Meeting | None = None

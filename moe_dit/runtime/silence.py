@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from moe_dit.runtime.joining import BEATS, Meeting, named, seconds_from
 from moe_dit.runtime.progress import console
@@ -29,26 +30,29 @@ FIRST_SECONDS = 2.0  # that the rank which speaks has before the others end: a l
 LEFT = 2**62  # what a rank says last
 
 
+def silence_seconds() -> float:
+    """Seconds of silence that are too many; InputError where the environment has no number."""
+    return seconds_from(SILENCE, SILENCE_SECONDS)
+
+
 class Silence:
     """Watches, from a thread, for ranks that are gone, until :meth:`close`.
 
     Args:
         meeting: of the ranks.
+        seconds: from when others are gone to this rank's end, at most (:func:`silence_seconds`).
 
     Attributes:
         tell: called from a thread with a line, on the rank that speaks for those it can hear, before it ends.
         last: gives what this rank does, in words for the line; since when (monotonic seconds); and whether that is a
             training step, in which no rank is far from the others.
-
-    Raises:
-        InputError: the environment's number of seconds is none.
     """
 
-    def __init__(self, meeting: Meeting):
+    def __init__(self, meeting: Meeting, seconds: float):
         began = time.monotonic()
         self.tell: Callable[[str], None] = lambda line: console.print(line, markup=False, soft_wrap=True)
         self.last: Callable[[], tuple[str, float, bool]] = lambda: ("", began, False)
-        self._seconds = seconds_from(SILENCE, SILENCE_SECONDS)
+        self._seconds = seconds
         self._rank = world().rank
         self._meeting = meeting
         self._values = [0] * len(meeting.hosts)  # what each rank has last said
@@ -65,14 +69,18 @@ class Silence:
         """Watch no more, and let the others know that this rank leaves, whose work may take longer."""
         if not self._closed.is_set():
             self._closed.set()
-            within(1.0, lambda: self._say(self._meeting.store, LEFT))
+            within(1.0, self._leave)
+
+    def _leave(self) -> None:
+        with suppress(RuntimeError, OSError):  # its host may have left before
+            self._say(self._meeting.connect(1.0), LEFT)
 
     def _say(self, store: object, value: int) -> None:
         store.set(BEATS.format(self._rank), str(value))  # type: ignore[attr-defined]
 
     def _watch(self) -> None:
         awake = looked = time.monotonic()
-        while not self._closed.wait(self._seconds * EACH):
+        while not self._closed.wait(self._seconds * EACH * max(1.0, len(self._values) / 512)):  # one store answers all
             now = time.monotonic()
             if now - looked > self._seconds / 4:
                 awake = now  # this process stood still itself (a suspended job), and could hear nobody
@@ -92,6 +100,8 @@ class Silence:
             store = self._meeting.connect(self._seconds * EACH)
             if not self._closed.is_set():
                 self._say(store, time.monotonic_ns())
+            if self._closed.is_set():  # perhaps since
+                self._say(store, LEFT)
             values = store.multi_get([BEATS.format(rank) for rank in range(len(self._values))])
         except ConnectionRefusedError:
             self._refused = began

@@ -73,6 +73,18 @@ def test_a_log_on_a_full_disk_ends_nothing(tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(small.LOSSES[:3], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", [".lock", "events.jsonl", "metrics.jsonl", "status.json", "logs"])
+def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(name, shared, tmp_path):
+    run = small.copy(small.eight_steps(shared), tmp_path)
+    if (run / name).is_dir():
+        shutil.rmtree(run / name)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    done = small.train_here(run, "--steps=9", "--set=checkpoint.every=9")
+    assert (done.returncode, "Traceback" in done.stderr) == (2 if name == ".lock" else 0, False), done.stderr
+    assert done.stderr.count("is not a file; move it away") == (name == ".lock")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 @pytest.mark.parametrize("closed", ["the folder", "its files"])
 def test_another_users_closed_run_is_one_line(closed):

@@ -120,7 +120,7 @@ def test_a_run_waits_for_one_that_is_saving(tmp_path):
     """A launcher that was told to stop may be gone before its ranks: the same command must not be refused then."""
     run, tries = tmp_path / "run", tmp_path / "tries"
     run.mkdir()
-    (run / "status.json").write_text('{"state": "stopping"}')
+    (run / "status.json").write_text('{"state": "stopping", "time": 1.0}')
     holder = hold(run)
     try:
         waiting = small.start(run, "--steps=1", code=f"TRIES = {str(tries)!r}{TRIES}")

@@ -175,10 +175,22 @@ def test_a_job_counts_its_own_starts(run, monkeypatch):
 
 
 def test_a_command_that_refuses_is_not_tried_again(run):
-    """Status 2 is bad input, of which the command told itself."""
+    """Status 2 is bad input, of which the command told itself; the run's last start may have ended otherwise."""
     record(run, "started", "", 0, "a")
     assert decide(run, 0.0, 2, False, 1)[0] == "give up"
     assert [e["what"] for e in events(run)] == ["started"]
+    write_status(run, "stopped", "a", exit_status=75, message="saved")
+    assert decide(run, 0.0, 2, False, 1)[0] == "give up"
+
+
+def test_several_ranks_tell_of_one_failure(run):
+    """Of each start one counts, whichever ranks of it say how it ended."""
+    for start in "ab":
+        record(run, "started", "", 3, start)
+        for rank in (1, 2):
+            record(run, "failed", f"rank {rank} (n1): another rank has ended", 5, start)
+        why = "failed twice in the same way at step 5: rank 1 (n1): another rank has ended" if start == "b" else None
+        assert gives_up(list(events(run))) == why
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file, new_folder, write_json, write_text
+from moe_dit.runtime.progress import leave_streams
 
 
 def test_a_block_that_fails_changes_nothing(tmp_path):
@@ -40,3 +41,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write the scores: Not a directory"), explained("the scores"):
         write_json(tmp_path / "file" / "scores.json", {})
+
+
+def test_streams_that_were_closed_before_the_start_are_no_failure(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert leave_streams()

@@ -11,7 +11,7 @@ from helpers.older_run import OLD
 from moe_dit.events import events, record
 from moe_dit.metrics import Metrics
 from moe_dit.recipe_file import load_recipe
-from moe_dit.run_folder import FILES, check_run_folder, clear_unfinished
+from moe_dit.run_folder import check_run_folder, clear_unfinished
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.rank_log import RankLog
 from moe_dit.sinks import kept_id
@@ -42,26 +42,56 @@ def test_another_programs_checkpoints_are_not_taken_for_a_runs(tmp_path):
         check_run_folder(tmp_path)
 
 
-def test_a_run_of_an_earlier_version_is_known_by_each_of_its_files(tmp_path):
-    check_run_folder(tmp_path / "new")
-    check_run_folder(tmp_path)
+def test_a_run_is_known_whatever_of_it_is_damaged(tmp_path):
+    assert not check_run_folder(tmp_path / "new")
     (tmp_path / "notes.txt").write_text("mine")
-    check_run_folder(tmp_path)
-    check_run_folder(OLD / "run")
-    known = [name for name, test in FILES.items() if test is not None and (OLD / "run" / name).exists()]
-    assert known
-    for number, name in enumerate(known):
-        alone = tmp_path / str(number)
-        (alone / name).parent.mkdir(parents=True)
-        shutil.copy(OLD / "run" / name, alone / name)
-        (alone / "ds_config.json").write_text("{}")
-        check_run_folder(alone)
+    assert not check_run_folder(tmp_path)
+    assert check_run_folder(OLD / "run")  # of an earlier version
+    run = shutil.copytree(OLD / "run", tmp_path / "run")
+    (run / "config.yaml").write_text("my: own")
+    (run / "metrics.jsonl").write_bytes(bytes(100))
+    assert check_run_folder(run)  # by its checkpoint
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(InputError, match=r"holds config\.yaml, which no training run wrote"):
+        check_run_folder(run)
+    early = tmp_path / "killed early"
+    early.mkdir()
+    write_status(early, "training")
+    (early / ".lock").touch()
+    (early / "metrics.jsonl").touch()
+    assert check_run_folder(early)
+
+
+OTHERS = {
+    "a trainer's": {"metrics.jsonl": '{"step": 1, "loss": 2.0}', "config.yaml": "lr: 1"},
+    "its checkpoint": {"checkpoints/step_00000003/model.pt": "mine"},
+    "a checkpoint that is a file": {"checkpoints/step_00000003": "mine"},
+    "a status beside": {"status.json": '{"state": "done", "mine": 1}'},
+    "a recipe of the same keys": {"config.yaml": "model: 1\nflow: 2\noptimizer: 3\nema: 4\nmax_micro_batch_size: 5\n"},
+    "a picture": {"looks/step_00000003.png": "mine"},
+    "checkpoints that are a file": {"checkpoints": "mine"},
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_only_looks_like_a_runs_is_refused(case, tmp_path):
+    for name, text in OTHERS[case].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=r"which no training run wrote|is not a folder"):
+        check_run_folder(tmp_path)
 
 
 def test_only_a_runs_own_unfinished_files_are_removed(tmp_path):
     ours = [".status.json.7.tmp", ".config.yaml.8.tmp", "checkpoints/.step_00000003.tmp", "checkpoints/.latest.9.tmp",
             "checkpoints/.step_00000003.old.0a1b2c3d.tmp", "looks/.step_00000004.png.7.tmp"]  # fmt: skip
-    theirs = [".notes.tmp", ".cache.tmp/data", "checkpoints/.mine.tmp"]
+    theirs = [
+        ".notes.tmp",
+        ".cache.tmp/data",
+        "checkpoints/.mine.tmp",
+        "checkpoints/.step_backup.tmp",
+        ".config.yaml.mine.tmp",
+    ]
     for name in ours + theirs:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -80,7 +110,7 @@ def test_a_copy_by_hard_links_writes_nothing_into_the_original(tmp_path):
     before = {path: path.read_bytes() for path in original.rglob("*") if path.is_file()}
     shutil.copytree(original, copied, copy_function=os.link)
     metrics = Metrics(copied, 2, load_recipe("digits", ["metrics.sinks=[]"]), 2)  # of three steps
-    metrics._unwritten = b'{"step": 3, "loss": 2.0}\n'
+    metrics._unwritten = [b'{"step": 3, "loss": 2.0}\n']
     metrics.close()
     record(copied, "started")
     write_status(copied, "failed")

@@ -158,7 +158,7 @@ STOPPED = {"this rank is stopped for 20 s": 20.0, "this rank is stopped for an h
 def test_who_is_silent(monkeypatch, name, ends, who):
     now, said = 1000.0, []
     monkeypatch.setattr(silence, "world", lambda: SimpleNamespace(rank=1, local_rank=0))
-    gone = silence.Silence(Meeting(None, ["a", "b", "c"], ""))
+    gone = silence.Silence(Meeting(None, ["a", "b", "c"], ""), 180.0)
     gone.tell = said.append
     monkeypatch.setattr(silence.time, "monotonic", lambda: now)
     monkeypatch.setattr(silence.threading, "Thread", lambda target, **_: SimpleNamespace(start=target))
