@@ -7,7 +7,9 @@ the others one latent (AutoencoderDC, AutoencoderTiny, VQModel). As in diffusers
 
 import hashlib
 import inspect
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,8 @@ def load_vae(name: str) -> Any:
             ORGANISATION/PIPELINE/vae).
 
     Raises:
-        InputError: it is none, not of images, cannot be fetched or read, or lacks weights.
+        InputError: it is none, not of images, cannot be fetched or read, lacks weights or the numbers that its latents
+            are shifted and scaled by, or holds ones that are not finite.
     """
     local = os.path.isdir(name)
     if not local and (Path(name).is_absolute() or name.startswith(".")):
@@ -63,6 +66,7 @@ def load_vae(name: str) -> Any:
 
     # diffusers takes seconds to import: --help and wrong flags should not have to wait.
     import diffusers
+    import huggingface_hub
     from diffusers.models import autoencoders
 
     diffusers.utils.logging.set_verbosity_error()
@@ -82,6 +86,10 @@ def load_vae(name: str) -> Any:
         found = f"names the class {class_name}" if class_name else "names no class of diffusers"
         raise InputError(f"{other}: its config.json {found}")
     # Before the weights, which may have to be fetched.
+    for key, words in (("scaling_factor", "a finite number > 0"), ("shift_factor", "a finite number")):
+        value = config.get(key)
+        if value is not None and not (_is_finite(value) and (value > 0 or key == "shift_factor")):
+            raise InputError(f"VAE {name}: {key} of its config.json is {str(value)[:40]}; it should be {words}")
     try:
         space = _measure(kind, config)
         unknown = sorted(key for key in config.keys() - _keys(kind, config) if key[:1] != "_")
@@ -94,17 +102,32 @@ def load_vae(name: str) -> Any:
         raise InputError(f"VAE {name}: its config.json has keys that no {class_name} has: {', '.join(unknown[:3])}")
     try:
         # Weights that are missing or too many would only be warned of, and left random or out.
-        vae, info = kind.from_pretrained(place[0], subfolder=place[1], output_loading_info=True)
+        # Of files with an index diffusers asks the hub even offline, unless it is told not to.
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        vae, info = kind.from_pretrained(
+            place[0], subfolder=place[1], output_loading_info=True, local_files_only=offline
+        )
     # Network, hub, safetensors and shape errors, likewise.
     except Exception as error:
         raise InputError(f"VAE {name} cannot be loaded as a diffusers {class_name}: {_reason(error)}") from error
+    try:
+        held, sharded = _held(*place)
+    except Exception as error:  # safetensors' and torch's
+        raise InputError(f"VAE {name} cannot be loaded as a diffusers {class_name}: {_reason(error)}") from error
+    vae = vae.float().eval().requires_grad_(False)
+    needed = vae.state_dict()
+    # Of files with an index diffusers says what is missing by the index, not by what they hold. A single file it reads
+    # itself, and older names in it are others here.
+    missing = needed.keys() - held.keys() if sharded else info["missing_keys"]
+    surplus = held.keys() - needed.keys() if sharded else info["unexpected_keys"]
     for keys, what in (
-        (info["missing_keys"] or info["mismatched_keys"], "weights are missing or of other shapes"),
-        (info["unexpected_keys"], f"it holds weights that no such {class_name} has"),
+        (missing or info["mismatched_keys"], "weights are missing or of other shapes"),
+        (surplus or info["unexpected_keys"], f"it holds weights that no such {class_name} has"),
+        ([key for key, floating in held.items() if not floating], "weights are not floating-point numbers"),
+        ([key for key, value in needed.items() if not value.isfinite().all()], "weights are not finite as float32"),
     ):
         if keys:
             raise InputError(f"VAE {name}: {what}, e.g. {min(map(str, keys))}")
-    vae = vae.float().eval().requires_grad_(False)
     _spaces[vae] = space
     return vae
 
@@ -116,6 +139,43 @@ def _check_files(folder: Path) -> None:
             check_regular(file)
         if file.name.endswith(".index.json"):
             shard_names(file)
+
+
+def _held(source: str, subfolder: str | None) -> tuple[dict[str, bool], bool]:
+    """What the files that diffusers has just read hold.
+
+    Args:
+        source: a folder, or a model of the hub, which is in the cache by now.
+        subfolder: of that.
+
+    Returns:
+        Whether each tensor is of floating-point numbers, by name; and whether the files have an index.
+    """
+    from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+    from huggingface_hub import try_to_load_from_cache
+    from safetensors import safe_open
+
+    # In diffusers' order.
+    for name in (SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        inside = os.path.join(subfolder or "", name)
+        found = os.path.join(source, name) if os.path.isdir(source) else try_to_load_from_cache(source, inside)
+        if isinstance(found, str) and os.path.isfile(found):
+            break
+    else:
+        raise ValueError("its weights are not there any more")
+    sharded = name == SAFE_WEIGHTS_INDEX_NAME
+    held: dict[str, bool] = {}
+    for file in [Path(found).parent / shard for shard in shard_names(Path(found))] if sharded else [Path(found)]:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                kinds = {key: opened.get_slice(key).get_dtype().startswith(("F", "BF")) for key in opened.keys()}  # noqa: SIM118  # no dict
+        else:
+            state = torch.load(file, map_location="meta", weights_only=True)
+            kinds = {key: value.is_floating_point() for key, value in state.items()}
+        if twice := held.keys() & kinds.keys():
+            raise ValueError(f"{file.name} holds {min(twice)}, which another file holds too")
+        held |= kinds
+    return held, sharded
 
 
 def latent_space(vae: Any) -> LatentSpace:
@@ -197,5 +257,13 @@ def hash_weights(vae: Any) -> str:
     return digest.hexdigest()
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that is finite as float64."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+    return re.sub(r":\s*\n\s*", ": ", str(error).strip()).split("\n")[0][:300] or type(error).__name__

@@ -106,8 +106,7 @@ def prepare(
     if nodes > args.nodes:
         environment["SPARE_NODES"] = str(args.spare)
     script = submit.fill(template, options, [*arguments, *further], environment)
-    if not args.dry_run:
-        submit.make_log_folder(log)
+    submit.make_log_folder(log, args.dry_run)
     return script
 
 

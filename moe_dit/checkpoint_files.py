@@ -73,8 +73,8 @@ def name_of(step: int) -> str:
 
 def step_of(name: str) -> int | None:
     """The step that a folder's name says; None where it is no checkpoint's."""
-    digits = name.removeprefix("step_")
-    return int(digits) if digits.isascii() and digits.isdigit() and name == name_of(int(digits)) else None
+    digits = re.fullmatch("step_([0-9]{8,19})", name)  # steps have 64 bits at most
+    return int(digits[1]) if digits and name == name_of(int(digits[1])) else None
 
 
 def cause_of(error: BaseException) -> str:

@@ -208,8 +208,13 @@ def log_folder(pattern: str, job: str) -> Path:
     return Path(re.sub("%(.)", lambda found: known[found[1]], folder) or ".")
 
 
-def make_log_folder(folder: Path) -> None:
-    """Make a folder for logs where it is not there; InputError where none can be written there."""
+def make_log_folder(folder: Path, dry_run: bool = False) -> None:
+    """Make a folder for logs where it is not there, or see whether it could be; InputError where none can be there."""
+    if dry_run:
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+        if not there.is_dir():
+            raise InputError(f"cannot write the log's folder {folder}: {there} is not a folder; give another --output")
+        folder = there
     with explained(f"the log's folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -71,7 +71,8 @@ def _read_checkpoint(file: Path, weights: str) -> dict[str, torch.Tensor]:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign:
             raise InputError(f"{file} holds objects of {foreign[1]}, and is not loaded: they could run code") from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        reason = isinstance(error, OSError) and error.strerror
+        reason = reason or (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise InputError(f"{file} is damaged or not from torch.save: {reason}") from None
     if not isinstance(checkpoint, dict):
         raise InputError(f"{file} should hold a dict with the weights by name, not a {type(checkpoint).__name__}")

@@ -209,13 +209,31 @@ exec "$@"
 }
 PYTHON = {
     "python": TOLD + """case $* in
-*" begin "*) printf '1\\n1\\nRUN\\n' ;; *" end "*) echo done ;; *newest*) echo step_00000003 ;;
+*" begin "*) printf '1\\n1\\nRUN\\n' ;; *" end "*) echo done ;;
+*newest*) printf 'step_00000003\\n%s\\n' "${KNOWN_BY-a}" ;;
+*jobs/export.py*) mkdir -p "${@: -1}" ;;
 esac
 """,
     "deepspeed": TOLD,
     "torchrun": TOLD,
 }  # fmt: skip
-NEEDED = ("bash", "cat", "date", "env", "grep", "head", "hostname", "paste", "sed", "sleep", "timeout", "true", "wc")
+NEEDED = (
+    "bash",
+    "cat",
+    "date",
+    "env",
+    "grep",
+    "head",
+    "hostname",
+    "mkdir",
+    "paste",
+    "rm",
+    "sed",
+    "sleep",
+    "timeout",
+    "true",
+    "wc",
+)
 
 
 @pytest.fixture
@@ -269,7 +287,7 @@ def test_python_may_be_only_where_srun_leads(job, tmp_path):
     """In a container, say; on the node itself there is none. `enter` reads what nobody has set, as conda's does."""
     site = 'RANKS_PER_NODE=2; enter() { [ -z "$NOBODY_SETS_THIS" ]; }\n'
     site += f"export INSIDE={tmp_path}/python:{tmp_path}/host; SRUN=(--container-image=x)"
-    for script, arguments in (("train", []), ("evaluate", ["RUN"]), ("encode", ["--out", "x"])):
+    for script, arguments in (("train", []), ("evaluate", [tmp_path / "RUN"]), ("encode", ["--out", "x"])):
         for name in ("host", "python", "log"):
             shutil.rmtree(tmp_path / name, ignore_errors=True)
         (tmp_path / "log").unlink(missing_ok=True)
@@ -305,3 +323,18 @@ def test_an_evaluation_asks_which_checkpoint_is_meant(job, tmp_path):
     samples = f"{run}/samples/step_00000003"
     assert called[4].endswith(f" -m eval.run --model {model} --samples {samples} --protocol fidelity")
     assert "victim" not in "".join(called)
+
+
+def test_what_is_evaluated_is_an_export_of_this_very_checkpoint(job, tmp_path):
+    """After going back, one of the same name may be another; so may an export of which nothing says what it is of."""
+
+    def exports(known_by: str) -> int:
+        shutil.rmtree(tmp_path / "host", ignore_errors=True)
+        (tmp_path / "log").unlink(missing_ok=True)
+        site = f"export KNOWN_BY={known_by}; RANKS_PER_NODE=2; enter() {{ PATH={tmp_path}/python:$PATH; }}\n"
+        status, said, called = job("evaluate", tmp_path / "run", site=site)
+        assert status == 0, said
+        return sum(line.startswith("python jobs/export.py") for line in called)
+
+    (tmp_path / "run/exports/step_00000003").mkdir(parents=True)
+    assert [exports(known_by) for known_by in ("a", "a", "b", "b", "a")] == [1, 0, 1, 0, 1]

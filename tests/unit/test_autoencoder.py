@@ -1,7 +1,9 @@
 """Autoencoders of every kind, held against direct calls of diffusers; and 512 pixels, by recipe and --size alone."""
 
 import json
+import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -15,6 +17,7 @@ from diffusers import (
     UNet2DModel,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from data_prep import encode_latents, pack_pixels
 from data_prep.autoencoder import LatentSpace, decode, encode, latent_space, load_vae
@@ -301,6 +304,123 @@ def test_what_is_no_autoencoder_of_images_is_one_line(flags, message, images, tm
     printed = refused(capsys, "data_prep.encode_latents", *given, *flags.format(**folders).split())
     assert re.search(message, printed), printed
     assert not (tmp_path / "out").exists()
+
+
+WHOLE = "diffusion_pytorch_model.safetensors"
+NAME = "decoder.conv_in.bias"
+
+
+def in_shards(folder) -> None:
+    """A small VAE in files with an index."""
+    kl(2).save_pretrained(folder, max_shard_size="20KB")
+    assert (folder / f"{WHOLE}.index.json").exists() and not (folder / WHOLE).exists()
+
+
+def change(folder, edit, *, pickled: bool = False) -> None:
+    """Edit the tensors of the file that holds NAME, whatever the index says; or make it one that torch.save writes."""
+    index = folder / f"{WHOLE}.index.json"
+    file = folder / (json.loads(index.read_text())["weight_map"][NAME] if index.exists() else WHOLE)
+    tensors = load_file(file)
+    edit(tensors)
+    file.unlink()
+    if pickled:
+        torch.save(tensors, file.with_suffix(".bin"))
+        index.write_text(index.read_text().replace(file.name, file.with_suffix(".bin").name))
+    else:
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: tensors.pop(NAME), f"weights are missing or of other shapes, e.g. {NAME}"),
+        (
+            lambda tensors: tensors.update(new=torch.zeros(2)),
+            "it holds weights that no such AutoencoderKL has, e.g. new",
+        ),
+    ],
+)
+def test_the_weights_are_those_that_the_files_hold(tmp_path, edit, message, pickled):
+    """Not those that an index names: diffusers fills what then is missing with whatever the memory held."""
+    in_shards(tmp_path / "vae")
+    whole = load_vae(str(tmp_path / "vae")).state_dict()
+    change(tmp_path / "vae", lambda tensors: None, pickled=pickled)
+    for name, value in load_vae(str(tmp_path / "vae")).state_dict().items():
+        assert torch.equal(value, whole[name])
+    shutil.rmtree(tmp_path / "vae")
+    in_shards(tmp_path / "vae")
+    change(tmp_path / "vae", edit, pickled=pickled)
+    with pytest.raises(InputError, match=re.escape(f"VAE {tmp_path / 'vae'}: {message}")):
+        load_vae(str(tmp_path / "vae"))
+
+
+def test_the_hub_s_weights_are_those_that_its_files_hold(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--org--pipeline/snapshots" / (40 * "a")
+    in_shards(snapshot / "vae")
+    (tmp_path / "models--org--pipeline/refs").mkdir()
+    (tmp_path / "models--org--pipeline/refs/main").write_text(40 * "a")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert latent_space(load_vae("org/pipeline/vae")).channels == 4
+    change(snapshot / "vae", lambda tensors: tensors.pop(NAME))
+    with pytest.raises(InputError, match=f"VAE org/pipeline/vae: weights are missing .*{NAME}"):
+        load_vae("org/pipeline/vae")
+
+
+def test_older_names_of_a_single_file_s_weights_are_known(tmp_path):
+    kl(2).save_pretrained(tmp_path)
+    new = load_vae(str(tmp_path)).state_dict()
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(tensors):
+        for name in list(tensors):
+            for now, before in older.items():
+                if f"attentions.0.{now}." in name:
+                    tensors[name.replace(now, before)] = tensors.pop(name)
+
+    change(tmp_path, rename)
+    assert "decoder.mid_block.attentions.0.query.weight" in load_file(tmp_path / WHOLE)
+    for name, value in load_vae(str(tmp_path)).state_dict().items():
+        assert torch.equal(value, new[name])
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            torch.ones(8, dtype=torch.int8),
+            "cannot be loaded .*floating point .*|VAE .* weights are not floating-point numbers",
+        ),
+        (torch.tensor([0.0] * 7 + [math.nan]), "weights are not finite as float32"),
+        (torch.tensor([0.0] * 7 + [-math.inf], dtype=torch.bfloat16), "weights are not finite as float32"),
+        (torch.tensor([0.0] * 7 + [1e300], dtype=torch.float64), "weights are not finite as float32"),
+    ],
+)
+def test_the_weights_are_numbers(tmp_path, value, message, shards):
+    in_shards(tmp_path) if shards else kl(2).save_pretrained(tmp_path)
+    change(tmp_path, lambda tensors: tensors.update({NAME: value}))
+    with pytest.raises(InputError, match=rf"^VAE .* {message}.*{re.escape(NAME)}"):
+        load_vae(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        *(("scaling_factor", text) for text in ("0", "-0.18", "NaN", "Infinity", "1e999", '"much"', "true", "[1]")),
+        *(("shift_factor", text) for text in ("NaN", "-Infinity", '"0"', "1" + 400 * "0")),
+    ],
+)
+def test_scale_and_shift_are_numbers(tmp_path, key, text):
+    kl(2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {key: "HERE"}
+    (tmp_path / "config.json").write_text(json.dumps(config).replace('"HERE"', text))
+    positive = " > 0" if key == "scaling_factor" else ""
+    with pytest.raises(
+        InputError, match=rf"^VAE .*: {key} of its config\.json is .*; it should be a finite number{positive}$"
+    ):
+        load_vae(str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["flux"], indirect=True)

@@ -1,5 +1,6 @@
 """What a job decides when its ranks have ended, how many nodes a run can use, and how its script is filled in."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -10,9 +11,10 @@ import pytest
 from helpers import call, ds_file
 from helpers.older_run import OLD
 from moe_dit import load_recipe
+from moe_dit.cluster import sizes
 from moe_dit.cluster.outcome import EARLY, SILENT, decide, gives_up, note_begin
 from moe_dit.cluster.site import Site
-from moe_dit.cluster.sizes import fits, node_range
+from moe_dit.cluster.sizes import check_nodes, fits, node_range
 from moe_dit.cluster.submit import (
     check_run,
     check_time,
@@ -236,6 +238,21 @@ def test_numbers_of_nodes_that_divide(tmp_path, nodes, ranks, span):
     assert node_range(load_recipe("digits"), str(ds_file(tmp_path, 2, 2)), nodes, ranks) == span
 
 
+def test_huge_numbers_of_nodes_are_not_counted_through(tmp_path, monkeypatch):
+    """digits: batches of 64, which have seven divisors."""
+    tried = []
+    monkeypatch.setattr(sizes, "fits", lambda *given: tried.append(given[-1]) or fits(*given))
+    recipe, ds = load_recipe("digits"), str(ds_file(tmp_path, 2, 2))
+    assert node_range(recipe, ds, 1000, 2) == (32, 32)
+    line = r"2000 ranks: global_batch_size 64 .*; with 2 ranks a node it divides on 2, 4, 8, 16, 32$"
+    with pytest.raises(InputError, match=line):
+        check_nodes(recipe, ds, 1000, 2)
+    assert tried == [2, 4, 8, 16, 32, 64] * 2
+    for nodes, ranks in ((0, 2), (2, 0), (2**31, 1), (10**4299, 8)):
+        with pytest.raises(InputError, match=r"should be from 1 to 2\^31 - 1"):
+            check_nodes(recipe, ds, nodes, ranks)
+
+
 def test_what_divides(tmp_path):
     recipe = load_recipe("digits")
     assert [n for n in range(1, 17) if fits(recipe, str(ds_file(tmp_path, 2, 2)), n)] == [2, 4, 8, 16]
@@ -345,6 +362,17 @@ def test_the_folder_of_a_log_is_made(tmp_path):
         make_log_folder(tmp_path / "file/x")
 
 
+def test_a_dry_run_refuses_what_is_no_folder_for_a_log_and_makes_none(tmp_path):
+    make_log_folder(tmp_path / "a/b", dry_run=True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/x"):
+        with pytest.raises(
+            InputError, match=rf"cannot write the log's folder .*{folder}: .*/file is not a folder; give"
+        ):
+            make_log_folder(tmp_path / folder, dry_run=True)
+
+
 @pytest.mark.parametrize(
     "latest", ["../../victim/secret", "", "\n", "/etc", "step_00000004", "step_00000003/../x", None]
 )
@@ -355,7 +383,9 @@ def test_which_checkpoint_is_evaluated_is_not_what_latest_says(tmp_path, capfd, 
     if latest is not None:
         (run / "checkpoints/latest").write_text(latest)
     call("moe_dit.cluster.newest", run)
-    assert capfd.readouterr().out == "step_00000003\n"
+    name, known_by = capfd.readouterr().out.splitlines()
+    assert name == "step_00000003"
+    assert known_by == hashlib.sha256((run / "checkpoints/step_00000003/state.json").read_bytes()).hexdigest()
 
 
 def test_a_run_without_a_checkpoint_is_not_evaluated(tmp_path):

@@ -385,3 +385,9 @@ def test_a_bad_checkpoint_is_one_line_and_nothing_is_written(tmp_path, damage, l
         torch.save(checkpoint, file)
     flags = ["--recipe", recipe, file, "--weights", weights, "--out", tmp_path / "out" / "model"]
     assert line in refused(capsys, "jobs/import_reference.py", *flags, harmless=tmp_path)
+
+
+def test_a_checkpoint_that_is_no_file_is_told_plainly(tmp_path):
+    with pytest.raises(InputError) as refusal:
+        import_checkpoint(tmp_path, load_recipe("digits"), "ema", tmp_path / "model")
+    assert str(refusal.value) == f"{tmp_path} is damaged or not from torch.save: It is a folder, not a file"
