@@ -1480,8 +1480,8 @@ MUTATIONS = [
     Mutation(
         "a-pipe-for-a-lock",
         "moe_dit/runtime/lock.py",
-        " | os.O_NONBLOCK | os.O_NOFOLLOW",
-        " | os.O_NOFOLLOW",
+        "if not stat.S_ISREG(",
+        "if stat.S_ISSOCK(",
         "tests/ranks/test_files.py::test_a_pipe_in_the_place_of_a_file_holds_nobody_up",
     ),
     Mutation(
