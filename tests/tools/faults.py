@@ -34,7 +34,7 @@ from moe_dit.recipe_file import load_recipe
 from moe_dit.records import Records
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import ENV, ROOT, finish, forks, free_port, kill, losses, ranks_of, small, wait_for
+from helpers import ENV, ROOT, finish, forks, free_port, kill, losses, ranks_of, small, wait_for, wait_for_step
 from helpers.faults import fault, library
 
 SMALL = ["--set=model.depth=2", "--set=global_batch_size=16", "--set=checkpoint.every=3", "--set=data.workers=1"]
@@ -205,7 +205,7 @@ def harm(starts: Starts, out: Path, count: int, chosen: random.Random) -> float:
         for number, kind in enumerate(kinds, start=1):
             if process is None:
                 process, begin = starts.start(run, 10**6), log.stat().st_size if log.exists() else 0
-                assert trains_on(run, process, []), log.read_text()[begin:]
+                wait_for_step(run, last_step(run) + 1, process)
             time.sleep(chosen.uniform(0, 3))
             family = family_of(process)
             start, begin = time.monotonic(), log.stat().st_size
