@@ -353,8 +353,11 @@ def test_another_rate_is_named_and_told_and_not_taken_back_without_a_word(eight_
 
     line = refused(run, "--steps=10", *AS_BEFORE, *data)
     assert f"{step(9)} was trained with optimizer.lr 0.01, not 0.001; keep it with --set optimizer.lr=0.01," in line
-    train(run, "--steps=9", *AS_BEFORE, *data, "--allow-change", "optimizer.lr")
-    assert changed(run) == [*told, "goes on with optimizer.lr 0.001 instead of 0.01"]
+    train(run, "--steps=9", *AS_BEFORE, *data, "--allow-change", "optimizer.lr")  # nothing is left to train otherwise
+    assert (changed(run), len(json.loads((run / "starts.json").read_text()))) == (told, 2)
+    train(run, "--steps=10", *AS_BEFORE, *data, "--allow-change", "optimizer.lr")
+    more = ["goes on with steps 10 instead of 9", "goes on with optimizer.lr 0.001 instead of 0.01"]
+    assert changed(run) == [*told, *more]
 
 
 def test_other_data_is_named_and_told(eight_steps, tmp_path):
