@@ -153,8 +153,9 @@ def test_a_copy_by_hard_links_has_a_lock_of_its_own(tmp_path):
             lock_folder(copied, "another")
     finally:
         kill(holder)
+    at_once = HOLDER.replace("LOCK_EX)", "LOCK_EX | fcntl.LOCK_NB)")
     with lock_folder(copied, "another"):
-        holder = forks.Popen([sys.executable, "-c", HOLDER, str(run / ".lock")], cwd=ROOT, env=ENV, **pipes)
+        holder = forks.Popen([sys.executable, "-c", at_once, str(run / ".lock")], cwd=ROOT, env=ENV, **pipes)
         try:
             assert holder.stdout.readline() == "held\n"
         finally:

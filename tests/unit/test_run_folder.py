@@ -66,6 +66,10 @@ OTHERS = {
     "a trainer's": {"metrics.jsonl": '{"step": 1, "loss": 2.0}', "config.yaml": "lr: 1"},
     "its checkpoint": {"checkpoints/step_00000003/model.pt": "mine"},
     "a checkpoint that is a file": {"checkpoints/step_00000003": "mine"},
+    "a run's status, another's settings": {
+        "status.json": '{"state": "done", "time": 1.0}',
+        "config.yaml": "my: own",
+    },
     "a status beside": {"status.json": '{"state": "done", "mine": 1}'},
     "a recipe of the same keys": {"config.yaml": "model: 1\nflow: 2\noptimizer: 3\nema: 4\nmax_micro_batch_size: 5\n"},
     "a picture": {"looks/step_00000003.png": "mine"},
