@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,8 @@ def _held(source: str, subfolder: str | None) -> tuple[dict[str, bool], bool]:
     """
     from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
     from huggingface_hub import try_to_load_from_cache
-    from safetensors import safe_open
+
+    from moe_dit.weight_files import held_by, is_floating
 
     # In diffusers' order.
     for name in (SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
@@ -167,8 +169,8 @@ def _held(source: str, subfolder: str | None) -> tuple[dict[str, bool], bool]:
     held: dict[str, bool] = {}
     for file in [Path(found).parent / shard for shard in shard_names(Path(found))] if sharded else [Path(found)]:
         if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as opened:
-                kinds = {key: opened.get_slice(key).get_dtype().startswith(("F", "BF")) for key in opened.keys()}  # noqa: SIM118  # no dict
+            with ExitStack() as stack:
+                kinds = {key: is_floating(tensor) for key, tensor in held_by([file], stack).items()}
         else:
             state = torch.load(file, map_location="meta", weights_only=True)
             kinds = {key: value.is_floating_point() for key, value in state.items()}

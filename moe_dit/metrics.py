@@ -131,6 +131,7 @@ class Metrics:
         self.images = recipe.global_batch_size
         self._kept: int | None = kept  # until others are set aside
         self._unwritten: list[bytes] = []
+        self._descriptor: int | None = None  # opened anew after a failure
         self.flush()
         self._sinks = Sinks(recipe, run, first_step)
         self._load: torch.Tensor | None = None
@@ -180,20 +181,27 @@ class Metrics:
         """Let others see the records; those that cannot be written now are kept, and written when that works."""
         self._flushed = time.perf_counter()
         with noted(self.path, consequence="its records are kept until that works"):
-            if self._kept is not None:
-                self._keep_until(self._kept)
-                self._kept = None
-            if self._unwritten:
-                descriptor = open_to_append(self.path)
-                try:
-                    while text := b"".join(self._unwritten):
-                        self._unwritten = [text[os.write(descriptor, text) :]]
-                finally:
-                    os.close(descriptor)
+            try:
+                if self._kept is not None:
+                    self._keep_until(self._kept)
+                    self._kept = None
+                if self._descriptor is None:
+                    self._descriptor = open_to_append(self.path)
+                while text := b"".join(self._unwritten):
+                    self._unwritten = [text[os.write(self._descriptor, text) :]]
+            except OSError:
+                self._let_go()
+                raise
+
+    def _let_go(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def close(self) -> None:
         """Write everything out."""
         self.flush()
+        self._let_go()
         self._sinks.close()
 
     def _keep_until(self, step: int) -> None:

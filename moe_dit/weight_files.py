@@ -33,17 +33,32 @@ def open_weights(folder: Path) -> Iterator[Mapping[str, Any]]:
         try:
             index = folder / SAFE_WEIGHTS_INDEX_NAME
             names = shard_names(index) if os.path.lexists(index) else [SAFETENSORS_WEIGHTS_NAME]
-            tensors: dict[str, Any] = {}
-            for name in names:
-                check_regular(folder / name)
-                file = stack.enter_context(safe_open(folder / name, "pt"))
-                for key in file.keys():  # noqa: SIM118  # no dict
-                    if key in tensors:
-                        raise ValueError(f"{name} holds {key}, which another file holds too")
-                    tensors[key] = file.get_slice(key)
+            tensors = held_by([folder / name for name in names], stack)
         except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"the weights in {folder} cannot be read: {error}") from None
         yield tensors
+
+
+def held_by(files: Sequence[Path], stack: ExitStack) -> dict[str, Any]:
+    """The tensors of safetensors files by name, as slices that can be read until the stack ends.
+
+    Raises:
+        OSError, ValueError, SafetensorError: a file cannot be read, or holds a tensor that another holds too.
+    """
+    tensors: dict[str, Any] = {}
+    for path in files:
+        check_regular(path)
+        file = stack.enter_context(safe_open(path, "pt"))
+        for key in file.keys():  # noqa: SIM118  # no dict
+            if key in tensors:
+                raise ValueError(f"{path.name} holds {key}, which another file holds too")
+            tensors[key] = file.get_slice(key)
+    return tensors
+
+
+def is_floating(tensor: Any) -> bool:
+    """Whether a tensor, safetensors' slice, is of floating-point numbers."""
+    return tensor.get_dtype().startswith(("F", "BF"))
 
 
 def check_weights(weights: Mapping[str, Any], needed: Mapping[str, torch.Tensor], folder: Path, what: str) -> None:
@@ -64,7 +79,8 @@ def check_weights(weights: Mapping[str, Any], needed: Mapping[str, torch.Tensor]
     for name, value in needed.items():
         if (shape := weights[name].get_shape()) != list(value.shape):
             raise InputError(f"{folder} has {name} of shape {shape}, but {what} needs {list(value.shape)}")
-        if not (kind := weights[name].get_dtype()).startswith(("F", "BF")):
+        if not is_floating(weights[name]):
+            kind = weights[name].get_dtype()
             raise InputError(f"{folder} has {name} of {kind}; it should hold floating-point numbers")
 
 

@@ -105,6 +105,11 @@ requeue() {
 
 # Ranks that train hear signals themselves. Their launchers must not: SLURM ends a step whose first process has ended.
 deaf=(bash -c 'trap "" USR1 TERM; exec "$@"' launcher)
+# Nor may an elastic agent; but where SLURM ends the step itself, it must end with its ranks, which it would start again.
+# It hears of that once, as SIGHUP, which it passes on to them: another would end it while they still save.
+passing=(bash -c "$(declare -f finish)"'
+    trap "" USR1 TERM; "$@" & agent=$!; trap "trap : TERM; kill -HUP $agent" TERM; finish $agent' launcher)
+
 # step COMMAND...: a step of one process on this node.
 step() {
     srun "${SRUN[@]}" --overlap --nodes=1 --ntasks=1 --nodelist="$here" ${SLURM_GPUS_ON_NODE:+--gres=none} \
@@ -122,10 +127,6 @@ once() {
     [ -z "$leaving" ] || requeue
     exit "$status"
 }
-# Nor may an elastic agent; but where SLURM ends the step itself, it must end with its ranks, which it would start again.
-# It hears of that once, as SIGHUP, which it passes on to them: another would end it while they still save.
-passing=(bash -c "$(declare -f finish)"'
-    trap "" USR1 TERM; "$@" & agent=$!; trap "trap : TERM; kill -HUP $agent" TERM; finish $agent' launcher)
 
 # on_nodes LEAST MOST COMMAND...: a rank a GPU on LEAST to MOST nodes, under torchrun's elastic agents. An agent starts
 # its ranks again where some die, and goes on with fewer nodes, or with ones to spare, where a node does. Flags of

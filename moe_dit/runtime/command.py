@@ -118,7 +118,7 @@ def run(main: Callable[[], int | None]) -> None:
             error.add_note(f"on rank {this.rank}, host {socket.gethostname()}")
         raise
     finally:
-        leave_streams()
+        status = status if leave_streams() else status or 1
         limit_the_end(status)
         kill_children()
         if joined():

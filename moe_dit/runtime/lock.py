@@ -15,6 +15,7 @@ from moe_dit.runtime.progress import say
 
 # What file systems without locks answer (Lustre mounted without flock, some FUSE and parallel file systems).
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+MOST_TRIES = 10
 _HELD = {errno.EAGAIN, errno.EACCES}
 
 
@@ -38,7 +39,7 @@ def lock_folder(folder: Path, what: str, patience: Callable[[], float] = lambda:
         InputError: it cannot be written.
     """
     begin = time.monotonic()
-    shared = 0
+    tries = 0  # to have the folder's own file; on some file systems two looks at one never agree
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -51,11 +52,11 @@ def lock_folder(folder: Path, what: str, patience: Callable[[], float] = lambda:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             status, named = os.fstat(file.fileno()), os.stat(folder / ".lock")
-            if os.path.samestat(status, named):
-                if named.st_nlink <= 1 or shared:
-                    return file
-                # It is the lock of another folder too, a copy by hard links. Nobody holds it, so both can have one.
-                shared += 1
+            same = os.path.samestat(status, named)
+            if (same and named.st_nlink <= 1) or tries == MOST_TRIES:
+                return file
+            tries += 1
+            if same:  # It is the lock of a copy by hard links too. Nobody holds it, so both can have one.
                 write_bytes(folder / ".lock", b"")
             file.close()  # no longer the folder's
             continue

@@ -62,14 +62,17 @@ def say(text: str) -> None:
 
 
 def leave_streams() -> bool:
-    """Whether all that was printed has been written; Python would make status 120 of what has not, as it exits."""
+    """Whether what a command gives on standard output has been written; messages that could not be are nobody's.
+
+    Python would make status 120 of either, as it exits.
+    """
     good = True
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:  # else it was closed before Python began
                 stream.flush()
         except (OSError, ValueError):
-            good = False
+            good = good and stream is not sys.stdout
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return good
 

@@ -1367,7 +1367,7 @@ MUTATIONS = [
     Mutation(
         "a-copy-has-no-lock-of-its-own",
         "moe_dit/runtime/lock.py",
-        "if named.st_nlink <= 1 or shared:",
+        "if (same and named.st_nlink <= 1) or tries == MOST_TRIES:",
         "if True:",
         "tests/ranks/test_lock.py::test_a_copy_by_hard_links_has_a_lock_of_its_own",
     ),
@@ -1490,6 +1490,13 @@ MUTATIONS = [
         "            if stream is not None:",
         "            if stream is None:",
         "tests/unit/test_files.py::test_streams_that_were_closed_before_the_start_are_no_failure",
+    ),
+    Mutation(
+        "lost-results-are-no-failure",
+        "moe_dit/runtime/progress.py",
+        "good = good and stream is not sys.stdout",
+        "good = good and stream is not None",
+        "tests/unit/test_files.py::test_results_that_could_not_be_printed_are_a_failure_and_messages_are_not",
     ),
 ]
 

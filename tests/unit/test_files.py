@@ -47,3 +47,12 @@ def test_streams_that_were_closed_before_the_start_are_no_failure(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     monkeypatch.setattr("sys.stderr", None)
     assert leave_streams()
+
+
+@pytest.mark.parametrize(("name", "written"), [("stdout", False), ("stderr", True)])
+def test_results_that_could_not_be_printed_are_a_failure_and_messages_are_not(monkeypatch, name, written):
+    with open("/dev/full", "w") as full:
+        full.write("a result")
+        monkeypatch.setattr(f"sys.{name}", full)
+        assert leave_streams() is written
+        assert leave_streams()  # and Python, which asks again as it exits, has nothing to say
