@@ -60,11 +60,12 @@ value_of() {
     [ -n "$value" ] && printf '%s\n' "$value"
 }
 
-# A port that nothing on this node has: this job's own, or one behind it.
+# A port that nothing on this node has: this job's own, or one far from those of the jobs submitted around it, which may
+# listen a moment later.
 port() {
     local i port
     for ((i = 0; i < 1000; i++)); do
-        port=$((20000 + (SLURM_JOB_ID + i) % 10000))
+        port=$((20000 + (SLURM_JOB_ID + 611 * i) % 10000))
         grep -qs "^ *[0-9]*: [0-9A-F]*:$(printf %04X "$port") " /proc/net/tcp /proc/net/tcp6 || break
     done
     echo "$port"

@@ -298,6 +298,7 @@ def test_python_may_be_only_where_srun_leads(job, tmp_path):
 
 
 def test_a_port_that_another_program_has_is_not_taken(job):
+    """Nor one of the jobs submitted around this one: they may be about to listen."""
     with socket.socket() as other:
         for number in range(5000, 6000):
             try:
@@ -308,7 +309,7 @@ def test_a_port_that_another_program_has_is_not_taken(job):
         other.listen()
         (launched,) = (line for line in job("train", number=number)[2] if line.startswith("deepspeed"))
     ports = [int(port) for port in re.findall(r"--master_port (\d+)", launched)]
-    assert len(ports) == 1 and 20000 + number < ports[0] < 20100 + number
+    assert len(ports) == 1 and 20000 <= ports[0] < 30000 and abs(ports[0] - 20000 - number) > 100
 
 
 def test_an_evaluation_asks_which_checkpoint_is_meant(job, tmp_path):

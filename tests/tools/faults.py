@@ -1,15 +1,13 @@
 """Do a two-rank run harm at random moments, again and again, and see that nothing is lost and nobody waits.
 
     python tests/tools/faults.py --data SHARDS [--faults 100] [--launcher torchrun deepspeed] [--seed 0] [--out FOLDER]
-    python tests/tools/faults.py --data SHARDS --forked [--faults 10]
 
 A run that saves every three steps meets, chosen at random, a SIGKILL (a rank, its launcher, or everything at once), a
 rank that stands still for 5 to 20 s, a loader process that dies, a full disk for 10 s, and a rename that fails. After
 each it must train again within 60 s, or end within them and say why in one line, but where all that could speak was
 killed; then the same command starts it again. `latest` must name a checkpoint that loads, of no earlier step than
-before; at the end the run's losses must be those of a run that met nothing. About fifteen seconds a fault on two cores;
-with --forked about five, where a stand-in of the launcher forks the ranks of a smaller network. Exit status 1 if
-anything is off.
+before; at the end the run's losses must be those of a run that met nothing. About twenty seconds a fault on two cores.
+Exit status 1 if anything is off.
 """
 
 import argparse
@@ -34,7 +32,7 @@ from moe_dit.recipe_file import load_recipe
 from moe_dit.records import Records
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import ENV, ROOT, finish, forks, free_port, kill, losses, ranks_of, small, wait_for, wait_for_step
+from helpers import ENV, ROOT, finish, free_port, kill, losses, ranks_of, wait_for, wait_for_step
 from helpers.faults import fault, library
 
 SMALL = ["--set=model.depth=2", "--set=global_batch_size=16", "--set=checkpoint.every=3", "--set=data.workers=1"]
@@ -49,27 +47,23 @@ LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Starts:
-    """How runs are started: by a true launcher, or by a stand-in of it; and where what makes their disk fail is."""
+    """How runs are started: by which launcher, and where what makes their disk fail is."""
 
     data: Path
     launcher: str
-    forked: bool
     faults: Path
 
     def start(self, run: Path, steps: int) -> subprocess.Popen:
         lib = str(library(self.faults))
         env = ENV | fault("write mkdir fsync rename", f"{run}/*", self.faults / "log", "ENOSPC")
         env |= {"FAULT_WHILE": str(self.faults / "now"), "PYTHONPATH": str(ROOT)}
-        command = ["--data", str(self.data), "--out", str(run), "--steps", str(steps), *SMALL]
+        launcher = [sys.executable, *LAUNCHERS[self.launcher], str(free_port())]
+        flags = ["--ds=ds_configs/zero2_ep2.json", "--recipe=digits", "--data", str(self.data), "--out", str(run)]
+        command = [*launcher, "jobs/train.py", *flags, "--steps", str(steps), *SMALL]
         with open(f"{run}.log", "a") as log:
-            how: dict = {"cwd": ROOT, "stdout": log, "stderr": log}
-            if self.forked:
-                tasks = [*small.launcher_named(self.launcher, run.parent), "2", str(free_port()), "jobs/train.py"]
-                command = [*tasks, *small.flags_of(run, "zero2_ep2"), *command]
-                return forks.Popen([sys.executable, *command], env=env, library=lib, **how)
-            command = ["jobs/train.py", "--ds=ds_configs/zero2_ep2.json", "--recipe=digits", *command]
-            command = [sys.executable, *LAUNCHERS[self.launcher], str(free_port()), *command]
-            return subprocess.Popen(command, env=env | {"LD_PRELOAD": lib}, start_new_session=True, **how)
+            return subprocess.Popen(
+                command, env=env | {"LD_PRELOAD": lib}, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+            )
 
 
 def last_step(run: Path) -> int:
@@ -244,7 +238,6 @@ def main() -> None:
     parser.add_argument("--launcher", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS), help="(default: both)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and faults (default 0)")
     parser.add_argument("--out", type=Path, help="keep the runs here (default: a temporary folder)")
-    parser.add_argument("--forked", action="store_true", help="ranks forked by a stand-in, of a smaller network")
     args = parser.parse_args()
     differences = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -253,7 +246,7 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             (out / "faults").mkdir(parents=True)
             count = args.faults // len(args.launcher) + (number < args.faults % len(args.launcher))
-            starts = Starts(args.data.absolute(), launcher, args.forked, out / "faults")
+            starts = Starts(args.data.absolute(), launcher, out / "faults")
             differences.append(harm(starts, out, count, random.Random(args.seed + number)))
             steps = len(losses(out / "harmed"))
             print(f"{launcher}: {count} faults, {steps} steps: losses differ by {differences[-1]:.1e}", flush=True)

@@ -1018,6 +1018,13 @@ MUTATIONS = [
         "tests/ranks/test_cluster.py::test_a_port_that_another_program_has_is_not_taken",
     ),
     Mutation(
+        "a-port-of-the-next-job-is-taken",
+        "jobs/slurm/job.sh",
+        "611 * i",
+        "i",
+        "tests/ranks/test_cluster.py::test_a_port_that_another_program_has_is_not_taken",
+    ),
+    Mutation(
         "out-with-an-equals-sign-is-not-seen",
         "jobs/slurm/job.sh",
         'case $word in "$flag="*) value=${word#*=} ;; esac',
