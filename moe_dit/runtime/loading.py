@@ -270,9 +270,11 @@ class _Workers:
         self._closing = True
         if self._death is not None:
             self._batches._shutdown = True  # torch's way would wait for locks that the dead may have held
-            # It knows iterators by where they lie, and would take the next one there for this one.
-            signal_handling._remove_worker_pids(id(self._batches))
-            self._batches._worker_pids_set = False
+            # It knows iterators by where they lie, and would take the next one there for this one. Behind the last
+            # batch it has forgotten this one by itself, and may have ended a process that was slow to end.
+            if self._batches._worker_pids_set:
+                signal_handling._remove_worker_pids(id(self._batches))
+                self._batches._worker_pids_set = False
         else:
             # In a thread, since it may wait for long for a process that is stopped.
             ending = threading.Thread(target=self._batches._shutdown_workers, name="loader end", daemon=True)

@@ -8,7 +8,9 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from multiprocessing import active_children
+from multiprocessing.util import Finalize
 from pathlib import Path
 from textwrap import dedent
 
@@ -88,6 +90,20 @@ def test_what_befalls_a_process_is_one_line(capfd, does, line):
     assert type(caught.value) is (InputError if line == "shard x is damaged" else Stop)
     assert capfd.readouterr() == ("", "")
     assert active_children() == before and not list(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
+
+
+def test_a_process_that_dies_when_all_is_read_changes_nothing():
+    """Torch itself kills one that takes long to end."""
+
+    class Ends(Numbers):
+        def __getitem__(self, i: int) -> torch.Tensor:
+            if i in (0, 4):  # the first samples of the two processes
+                Finalize(None, partial(os._exit, 3) if i == 0 else partial(time.sleep, 1), exitpriority=0)
+            return super().__getitem__(i)
+
+    before = active_children()
+    assert torch.cat(read(Ends())).tolist() == list(range(32))
+    assert active_children() == before
 
 
 def test_a_message_cut_short_is_not_waited_for(monkeypatch):

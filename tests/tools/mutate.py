@@ -589,6 +589,13 @@ MUTATIONS = [
         "tests/ranks/test_loading.py::test_what_befalls_a_process_is_one_line",
     ),
     Mutation(
+        "an-iterator-is-forgotten-twice",
+        "moe_dit/runtime/loading.py",
+        "if self._batches._worker_pids_set:",
+        "if True:",
+        "tests/ranks/test_loading.py::test_a_process_that_dies_when_all_is_read_changes_nothing",
+    ),
+    Mutation(
         "message-cut-short-waited-for",
         "moe_dit/runtime/loading.py",
         "                        self._batches._worker_result_queue._writer.close()",
