@@ -248,6 +248,7 @@ def test_a_job_that_is_cancelled_stays_so(slurm, latents, tmp_path):
     assert slurm.show(job)["Restarts"] == "0"
 
 
+@pytest.mark.long
 def test_jobs_into_one_folder_leave_the_first_alone(slurm, latents, tmp_path):
     """An array of two jobs that train the same: one does, and goes on when a rank dies; the other and a third give up.
 
