@@ -17,7 +17,7 @@ PARTS = ["machine", "correctness", "training", "products", "speed", "profile", "
 def gpu(*flags: str, **more: str) -> subprocess.CompletedProcess:
     command = ["bash", "tests/gpu.sh", "--here", *flags]
     env = ENV | {"PATH": PATH} | more
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1600)
 
 
 def lines(out: Path) -> list[dict]:
@@ -30,7 +30,7 @@ def ended(out: Path) -> dict[str, str]:
 
 @pytest.mark.long
 def test_every_part_reports(tmp_path):
-    done = gpu("--dry", "--seconds", "500", str(tmp_path))
+    done = gpu("--dry", "--seconds", "1500", str(tmp_path))
     assert done.returncode == 0, done.stdout + (tmp_path / "log").read_text()[-3000:]
     assert ended(tmp_path) == dict.fromkeys(PARTS, "done")
     found = lines(tmp_path)

