@@ -19,8 +19,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 # Of the long part these take longest: at its end they would leave cores idle. xdist gives a process two files at once,
-# and that of test_slurm.py gets the fourth, a short one.
-FIRST = ["test_slurm.py", "test_gpu.py", "test_weeks.py", "test_checkpoint_files.py", "test_train.py"]
+# and that of test_faults.py gets the fourth, a short one.
+FIRST = ["test_faults.py", "test_slurm.py", "test_gpu.py", "test_checkpoint_files.py", "test_weeks.py", "test_train.py"]
 
 
 def pytest_configure(config):
