@@ -31,11 +31,11 @@ FILES = {
     "checkpoints/": "/checkpoints",
     "a checkpoint's folder": "/checkpoints/?step_0000000[0-9].tmp",
     "a checkpoint's name": "/checkpoints/step_0000000[0-9]",
-    "a rank's share": "/checkpoints/*.distcp",
-    ".metadata": "/checkpoints/?step*/.metadata*",
-    "state.json": "/checkpoints/?step*state.json*",
+    "a rank's share": "/checkpoints/?step_0000000[0-9].tmp/*.distcp",
+    ".metadata": "/checkpoints/?step_0000000[0-9].tmp/.metadata*",
+    "state.json": "/checkpoints/?step_0000000[0-9].tmp/*state.json*",
     "latest": "/checkpoints/*latest*",
-    "an old checkpoint": "/checkpoints/*.old.*",
+    "an old checkpoint": "/checkpoints/.step_*.old.*",
 }
 
 

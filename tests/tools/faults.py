@@ -222,9 +222,10 @@ def harm(starts: Starts, out: Path, count: int, chosen: random.Random) -> float:
             print(f"{starts.launcher}, fault {number}: {kind}, {seconds}; {what}", flush=True)
     finally:
         if process is not None:
+            family = family_of(process)
             kill(process)
-            _, left = psutil.wait_procs(family_of(process), timeout=LIMIT)
-            assert not left
+            _, left = psutil.wait_procs(family, timeout=LIMIT)
+            assert not left, left
     step = max(check_latest(run, step), 1)
     finish(starts.start(run, step + 3), run, 600)
     finish(starts.start(whole, step + 3), whole, 3600)
