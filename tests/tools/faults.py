@@ -4,10 +4,10 @@
 
 A run that saves every three steps meets, chosen at random, a SIGKILL (a rank, its launcher, or everything at once), a
 rank that stands still for 5 to 20 s, a loader process that dies, a full disk for 10 s, and a rename that fails. After
-each it must train again within 60 s, or end within them and say why in one line, but where all that could speak was
-killed; then the same command starts it again. `latest` must name a checkpoint that loads, of no earlier step than
-before; at the end the run's losses must be those of a run that met nothing. About twenty seconds a fault on two cores.
-Exit status 1 if anything is off.
+each it must train again, or end and say why in one line, but where all that could speak was killed, and until then not
+hang for 60 s; where it has ended the same command starts it again. `latest` must name a checkpoint that loads, of no
+earlier step than before; at the end the run's losses must be those of a run that met nothing. About twenty seconds a
+fault on two cores. Exit status 1 if anything is off.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from moe_dit.recipe_file import load_recipe
 from moe_dit.records import Records
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import ENV, ROOT, finish, free_port, kill, losses, ranks_of, wait_for, wait_for_step
+from helpers import ENV, ROOT, TIMEOUT, finish, free_port, kill, losses, ranks_of, wait_for, wait_for_step
 from helpers.faults import fault, library
 
 SMALL = ["--set=model.depth=2", "--set=global_batch_size=16", "--set=checkpoint.every=3", "--set=data.workers=1"]
-LIMIT = 60.0  # seconds after a fault's end in which a run trains again, or has ended
+LIMIT = 60.0  # seconds in which something of a run must move until it trains again, or has ended
 SAVED = 6  # steps, in which a save has failed if it was to
 KINDS = ("kill rank", "kill launcher", "kill everything", "stand still", "loader", "full disk", "rename")
 LAUNCHERS = {
@@ -83,23 +83,30 @@ def family_of(process: subprocess.Popen) -> list[psutil.Process]:
 def trains_on(
     run: Path, process: subprocess.Popen, family: list[psutil.Process], doomed: Sequence[psutil.Process] = ()
 ) -> bool:
-    """Whether a run trains on, or has ended and left nobody, within the limit; fails where it does neither.
+    """Whether a run trains on, or has ended and left nobody.
+
+    Fails where it does neither, and nothing of it moves for the limit: no step is done, and no process begins or ends.
 
     Args:
         family: what must have ended with its launcher.
         doomed: what cannot train on; what takes its place may.
     """
-    deadline = time.monotonic() + LIMIT
+    end = time.monotonic() + TIMEOUT
+    deadline, before = 0.0, None
     lowest = last_step(run)
-    while time.monotonic() < deadline:
-        step = last_step(run)
+    while True:
+        step, members = last_step(run), family_of(process)
         if process.poll() is None and step > lowest + SAVED and not any(map(_there, doomed)):
             return True
         lowest = min(lowest, step)  # records of steps that are done again are cut as a run is started again
-        if process.poll() is not None and not any(map(_there, family)):
+        left = list(filter(_there, family))
+        if process.poll() is not None and not left:
             return False
-        time.sleep(0.1)
-    raise AssertionError(f"after {LIMIT:.0f} s it neither trains nor has ended: {list(filter(_there, family))}")
+        now = (step, {member.pid for member in (*members, *left)})
+        if now != before:
+            deadline, before = min(time.monotonic() + LIMIT, end), now
+        assert time.monotonic() < deadline, f"it neither trains nor has ended, nor moves for {LIMIT:.0f} s: {left}"
+        time.sleep(0.2)
 
 
 def _there(process: psutil.Process) -> bool:
@@ -136,7 +143,7 @@ def failing(faults: Path, *operations: str):
 
 def strike(kind: str, process: subprocess.Popen, chosen: random.Random, faults: Path) -> Sequence[psutil.Process]:
     """Do it; returns when it is over, and what it broke may go on; gives what cannot."""
-    wait_for(lambda: process.poll() is not None or len(ranks_of(process)) == 2, "two ranks", None, LIMIT)
+    wait_for(lambda: process.poll() is not None or len(ranks_of(process)) == 2, "two ranks", None)
     rank = chosen.choice(ranks_of(process))
     doomed = []
     if kind == "kill rank":
