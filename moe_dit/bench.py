@@ -41,6 +41,7 @@ from moe_dit.runtime.progress import task
 PARTS = ("data and draws", "forward", "backward", "optimizer", "averages", "other")
 WARM_UP = 2  # steps of each before timing, the one that is compared among them
 SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of the square products that give the matrix peak
+LONG_PRODUCT = 2.0  # seconds after which none is tried again, nor a larger one: a CPU without bf16 would take minutes
 TOLERANCE = 1e-3  # of the first step's loss and gradient norm, in float32
 MOVED = 0.02  # standard deviation of what is added to initial weights
 
@@ -316,6 +317,8 @@ class MatrixPeak:
             for _ in range(3):
                 seconds = clock.seconds(partial(torch.mm, a, b, out=out))
                 rates.append(2 * len(a) ** 3 / seconds)
+                if seconds > LONG_PRODUCT:
+                    return max(rates)
         return max(rates)
 
 

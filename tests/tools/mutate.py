@@ -1082,6 +1082,13 @@ MUTATIONS = [
         "tests/ranks/test_counting.py::test_a_whole_step_never_waits",
     ),
     Mutation(
+        "long-products-are-repeated",
+        "moe_dit/bench.py",
+        "if seconds > LONG_PRODUCT:",
+        "if False:",
+        "tests/unit/test_bench.py::test_a_product_that_takes_seconds_is_not_tried_again",
+    ),
+    Mutation(
         "the-bench-begins-with-closed-gates",
         "moe_dit/bench.py",
         "    weight += noise\n",

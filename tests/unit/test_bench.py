@@ -37,6 +37,23 @@ def test_sampling_is_timed_by_the_plain_network_that_eval_runs():
     assert not torch._dynamo.utils.counters["stats"]  # nothing was compiled
 
 
+def test_a_product_that_takes_seconds_is_not_tried_again(monkeypatch):
+    """As those in bf16 of a CPU that has no instructions for it: minutes for each pair of steps."""
+    monkeypatch.setitem(bench.SIDES, "cpu", (2, 4))
+    peak = bench.MatrixPeak(torch.device("cpu"), bf16=True)
+
+    class Told(bench.Clock):
+        def seconds(self, work):
+            work()
+            return self.told.pop(0)
+
+    clock = Told(torch.device("cpu"))
+    clock.told = [1.0, 0.5, 1.0, 4.0, 1.0, 1.0]
+    assert peak.measure(clock) == 2 * 2**3 / 0.5 and clock.told == [1.0, 1.0]
+    clock.told = [1.0, 0.5, 1.0, 1.0, 1.0, 1.0]
+    assert peak.measure(clock) == 2 * 4**3 / 1.0 and clock.told == []
+
+
 def test_turning_pairs_as_complex_numbers_is_turning_them():
     """What CPUs compute in float32 beside the form that every other device and precision takes."""
     x = torch.randn(2, 16, 3, 8, requires_grad=True)
