@@ -43,7 +43,7 @@ def test_every_part_reports(tmp_path):
 @pytest.mark.long
 def test_a_part_that_hangs_or_raises_or_dies_stops_no_other(tmp_path):
     broken = {"BREAK_PARTS": "raise:machine,hang:products,die:profile"}
-    flags = ["--dry", "--seconds", "90", "--only", "machine,products,profile,sampling", str(tmp_path)]
+    flags = ["--dry", "--seconds", "180", "--only", "machine,products,profile,sampling", str(tmp_path)]
     done = gpu(*flags, **broken)
     assert done.returncode == 1
     want = {"machine": "failed", "products": "hung", "profile": "failed", "sampling": "done"}
