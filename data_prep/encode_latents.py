@@ -14,7 +14,7 @@ import torch
 
 from data_prep.autoencoder import encode, hash_weights, latent_space, load_vae
 from data_prep.images import load_image
-from data_prep.shards import add_arguments, begun_with, check_arguments, join, positive, write_shards
+from data_prep.shards import Broken, add_arguments, begun_with, check_arguments, join, positive, write_shards
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
@@ -27,6 +27,8 @@ EXAMPLES = """\
 
 The same command again continues after a stop, with any number of ranks.
 """
+
+NOT_FINITE = "its latents are not finite in float16; is --vae right, and --precision?"
 
 
 def read_pixels(file: str | bytes, size: int) -> torch.Tensor:
@@ -53,15 +55,17 @@ def encode_with_mirrors(vae: Any, pixels: torch.Tensor, means: bool = False) -> 
     return (kept.chunk(2, dim=2)[0] if means else kept).half().cpu()
 
 
-def make_encoder(vae: Any, means: bool) -> Callable[[torch.Tensor], np.ndarray]:
+def make_encoder(vae: Any, means: bool) -> Callable[[torch.Tensor], list[np.ndarray | Broken]]:
+    """From uint8 [N, 3, H, W] to each image's latent and its mirror's, float16, or why they cannot be kept."""
+
     def encoded(pixels):
         try:
             latents = encode_with_mirrors(vae, pixels, means)
         except torch.OutOfMemoryError as error:
             raise InputError(f"--batch {len(pixels)} does not fit in the GPU's memory") from error
-        if not latents.isfinite().all():
-            raise InputError("the VAE gives latents that are not finite in float16; is --vae right?")
-        return latents.numpy()
+        finite = latents.isfinite().flatten(1).all(1).tolist()
+        # Of one image in a million, as SDXL's has them, or of all, where the VAE is not right.
+        return [row if good else Broken(NOT_FINITE) for row, good in zip(latents.numpy(), finite, strict=True)]
 
     return encoded
 

@@ -2,15 +2,21 @@
 
 import io
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_prep.classes import label
+from moe_dit.data.index import IMAGE_EXTENSIONS
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.reading import open_file
 
-EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+EXTENSIONS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # Pillow's names, of files of other names
+LOOSE = "images beside the class folders"
+OTHERS = "files that are no images"
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -65,6 +71,23 @@ def load_image(file: str | Path | bytes, size: int) -> Image.Image:
         raise InputError(f"cannot read {what}: {reason}") from error
 
 
+def is_image(file: str | Path | bytes) -> bool:
+    """Whether a file, or its bytes, begins as an image does, whatever its name; False where it cannot be read."""
+    try:
+        with (
+            io.BytesIO(file) if isinstance(file, bytes) else open_file(file) as opened,
+            Image.open(opened, formats=FORMATS),
+        ):
+            return True
+    except Exception:  # decoders raise whatever they meet
+        return False
+
+
+def named_as_image(name: str) -> bool:
+    """Whether a file's name ends as those of images do."""
+    return name.lower().endswith(EXTENSIONS)
+
+
 def list_images(folder: str | Path) -> tuple[list[str], list[int], list[str]]:
     """List a folder of class folders, e.g. ImageNet's ``train/n01440764/*.JPEG``.
 
@@ -74,36 +97,57 @@ def list_images(folder: str | Path) -> tuple[list[str], list[int], list[str]]:
         folder: holds one folder a class.
 
     Returns:
-        (paths, labels, classes): files in order of class and path, the class index of each, and the sorted names of
-        the class folders (index = label).
+        (paths, labels, classes): files in order of class and path, the label of each, and the classes' names (index =
+        label), as :func:`data_prep.classes.label` orders them.
+
+    Raises:
+        InputError: the folder is missing, has no class folders, or one of them has no images.
+    """
+    paths, kinds, _ = images_by_class(folder)
+    found = label(kinds, os.fspath(folder), strict=False)
+    order = sorted(range(len(paths)), key=lambda i: (found.labels[i], paths[i]))
+    return [paths[i] for i in order], [found.labels[i] for i in order], found.classes
+
+
+def images_by_class(folder: str | Path) -> tuple[list[str], list[str], Counter[str]]:
+    """The files of a folder of class folders.
+
+    Returns:
+        (paths, kinds, left_out): files, the name of each one's class folder, and how many files are none of them, by
+        what they are.
 
     Raises:
         InputError: the folder is missing, has no class folders, or one of them has no images.
     """
     folder = os.fspath(folder)
+    left_out: Counter[str] = Counter()
     if not os.path.isdir(folder):
         raise InputError(f"no such folder of images: {folder}")
     try:
         with os.scandir(folder) as entries:
-            classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            there = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        classes = [name for name, is_folder in there if is_folder]
         paths: list[str] = []
-        labels: list[int] = []
-        for label, name in enumerate(classes):
-            found = _images_below(os.path.join(folder, name))
+        kinds: list[str] = []
+        for name in classes:
+            found = _images_below(os.path.join(folder, name), left_out)
             if not found:
                 raise InputError(f"{folder}: the class folder {name} holds no images ({' '.join(EXTENSIONS)})")
             paths += found
-            labels += [label] * len(found)
+            kinds += [name] * len(found)
     except OSError as error:
         raise InputError(f"cannot list {error.filename or folder}: {error.strerror}") from error
     if not classes:
         raise InputError(
             f"{folder} has no class folders; expected one folder of images a class, e.g. {folder}/cat/*.png"
         )
-    return paths, labels, classes
+    for name, is_folder in there:
+        if not is_folder and (named_as_image(name) or is_image(os.path.join(folder, name))):
+            left_out[LOOSE] += 1
+    return paths, kinds, left_out
 
 
-def _images_below(folder: str) -> list[str]:
+def _images_below(folder: str, left_out: Counter[str]) -> list[str]:
     def fail(error: OSError):
         raise error
 
@@ -116,6 +160,12 @@ def _images_below(folder: str) -> list[str]:
             if real in seen:  # a loop of links would multiply files
                 folders.remove(name)
             seen.add(real)
-        images = (name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
-        found += [os.path.join(parent, name) for name in images]
+        for name in files:
+            path = os.path.join(parent, name)
+            if name.startswith("."):
+                continue
+            if named_as_image(name) or is_image(path):
+                found.append(path)
+            else:
+                left_out[OTHERS] += 1
     return sorted(found)

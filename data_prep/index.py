@@ -6,7 +6,6 @@ Foreign shards are tar files of a folder whose samples have ``.cls`` (a class nu
 
 import io
 import os
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_prep.classes import label, read_names
 from data_prep.shards import sha256
-from moe_dit.data.index import IMAGE, IMAGE_EXTENSIONS, ensure_index, scan_shard, write_index
+from moe_dit.data import tar
+from moe_dit.data.index import IMAGE_EXTENSIONS, ensure_index, incomplete, scan_shard, write_index
 from moe_dit.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, write_json
-from moe_dit.runtime.progress import task
-from moe_dit.runtime.reading import MOST_JSON, open_file, read_bytes
+from moe_dit.runtime.progress import say, task
+from moe_dit.runtime.reading import open_file
 from moe_dit.store import is_remote
 
 EXAMPLES = """\
@@ -33,31 +34,30 @@ EXAMPLES = """\
 
 def kind_of(path: Path) -> str:
     """What a foreign shard holds, by its first sample."""
-    for extension in members_of_first(path):
+    found = members_of_first(path)
+    for extension in found:
         if extension == "latent.npy":
             return "latents"
-        if extension.lower() in IMAGE_EXTENSIONS:
+        if extension in IMAGE_EXTENSIONS:
             return "pixels"
     raise InputError(
-        f"shard {path}: the first sample has {', '.join(members_of_first(path)) or 'no files'}; expected .cls and "
+        f"shard {path}: the first sample has {', '.join(found) or 'no files'}; expected .cls and "
         f"either .latent.npy or an image ({', '.join(IMAGE_EXTENSIONS)})"
     )
 
 
 def members_of_first(path: Path) -> dict[str, bytes]:
-    """The files of a shard's first sample, by extension."""
+    """The files of a shard's first sample, by extension; none of one without samples."""
     found: dict[str, bytes] = {}
     first = None
     try:
-        with open_file(path) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                first = key if first is None else first
-                if key != first:
-                    break
-                file = tar.extractfile(member)
-                found[extension] = file.read() if file else b""
-    except Exception as error:  # tarfile raises whatever a damaged header leads it to
+        with open_file(path) as file:
+            for member in tar.members(file):
+                first = member.key if first is None else first
+                if member.key == first:  # plain tar may put them anywhere
+                    file.seek(member.offset)
+                    found[member.extension] = file.read(member.size)
+    except (OSError, ValueError, OverflowError, MemoryError) as error:  # sizes of a damaged header are any numbers
         raise InputError(f"shard {path} cannot be read: {error}") from None
     return found
 
@@ -69,7 +69,7 @@ def sample_shape(path: Path, kind: str) -> list[int]:
         if kind == "latents":
             shape = np.load(io.BytesIO(members["latent.npy"])).shape
         else:
-            data = next(data for extension, data in members.items() if extension.lower() in IMAGE_EXTENSIONS)
+            data = next(data for extension, data in members.items() if extension in IMAGE_EXTENSIONS)
             width, height = Image.open(io.BytesIO(data)).size
             shape = (3, height, width)
     except Exception as error:  # decoders raise whatever they meet
@@ -83,11 +83,12 @@ def scan_foreign(paths: list[Path], kind: str) -> Iterator[tuple[np.ndarray, dic
     """Each shard's index records and its record for the manifest."""
     with task("indexing shards", len(paths)) as progress:
         for path in paths:
-            part, _ = scan_shard(path, kind)
-            member = "latent.npy" if kind == "latents" else IMAGE
-            for wanted in ("cls", member):
-                if not part[wanted]["size"].all():
-                    raise InputError(f"shard {path}: a sample has no .{wanted}")
+            part, keys = scan_shard(path, kind)
+            if not keys:
+                raise InputError(f"shard {path} holds no samples; remove it from the folder, or make it again")
+            problem = incomplete(part, keys, kind)
+            if problem:
+                raise InputError(f"shard {path}: {problem}")
             yield (
                 part,
                 {
@@ -110,14 +111,12 @@ def adopt(folder: Path, names: list[str] | None, vae: str | None, scale: float |
     if kind == "latents" and not means and shape[0] % 2:
         raise InputError(f"{folder}: latents have {shape[0]} channels, which are no moments; give --means")
     parts, records = zip(*scan_foreign(paths, kind), strict=True)
-    most = max(int(part["label"].max()) for part in parts)
-    names = names or [str(label) for label in range(most + 1)]
-    if most >= len(names):
-        raise InputError(f"{folder}: a label is {most}, but --classes names {len(names)} classes")
+    found = label(sorted({int(number) for part in parts for number in part["label"]}), str(folder), names)
+    say(f"{folder}: {len(found.classes)} classes, told by .cls files; {found.order}")
     values: dict[str, Any] = {
         "kind": kind,
         "samples": sum(map(len, parts)),
-        "classes": names,
+        "classes": found.classes,
         "sample_shape": shape,
         "scale": scale,
         "shards": list(records),
@@ -147,13 +146,7 @@ def main() -> None:
     if args.scale is not None and not 0 < args.scale < float("inf"):
         raise InputError(f"--scale {args.scale}: it should be above 0")
     if not is_remote(args.shards) and not os.path.exists(folder / MANIFEST):
-        names = None
-        if args.classes:
-            try:
-                names = read_bytes(args.classes, MOST_JSON).decode("utf-8-sig").split("\n")
-            except (OSError, ValueError) as error:
-                raise InputError(f"--classes {args.classes} cannot be read: {error}") from None
-            names = names[:-1] if names and not names[-1] else names
+        names = read_names(args.classes)
         adopt(folder, names, args.vae, args.scale, args.shift, args.means)
     manifest = read_manifest(args.shards)
     index = ensure_index(manifest)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +27,9 @@ import torch
 import webdataset
 from PIL import UnidentifiedImageError
 
-from data_prep.sources import BrokenImage, Source, open_source
+from data_prep.classes import read_names
+from data_prep.source import BrokenImage, Source
+from data_prep.sources import open_source
 from moe_dit.data.index import MEMBERS as INDEXED
 from moe_dit.data.index import scan_shard, write_index
 from moe_dit.manifest import FORMAT, MANIFEST, Manifest
@@ -45,14 +46,14 @@ SETTINGS = ".settings.json"
 ERRORS = "errors.jsonl"
 LARGEST = 8192  # pixels along a side
 MOST_WORKERS = 512
-MEMBERS = {"latents": {"cls", "latent.npy", "latent_flip.npy"}, "pixels": {"cls", "png"}}
 
 # How a person calls what is in the settings file.
 _SETTING_NAMES = {
     "kind": "the command (latents or pixels)",
     "size": "--size",
     "shard_size": "--shard-size",
-    "images": "--images (other files in it)",
+    "images": "--images (other files in it, or other labels)",
+    "classes": "--classes",
     "vae": "--vae (other weights)",
     "precision": "--precision",
     "keep": "--keep",
@@ -78,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of class folders; ImageNet's tar of class tars; parquet or arrow files; shards of raw images",
     )
     add("--out", required=True, type=Path, metavar="SHARDS", help="folder to write")
+    add("--classes", type=Path, metavar="FILE", help="the classes' names in the order of their labels, one a line")
+    add("--split", metavar="NAME", help="of a folder whose files' names tell of several: train, validation or test")
     add("--size", type=positive, default=256, help="side of the centre crop in pixels (256)")
     add("--shard-size", type=positive, default=1024, help="samples a shard (1024)")
     add("--workers", type=int, help="processes that read images, a rank (chosen by data and cores)")
@@ -101,22 +104,6 @@ def check_arguments(args: argparse.Namespace) -> None:
 def sha256(path: Path) -> str:
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_keys(path: Path, kind: str) -> list[str]:
-    """The samples' keys in a shard, in order; ValueError where a sample lacks a member or the tar file is broken."""
-    members: dict[str, set[str]] = {}
-    try:
-        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                members.setdefault(key, set()).add(extension)
-    except Exception as error:  # tarfile raises whatever a damaged header leads it to
-        raise ValueError(f"not a whole tar file ({error})") from error
-    for key, extensions in members.items():
-        if extensions != MEMBERS[kind]:
-            raise ValueError(f"sample {key} has {sorted(extensions)} instead of {sorted(MEMBERS[kind])}")
-    return list(members)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,7 +136,8 @@ def write_shards(
     Args:
         args: what :func:`add_arguments` reads.
         read: from a file's path or bytes to a tensor or bytes; runs in the reading processes.
-        encode: from a batch of what ``read`` gives (tensors stacked, bytes listed) to what is kept of each.
+        encode: from a batch of what ``read`` gives (tensors stacked, bytes listed) to what is kept of each, or a
+            :class:`Broken` for one that cannot be.
         members: from that, of one, to a sample's members but ``cls``, as extension -> content; runs beside ``encode``.
         kind, sample_shape, vae, vae_sha256, scale, shift, posterior: for the manifest.
         batch: images handed to ``encode`` at once.
@@ -160,19 +148,24 @@ def write_shards(
             is in use, holds something else or was begun with other settings.
     """
     join()
-    source = from_rank_0(lambda: open_source(args.images))
+    source = from_rank_0(lambda: open_source(args.images, read_names(args.classes), args.split))
     settings = {
         "kind": kind,
         "size": args.size,
         "shard_size": args.shard_size,
         "images": source.fingerprint(),
         "vae": None,
+        "classes": None if args.classes is None else source.classes,
     } | (settings or {})
+    left_out = {what: count for what, count in sorted(source.left_out.items()) if count}
     with ExitStack() as held:
         from_rank_0(lambda: held.enter_context(lock_folder(args.out, "another command")) and None)
         if from_rank_0(lambda: _prepare(args.out, settings)):
             say(f"{args.out} is complete already; nothing to do")
             return
+        say(f"{args.images}: {len(source)} images of {len(source.classes)} classes; {source.told}")
+        for what, count in left_out.items():
+            say(f"{args.images}: {count} {what} are left out")
         mine = _write_my_shards(args, kind, source, read, encode, members, batch)
         gathered: list[Any] = [mine]
         if world().size > 1:
@@ -181,7 +174,7 @@ def write_shards(
         done = sorted((shard for part in gathered for shard in part), key=lambda shard: shard.name)
         shards = [shard for shard in done if shard.record is not None]
         if not shards:
-            raise InputError(f"--images {args.images}: none of its images can be read: {done[0].broken[0][1]}")
+            raise InputError(f"--images {args.images}: none of its images can be used: {done[0].broken[0][1]}")
         broken = sorted((i, reason) for shard in done for i, reason in shard.broken)
         samples = sum(len(shard.index) for shard in shards)
         values = {
@@ -193,7 +186,7 @@ def write_shards(
             "shards": [shard.record for shard in shards],
         }
         more = {"size": args.size, "source": args.images, "vae": vae, "vae_sha256": vae_sha256}
-        more |= {"shift": shift, "posterior": posterior}
+        more |= {"shift": shift, "posterior": posterior, "left_out": left_out}
 
         def finish() -> None:
             with explained(str(args.out)):
@@ -208,7 +201,7 @@ def write_shards(
         from_rank_0(finish)
     say(f"{args.out}: {len(shards)} shards, {samples} samples, {len(source.classes)} classes")
     if broken:
-        say(f"{len(broken)} images could not be read; {args.out / ERRORS} lists them")
+        say(f"{len(broken)} images could not be used; {args.out / ERRORS} lists them")
 
 
 def _prepare(folder: Path, settings: dict[str, Any]) -> bool:
@@ -258,8 +251,10 @@ class _Shard:
     broken: list[list[Any]]  # images that could not be read: number and reason
 
 
-@dataclass
-class _Broken:
+@dataclass(frozen=True)
+class Broken:
+    """What stands for an image that cannot be kept."""
+
     reason: str
 
 
@@ -281,10 +276,10 @@ class _Images(torch.utils.data.Dataset):
         except InputError as error:
             return self._broken(index, _reason(error))
 
-    def _broken(self, index: int, reason: str) -> "_Broken":
+    def _broken(self, index: int, reason: str) -> Broken:
         if self.strict:
             raise InputError(f"cannot read the image {self.source.name(index)}: {reason}")
-        return _Broken(reason)
+        return Broken(reason)
 
 
 def _reason(error: InputError) -> str:
@@ -295,10 +290,18 @@ def _reason(error: InputError) -> str:
     return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
+def _add_reasons(reasons: list[str | None], kept: list[Any]) -> None:
+    """Put the reasons of images that could be read and not be kept among those that could not be read."""
+    made = iter(kept)
+    for place, reason in enumerate(reasons):
+        if reason is None and isinstance(one := next(made), Broken):
+            reasons[place] = one.reason
+
+
 def _collate(samples: list[Any]) -> Any:
     """What could be read, stacked where it is tensors, and each sample's reason or None."""
-    whole = [sample for sample in samples if not isinstance(sample, _Broken)]
-    reasons = [sample.reason if isinstance(sample, _Broken) else None for sample in samples]
+    whole = [sample for sample in samples if not isinstance(sample, Broken)]
+    reasons = [sample.reason if isinstance(sample, Broken) else None for sample in samples]
     return (torch.stack(whole) if whole and isinstance(whole[0], torch.Tensor) else whole), reasons
 
 
@@ -335,16 +338,23 @@ def _write_my_shards(args, kind, source, read, encode, members, batch) -> list[_
         for name, indices in todo.items():
             side.begin(partial(_write_shard, args.out / name, kind, source.labels, members, indices))
             for i in range(0, len(indices), batch):
+                numbers = indices[i : i + batch]
                 with clock:
                     whole, reasons = next(loaded)
+                kept = list(encode(whole)) if len(whole) else []
+                _add_reasons(reasons, kept)
+                kept = [one for one in kept if not isinstance(one, Broken)]
                 seen += len(reasons)
-                broken += len(reasons) - len(whole)
-                if seen >= ENOUGH and 10 * broken > seen:
-                    last = next(reason for reason in reversed(reasons) if reason)
-                    raise InputError(f"--images {args.images}: {broken} of {seen} cannot be read, the last: {last}")
-                if broken == len(source):
-                    raise InputError(f"--images {args.images}: none of its images can be read: {reasons[-1]}")
-                side.give((indices[i : i + batch], reasons, encode(whole) if len(whole) else []))
+                broken += len(reasons) - len(kept)
+                if len(kept) < len(reasons):
+                    number, last = next((n, why) for n, why in zip(numbers, reasons, strict=True) if why)
+                    if args.strict:
+                        raise InputError(f"cannot use the image {source.name(number)}: {last}")
+                    if seen >= ENOUGH and 10 * broken > seen:
+                        raise InputError(f"--images {args.images}: {broken} of {seen} cannot be used, the last: {last}")
+                    if broken == len(source):
+                        raise InputError(f"--images {args.images}: none of its images can be used: {last}")
+                side.give((numbers, reasons, kept))
                 progress.advance(len(reasons))
             side.end()
         written = side.results()

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.shards import read_keys, sha256
+from data_prep.shards import sha256
 from moe_dit.data import ShardReader
-from moe_dit.data.index import index_name, open_index, scan_shard
+from moe_dit.data.index import incomplete, index_name, open_index, scan_shard
 from moe_dit.manifest import Manifest, read_manifest
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
@@ -39,18 +39,18 @@ def check_shard(manifest: Manifest, record: dict[str, Any], index: np.ndarray | 
             return f"{name} has {size} bytes instead of {record['bytes']}"
         if sha256(path) != record["sha256"]:
             return f"{name} has other content than was written (SHA-256 differs)"
-        keys = read_keys(path, kind)
-        found, _ = scan_shard(path, kind)
+        found, keys = scan_shard(path, kind)
     except InputError as error:
         return f"{name}: {error}"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-    except ValueError as error:
-        return f"{name}: {error}"
     if len(keys) != record["samples"]:
         return f"{name} has {len(keys)} samples instead of {record['samples']}"
+    problem = incomplete(found, keys, kind)
+    if problem:
+        return f"{name}: {problem}"
     if found["label"].max() >= len(manifest.classes):
         return f"{name} has a label {found['label'].max()}, but there are {len(manifest.classes)} classes"
     if index is not None and not np.array_equal(found, index):

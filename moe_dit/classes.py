@@ -44,7 +44,7 @@ def labels_among(theirs: Sequence[str], ours: Sequence[str], whose: str, of: str
         return None
     if (are_numbers(theirs) or are_numbers(ours)) and len(theirs) <= len(ours):
         bare, named = (whose, of) if are_numbers(theirs) else (of, whose)
-        say(f"{bare} names no classes; its labels are taken for those of {named}, 0 is {(theirs, ours)[bare == whose][0]!r}")
+        say(f"{bare} names no classes; its labels are taken as those of {named}")
         return None
     places = {name: label for label, name in enumerate(ours)}
     missing = [name for name in theirs if name not in places]

@@ -9,7 +9,6 @@ no time. Encoding writes it; for shards that lack one it is made once (:func:`en
 import hashlib
 import json
 import os
-import tarfile
 import zlib
 from collections.abc import Iterable
 from contextlib import closing, suppress
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from torch.utils.data import Dataset
 
+from moe_dit.data import tar
 from moe_dit.manifest import Manifest
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import new_file, write_bytes
@@ -29,7 +29,10 @@ from moe_dit.runtime.reading import open_file
 from moe_dit.store import cache
 
 IMAGE = "image"  # stands for the extension of a sample's image, whatever that is
-IMAGE_EXTENSIONS = ("png", "webp", "jpg", "jpeg", "bmp", "gif", "tif", "tiff", "ppm", "avif")
+IMAGE_EXTENSIONS = (
+    *("jpeg", "jpg", "jpe", "jfif", "png", "apng", "webp", "bmp", "gif", "tif", "tiff"),
+    *("ppm", "pgm", "pbm", "pnm", "avif"),
+)
 MEMBERS = {"latents": ("cls", "latent.npy", "latent_flip.npy"), "pixels": ("cls", IMAGE)}
 _PLACE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 
@@ -59,28 +62,40 @@ def scan_shard(path: Path, kind: str, samples: int | None = None) -> tuple[np.nd
     members = MEMBERS[kind]
     rows: dict[str, list[Any]] = {}
     try:
-        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for entry in tar:
-                key, _, extension = entry.name.partition(".")
-                if kind == "pixels" and extension.lower() in IMAGE_EXTENSIONS:
-                    extension = IMAGE
-                row = rows.setdefault(key, [-1, *[(0, 0, 0)] * len(members)])
-                if extension not in members or not entry.isfile():
+        with open_file(path) as file:
+            for member in tar.members(file):
+                is_image = kind == "pixels" and member.extension in IMAGE_EXTENSIONS
+                extension = IMAGE if is_image else member.extension
+                if extension not in members:
                     continue
-                file.seek(entry.offset_data)
-                content = file.read(entry.size)
-                if len(content) != entry.size:
+                file.seek(member.offset)
+                content = file.read(member.size)
+                if len(content) != member.size:
                     raise ValueError("it ends inside a sample")
-                row[1 + members.index(extension)] = entry.offset_data, entry.size, zlib.crc32(content)
+                row = rows.setdefault(member.key, [-1, *[(0, 0, 0)] * len(members)])
+                place = 1 + members.index(extension)
+                if row[place] != (0, 0, 0):
+                    raise ValueError(f"the sample {member.key} has two files .{extension}, one of them {member.name}")
+                row[place] = member.offset, member.size, zlib.crc32(content)
                 if extension == "cls":
                     row[0] = _label(path, content)
-    except InputError:
-        raise
-    except Exception as error:  # tarfile raises whatever a damaged header leads it to
-        raise InputError(f"shard {path} cannot be read: {error}") from None
+    except (OSError, ValueError, OverflowError, MemoryError) as error:  # sizes of a damaged header are any numbers
+        raise InputError(f"shard {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if samples is not None and len(rows) != samples:
         raise InputError(f"shard {path} holds {len(rows)} samples, its manifest says {samples}")
     return np.array([tuple(row) for row in rows.values()], record_type(kind)), list(rows)
+
+
+def incomplete(records: np.ndarray, keys: list[str], kind: str) -> str | None:
+    """What a shard's samples lack, as :func:`scan_shard` found them; None where they are whole.
+
+    Latents of other programs may all be without their mirrors.
+    """
+    for member in MEMBERS[kind]:
+        lacking = records[member]["size"] == 0
+        if lacking.any() and not (member == "latent_flip.npy" and lacking.all()):
+            return f"a sample has no .{member}: {keys[int(lacking.argmax())]}"
+    return None
 
 
 def _label(path: Path, content: bytes) -> int:
