@@ -61,11 +61,11 @@ def label(
         if most >= len(told):  # type: ignore[operator]
             raise InputError(f"{where}: a label is {most}, but it names {len(told)} classes")
         if names is None or list(names) == list(told):
-            return Labelled(list(kinds), list(told), "numbered as it tells")  # type: ignore[arg-type]
+            return Labelled(list(kinds), list(told), "labels are the file's own")  # type: ignore[arg-type]
         kinds = [told[kind] for kind in kinds]  # type: ignore[index]
     if isinstance(kinds[0], str):
         return _by_name(kinds, where, names, strict)  # type: ignore[arg-type]
-    return _by_number(kinds, where, names, "labels are numbers already")  # type: ignore[arg-type]
+    return _by_number(kinds, where, names, "labels are the numbers")  # type: ignore[arg-type]
 
 
 def _by_number(kinds: Sequence[int], where: str, names: Sequence[str] | None, order: str) -> Labelled:
@@ -101,18 +101,18 @@ def _by_name(kinds: Sequence[str], where: str, names: Sequence[str] | None, stri
                 raise InputError(f"{where}: --classes names a class twice; a label has one name")
             numbered = {kind: places[plain[kind]] for kind in raw}
             empty = len(names) - len(raw)
-            order = "ordered as --classes says" + (f"; {empty} of those have no images" if empty else "")
+            order = "labels follow --classes" + (f"; {empty} of those have no images" if empty else "")
             return Labelled([numbered[kind] for kind in kinds], list(names), order)
         if not numbers:
             raise InputError(f"{where}: {len(missing)} of its classes are not in --classes: {listed(missing)}")
     if not numbers:
         classes = sorted(by_name)
         place = {by_name[name]: i for i, name in enumerate(classes)}
-        return Labelled([place[kind] for kind in kinds], classes, "ordered by name as text")
+        return Labelled([place[kind] for kind in kinds], classes, "labels follow their names as text")
     value = {kind: int(plain[kind]) for kind in raw}
     if strict and names is None:
         _check_numbers(sorted(value.values()), where)
-    return _by_number([value[kind] for kind in kinds], where, names, "whose names are numbers, which are the labels")
+    return _by_number([value[kind] for kind in kinds], where, names, "labels are the numbers in their names")
 
 
 def _check_numbers(found: list[int], where: str) -> None:

@@ -33,7 +33,7 @@ class _Listing:
     images: list[tar.Member] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)  # of .cls files, by their names without that
     companions: dict[str, str] = field(default_factory=dict)  # keys that other files have, with one of them
-    inner: list[tuple[str, int]] = field(default_factory=list)  # tar files: name and offset
+    inner: list[tar.Member] = field(default_factory=list)  # tar files
     left_out: Counter[str] = field(default_factory=Counter)
 
 
@@ -55,6 +55,8 @@ class Tars(Source):
         kind = next(iter(kinds))
         give: Callable[[list[_Listing]], _Found] = {_LABELLED: _by_cls, _INNER: _by_inner, _PLAIN: self._by_place}[kind]
         found, what = give(filled)
+        if not found:
+            raise InputError(f"{paths[0]} holds no images; {_HELP}")
         for listing in listings:
             self.left_out.update(listing.left_out)
         number = {str(path): i for i, path in enumerate(paths)}
@@ -146,7 +148,7 @@ def _look(file: BinaryIO, found: _Listing) -> _Listing:
                 file.read(min(member.size, 100)).decode("ascii", "replace").strip()
             )
         elif member.extension.endswith("tar"):
-            found.inner.append((member.name, member.offset))
+            found.inner.append(member)
         elif named_as_image(member.name) or _is_image(file, member):
             found.images.append(member)
         else:
@@ -204,11 +206,11 @@ def _by_inner(listings: list[_Listing]) -> _Found:
     found = []
     for listing in listings:
         listing.left_out["images beside the tar files of a tar file"] += len(listing.images)
-        for name, offset in sorted(listing.inner):
-            inside = _Listing(listing.path)
+        for outer in sorted(listing.inner):
+            name, inside = outer.name, _Listing(listing.path)
             try:
                 with listing.path.open("rb") as file:
-                    file.seek(offset)
+                    file.seek(outer.offset)
                     _look(file, inside)
             except (OSError, ValueError, OverflowError, MemoryError) as error:
                 raise InputError(f"{listing.path}: {name} cannot be read as a tar file: {error}") from None
@@ -218,6 +220,10 @@ def _by_inner(listings: list[_Listing]) -> _Found:
                 )
             _check_unlabelled(inside)
             listing.left_out += inside.left_out
-            stem = PurePosixPath(name).stem
-            found += [(stem, listing.path, member._replace(name=f"{name}/{member.name}")) for member in inside.images]
+            stem, end = PurePosixPath(name).stem, outer.offset + outer.size
+            found += [
+                (stem, listing.path, member._replace(name=f"{name}/{member.name}"))
+                for member in inside.images
+                if member.offset + member.size <= end  # of one that lacks its end, what follows would be its own
+            ]
     return found, "a tar file in the tar file"

@@ -94,10 +94,15 @@ def as_webdataset(images, out):
 
 def as_table(images, names=True):
     paths, labels, classes = list_images(images)
-    rows = [{"bytes": open(path, "rb").read(), "path": path} for path in paths]
+    return as_tables([open(path, "rb").read() for path in paths], labels, classes if names else None)
+
+
+def as_tables(contents, labels, classes=None):
+    """A table as the hub's datasets have them, of images' bytes and class numbers."""
+    rows = [{"bytes": content, "path": None} for content in contents]
     table = pa.table({"image": rows, "label": pa.array(labels, pa.int64())})
     features = {"info": {"features": {"label": {"names": classes, "_type": "ClassLabel"}}}}
-    return table.replace_schema_metadata({"huggingface": json.dumps(features)}) if names else table
+    return table if classes is None else table.replace_schema_metadata({"huggingface": json.dumps(features)})
 
 
 def as_parquet(images, out):
