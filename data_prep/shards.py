@@ -163,10 +163,9 @@ def write_shards(
         if from_rank_0(lambda: _prepare(args.out, settings)):
             say(f"{args.out} is complete already; nothing to do")
             return
-        say(f"{args.images}: {len(source)} images of {len(source.classes)} classes; {source.told}")
-        for what, count in left_out.items():
-            say(f"{args.images}: {count} {what} are left out")
-        mine = _write_my_shards(args, kind, source, read, encode, members, batch)
+        told = [f"{args.images}: {len(source)} images of {len(source.classes)} classes; {source.told}"]
+        told += [f"{args.images}: {count} {what} are left out" for what, count in left_out.items()]
+        mine = _write_my_shards(args, kind, source, read, encode, members, batch, told)
         gathered: list[Any] = [mine]
         if world().size > 1:
             gathered = [None] * world().size
@@ -305,8 +304,8 @@ def _collate(samples: list[Any]) -> Any:
     return (torch.stack(whole) if whole and isinstance(whole[0], torch.Tensor) else whole), reasons
 
 
-def _write_my_shards(args, kind, source, read, encode, members, batch) -> list[_Shard]:
-    """Write this rank's missing shards; gives all of this rank's."""
+def _write_my_shards(args, kind, source, read, encode, members, batch, told) -> list[_Shard]:
+    """Write this rank's missing shards, and say ``told`` where that begins; gives all of this rank's."""
     order = source.order().tolist()
     mine = {
         f"shard-{k:06d}.tar": order[k * args.shard_size : (k + 1) * args.shard_size]
@@ -354,6 +353,8 @@ def _write_my_shards(args, kind, source, read, encode, members, batch) -> list[_
                         raise InputError(f"--images {args.images}: {broken} of {seen} cannot be used, the last: {last}")
                     if broken == len(source):
                         raise InputError(f"--images {args.images}: none of its images can be used: {last}")
+                while told:  # what cannot begin is one line of its own
+                    say(told.pop(0))
                 side.give((numbers, reasons, kept))
                 progress.advance(len(reasons))
             side.end()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.classes import label
+from data_prep.classes import label, normal
 from data_prep.source import BrokenImage, Source
 from moe_dit.data.order import WindowOrder
 from moe_dit.runtime.errors import InputError
@@ -159,6 +159,6 @@ def _class_names(schema: Any) -> list[str]:
     """Those of the label, where the datasets library left them in the file."""
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-        return [str(name) for name in names]
+        return [normal(str(name)) for name in names]
     except (KeyError, TypeError, ValueError):
         return []

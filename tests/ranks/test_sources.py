@@ -19,6 +19,7 @@ from helpers.sources import (
     as_webdataset,
     break_images,
     pack,
+    samples,
     write_images,
 )
 
@@ -70,6 +71,14 @@ def test_a_source_behind_a_server_that_fails_is_the_same(images, tmp_path, make)
             assert path.read_bytes() == (there / path.name).read_bytes(), path.name
     of = [json.loads((folder / "manifest.json").read_text()) for folder in (here, there)]
     assert of[1].pop("source") == url and of[0].pop("source") == str(source) and of[0] == of[1]
+
+
+@pytest.mark.parametrize(
+    "how", [["-C", "images", "."], ["images"], ["--format=posix", "--sort=name", "-C", "images", "a", "b b", "ç"]]
+)
+def test_what_gnu_tar_makes_of_class_folders(images, tmp_path, how):
+    subprocess.run(["tar", "-cf", tmp_path / "x.tar", *how], cwd=images.parent, check=True)
+    assert samples(pack(tmp_path / "x.tar", tmp_path / "out")) == samples(pack(images, tmp_path / "folders"))
 
 
 def everything(folder):

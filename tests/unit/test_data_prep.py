@@ -212,16 +212,19 @@ def test_verify_looks_into_samples(shards, tmp_path):
         (["--images", "/no/such/images"], "no such folder of images"),
         (["--images", "{images}/3"], "no class folders"),
         (["--images", "{empty}"], "holds no images"),
+        (["--images", "{unreadable}", "--out", "{out}", "--strict", "--batch", "64"], "cannot read .*broken.png"),
         (["--out", "{file}"], "cannot write into"),
         (["--out", "{foreign}"], "did not begin"),
     ],
 )
 def test_bad_input_is_one_line(change, message, images, vae, shards, tmp_path, capsys):
-    folders = ("fewer", "other", "weightless", "empty", "file", "foreign", "out")
+    folders = ("fewer", "other", "weightless", "empty", "unreadable", "file", "foreign", "out")
     names = {name: tmp_path / name for name in folders}
     for name in ("0", "1"):
         shutil.copytree(images / name, names["fewer"] / name)
+        shutil.copytree(images / name, names["unreadable"] / name)
         (names["empty"] / name).mkdir(parents=True)
+    (names["unreadable"] / "1/broken.png").write_bytes(next((images / "1").glob("*.png")).read_bytes()[:200])
     digits.build_vae(seed=7).save_pretrained(names["other"])
     names["weightless"].mkdir()
     shutil.copy(vae / "config.json", names["weightless"])
