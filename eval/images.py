@@ -17,9 +17,19 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 
-from data_prep.images import EXTENSIONS, as_seen, center_crop, list_images
+from data_prep.images import (
+    EXTENSIONS,
+    UnfitImage,
+    center_crop,
+    check_pixels,
+    decoding,
+    exif_orientation,
+    list_images,
+    open_image,
+    read_picture,
+)
 from moe_dit.data import ShardReader
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
@@ -172,14 +182,19 @@ def read_image(image: ImageFile, size: int | None = None) -> torch.Tensor:
     """Read one image as uint8 [3, H, W]; one that is not size x size is scaled and cropped as the training data was."""
     try:
         with open_file(image.file) as file:
-            file.seek(image.offset)
-            content = file.read(image.length)
-        if image.raw is None:
-            picture = as_seen(Image.open(io.BytesIO(content)))
-        else:
-            picture = Image.frombytes("RGB", image.raw[::-1], content)
-        if size is not None and picture.size != (size, size):
-            picture = center_crop(picture, size)
+            if image.raw is not None:
+                with decoding(image.raw[1], image.raw[0]):
+                    file.seek(image.offset)
+                    picture = Image.frombytes("RGB", image.raw[::-1], file.read(image.length))
+                    if size is not None and picture.size != (size, size):
+                        picture = center_crop(picture, size)
+            elif image.length < 0:
+                picture = read_picture(file, size)
+            else:
+                file.seek(image.offset)
+                picture = read_picture(io.BytesIO(file.read(image.length)), size)
+    except UnfitImage as error:
+        raise InputError(f"{image.file} holds an image that is not read: {error}") from None
     except Exception:  # decoders raise whatever they meet
         raise _unreadable(image.file) from None
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
@@ -187,17 +202,23 @@ def read_image(image: ImageFile, size: int | None = None) -> torch.Tensor:
 
 def image_size(image: ImageFile) -> tuple[int, int]:
     """Width and height, by an image's first bytes; InputError where those, or a file's last, are no image's."""
-    if image.raw is not None:
-        return image.raw[1], image.raw[0]
     try:
+        if image.raw is not None:
+            check_pixels(image.raw[1], image.raw[0])
+            return image.raw[1], image.raw[0]
         with open_file(image.file) as opened:
             opened.seek(image.offset)
             piece: BinaryIO = opened if image.length < 0 else io.BytesIO(opened.read(image.length))
-            with Image.open(piece) as picture:
-                if picture.format == "PNG" and not ends_as_png(piece):
-                    raise _unreadable(image.file)
-                turned = picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
-                return picture.size[::-1] if turned else picture.size
+            picture = open_image(piece)
+            if picture.format == "PNG" and not ends_as_png(piece):
+                raise _unreadable(image.file)
+            width, height = picture.size
+            if picture.format == "TIFF":  # whose size Pillow tells as it will be turned
+                return width, height
+            with decoding(width, height):  # a PNG file's EXIF data may stand behind its pixels
+                return (height, width) if exif_orientation(picture) > 4 else (width, height)
+    except UnfitImage as error:
+        raise InputError(f"{image.file} holds an image that is not read: {error}") from None
     except InputError:
         raise
     except Exception:  # decoders raise whatever they meet
