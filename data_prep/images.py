@@ -4,6 +4,7 @@ What reads images for shards and what reads them for scores both call :func:`rea
 the same pixels, or none, in both.
 """
 
+import ctypes
 import io
 import os
 import threading
@@ -29,6 +30,7 @@ OTHERS = "files that are no images"
 MOST_PIXELS = 2**26  # of an image, 67 million, which Pillow holds in 4 bytes each; ImageNet's largest has 61 million
 MOST_BYTES = 2**30  # of an image's file: twice what MOST_PIXELS of four 16-bit numbers take
 STRIP = 2**20  # pixels of a large image that are converted at a time
+LARGE = 2**24  # pixels of an image after which freed memory is given back, which takes milliseconds
 FAR_LARGER = 2**24  # pixels to which an image is not resized whole if most are then cut off
 
 # How EXIF's orientations are undone.
@@ -205,7 +207,8 @@ def read_picture(file: BinaryIO, size: int | None = None) -> Image.Image:
         del image  # its pixels, which are as many
         if halved:  # the other half of a resize by Pillow, which does the rows and then the columns
             picture = picture.resize((picture.width, picture.height // 2), resample=Image.Resampling.BOX)
-        return picture if size is None else center_crop(picture, size)
+        picture = picture if size is None else center_crop(picture, size)
+    return picture
 
 
 def open_image(file: BinaryIO) -> ImageFile.ImageFile:
@@ -274,6 +277,8 @@ class _SideBySide:
 
 
 _side_by_side = _SideBySide()
+# glibc keeps what was freed, for each thread anew; this gives it back to the system.
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 @contextmanager
@@ -284,11 +289,14 @@ def decoding(width: int, height: int) -> Iterator[None]:
         UnfitImage: it has more than MOST_PIXELS.
     """
     check_pixels(width, height)
-    _side_by_side.take(width * height)
+    pixels = width * height
+    _side_by_side.take(pixels)
     try:
         yield
     finally:
-        _side_by_side.give(width * height)
+        if pixels > LARGE and _malloc_trim is not None:
+            _malloc_trim(0)
+        _side_by_side.give(pixels)
 
 
 def load_image(file: str | Path | bytes, size: int) -> Image.Image:
