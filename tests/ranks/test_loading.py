@@ -143,7 +143,7 @@ def test_a_batch_that_its_queue_cannot_take_is_not_waited_for(monkeypatch):
             raise MemoryError
 
     here = os.getpid()
-    monkeypatch.setattr(loading._Parcel, "__getstate__", short)
+    monkeypatch.setattr(loading._Parcel, "__reduce__", short)
     with pytest.raises(Stop, match=NAMED + "ended by itself, with status 1" + REMEDY):
         read(Numbers())
 
