@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -81,8 +82,11 @@ def load_vae(name: str) -> Any:
     try:
         if local:
             _check_files(Path(name))
-        # A config.json is found in the same way for every class.
-        config = diffusers.AutoencoderKL.load_config(place[0], subfolder=place[1], local_files_only=offline)
+        with warnings.catch_warnings():
+            # diffusers (0.42) names an argument that huggingface_hub (2.4) warns of.
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument", UserWarning)
+            # A config.json is found in the same way for every class.
+            config = diffusers.AutoencoderKL.load_config(place[0], subfolder=place[1], local_files_only=offline)
     except Exception as error:  # JSON's, the hub's and the network's
         why = hub.refusal(error, file, silent) or _reason(error)
         raise InputError(f"{other if local else f'VAE {name} cannot be loaded'}: {why}") from error

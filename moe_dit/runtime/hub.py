@@ -54,6 +54,8 @@ def refusal(error: BaseException, file: str, silent: Exception | None = None) ->
             answer = f"{met.response.status_code} {met.response.reason_phrase}"
             if met.response.status_code in (401, 403):
                 return f"{where} does not allow it, or has no such repository ({answer}); check the name and HF_TOKEN"
+            if met.response.status_code != 429 and met.response.status_code < 500:
+                return f"{where} does not give {file} ({answer}); check the name, HF_ENDPOINT, and the proxy"
             return f"{where} refuses for now ({answer}), and {file} is not in its cache here; try again later"
         if isinstance(met, errors.HTTPError | ConnectionError | TimeoutError):
             return _unreachable(met, where, file)

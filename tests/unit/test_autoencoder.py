@@ -327,11 +327,12 @@ def refusal(name: str) -> str:
         (403, {"X-Error-Code": "GatedRepo"}, "gives it to those alone who were admitted"),
         (403, {}, r"does not allow it, or has no such repository \(403 Forbidden\); check the name and HF_TOKEN"),
         (404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": 40 * "a"}, "the repository has no file {file}$"),
+        (404, {}, r"does not give {file} \(404 Not Found\); check the name, HF_ENDPOINT, and the proxy"),
         (429, {}, r"refuses for now \(429 Too Many Requests\).*try again later"),
         (503, {}, r"refuses for now \(503 Service Unavailable\).*try again later"),
         (200, {}, r"what answers at http://127\.0\.0\.1:\d+ is not the hub"),  # a proxy's page
     ],
-    ids=["unknown", "no token", "gone", "gated", "forbidden", "no file", "too many", "down", "another"],
+    ids=["unknown", "no token", "gone", "gated", "forbidden", "no file", "a proxy", "too many", "down", "another"],
 )
 @pytest.mark.parametrize("name", ["org/name", "org/name/vae"])
 def test_why_the_hub_gives_no_file(hub, name, status, headers, words):
