@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from moe_dit.runtime import hub
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.precision import exact_float32
 from moe_dit.runtime.reading import check_regular, shard_names
@@ -73,14 +75,21 @@ def load_vae(name: str) -> Any:
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     other = f"VAE {name} is not a diffusers AutoencoderKL, AutoencoderDC or other autoencoder of images"
+    file = os.path.join(place[1] or "", "config.json")
+    silent = None if local else hub.away(place[0], file)
+    # Of files with an index diffusers asks the hub even offline, unless it is told not to.
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE or silent is not None
     try:
         if local:
             _check_files(Path(name))
-        # A config.json is found in the same way for every class.
-        config = diffusers.AutoencoderKL.load_config(place[0], subfolder=place[1])
-    # Network, hub and JSON errors all mean the same here.
-    except Exception as error:
-        raise InputError(f"{other if local else f'VAE {name} cannot be loaded'}: {_reason(error)}") from error
+        with warnings.catch_warnings():
+            # diffusers (0.42) names an argument that huggingface_hub (2.4) warns of.
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument", UserWarning)
+            # A config.json is found in the same way for every class.
+            config = diffusers.AutoencoderKL.load_config(place[0], subfolder=place[1], local_files_only=offline)
+    except Exception as error:  # JSON's, the hub's and the network's
+        why = hub.refusal(error, file, silent) or _reason(error)
+        raise InputError(f"{other if local else f'VAE {name} cannot be loaded'}: {why}") from error
     class_name = config.get("_class_name") if isinstance(config, Mapping) else None
     kind = getattr(autoencoders, str(class_name), None)
     if kind is None:
@@ -103,14 +112,12 @@ def load_vae(name: str) -> Any:
         raise InputError(f"VAE {name}: its config.json has keys that no {class_name} has: {', '.join(unknown[:3])}")
     try:
         # Weights that are missing or too many would only be warned of, and left random or out.
-        # Of files with an index diffusers asks the hub even offline, unless it is told not to.
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
         vae, info = kind.from_pretrained(
             place[0], subfolder=place[1], output_loading_info=True, local_files_only=offline
         )
-    # Network, hub, safetensors and shape errors, likewise.
-    except Exception as error:
-        raise InputError(f"VAE {name} cannot be loaded as a diffusers {class_name}: {_reason(error)}") from error
+    except Exception as error:  # safetensors', of shapes, and again the hub's
+        why = hub.refusal(error, "a file of its weights", silent) or _reason(error)
+        raise InputError(f"VAE {name} cannot be loaded as a diffusers {class_name}: {why}") from error
     try:
         held, sharded = _held(*place)
     except Exception as error:  # safetensors' and torch's

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import os
+import socket
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,13 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from data_prep.autoencoder import hash_weights
 from eval.images import BATCH, ImageFile, labels_of, read_batches
 from eval.metrics import Moments, Sums
-from moe_dit.runtime import ranks
+from moe_dit.runtime import hub, ranks
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file
 from moe_dit.runtime.precision import exact_float32
 from moe_dit.runtime.progress import say, task
 from moe_dit.runtime.reading import open_file, read_bytes
+from moe_dit.store import SILENCE
 
 PUBLISHED_INCEPTION = "6726825d"  # start of the SHA-256 of the weights, the TensorFlow ones of 2015-12-05
 FIT_IMAGES = 20_000  # a bigger reference is thinned to about this many for the fit
@@ -100,8 +102,8 @@ class Inception(Network):
             path = Path(weights)
             _check_inception(path)
         try:
-            # torch.hub announces its download on stderr.
-            with contextlib.redirect_stderr(io.StringIO()):
+            # torch.hub announces its download on stderr, and waits for ever for a server that says nothing.
+            with contextlib.redirect_stderr(io.StringIO()), _impatient():
                 network = FeatureExtractorInceptionV3(
                     "inception-v3", ["2048"], feature_extractor_weights_path=path, verbose=False
                 )
@@ -133,6 +135,17 @@ class Inception(Network):
         found["features"] = x.flatten(1)
         found["logits"] = found["features"] @ self.network.fc.weight.T
         return found
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """Connections that are made in the block fail where nothing comes for :data:`moe_dit.store.SILENCE` seconds."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _check_inception(path: Path) -> None:
@@ -167,16 +180,22 @@ class DINOv2(Network):
     def __init__(self, weights: str):
         super().__init__()
         import timm
+        from huggingface_hub import try_to_load_from_cache
 
         given: dict[str, Any] = {} if weights == "download" else {"pretrained_cfg_overlay": {"file": weights}}
+        place = f"timm/{self.ARCHITECTURE}", "model.safetensors"
         try:
+            silent = None if given else hub.away(*place)
+            if silent is not None and not isinstance(try_to_load_from_cache(*place), str):
+                raise silent
             if given and not zipfile.is_zipfile(weights) and not weights.endswith(".safetensors"):
                 raise ValueError("no such file of weights")
             network: Any = timm.create_model(
                 self.ARCHITECTURE, pretrained=True, img_size=self.SIDE, num_classes=0, **given
             )
         except Exception as error:  # torch, timm and the hub raise errors of many kinds
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = hub.refusal(error, "their file") or said
             raise InputError(f"--dinov2 {weights} does not give the weights of {self.ARCHITECTURE}: {reason}") from None
         self.network = network.requires_grad_(False)
         self.title = "DINOv2"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from data_prep.autoencoder import decode, hash_weights, latent_space, load_vae
+from moe_dit.data.inputs import check_guidance
 from moe_dit.flow import build_flow
 from moe_dit.randomness import Stream, normal, uniform
 from moe_dit.recipe import Recipe
@@ -69,6 +70,7 @@ def resolve(args, recipe: "Recipe") -> Sampling:
     ):
         if not good:
             raise InputError(complaint)
+    check_guidance(recipe, sampling.cfg_scale, "give --cfg-scale 1")
     return sampling
 
 

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
@@ -191,7 +193,7 @@ class RemoteFolder:
                     import aiohttp
 
                     silent = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
-                    options["client_kwargs"] = {"timeout": silent}
+                    options["client_kwargs"] = {"timeout": silent, "raise_for_status": _let_go}
                 self._filesystem = fsspec.filesystem(scheme, **options)
             except (ImportError, ValueError) as error:
                 package = _PACKAGES.get(scheme.removesuffix("s") if scheme == "https" else scheme)
@@ -330,20 +332,30 @@ class _Patience:
         url, patience = self.remote.url, self.remote.patience
         if _is_missing(error) or isinstance(error, InputError):
             raise error
-        if getattr(error, "status", 0) in (401, 403) or isinstance(error, PermissionError):
+        if _status(error) in (401, 403) or isinstance(error, PermissionError):
             raise InputError(f"{url}/{self.name} may not be read: {_said(error)}") from None
         now = time.monotonic()
         self.since = now if self.since is None else self.since
         failing = now - self.since
-        if failing + self.wait > patience:
-            kept = f"; what was fetched is kept in {self.remote.folder}" if self.remote.folder.exists() else ""
+        asked = _pause(error)
+        wait = max(self.wait, asked or 0.0)
+        kept = f"; what was fetched is kept in {self.remote.folder}" if self.remote.folder.exists() else ""
+        if asked is not None and failing + asked > patience:
+            raise InputError(
+                f"{url}/{self.name} cannot be read, tried for {failing:.0f} s: the server refuses for now "
+                f"({_said(error)}) and asks for {asked:.0f} s without requests, more than is left of the "
+                f"{patience:.0f} s that it may stay away (MOE_DIT_PATIENCE); begin again after them{kept}"
+            ) from None
+        if failing + wait > patience:
             raise InputError(
                 f"{url}/{self.name} cannot be read, tried for {failing:.0f} s: {_said(error)}{kept}"
             ) from None
-        if not self.told and failing > 1:
-            say(f"{url} does not answer ({_said(error)}); trying again for up to {patience:.0f} s")
+        if not self.told and max(failing, asked or 0.0) > 1:
+            next_time = "" if asked is None else f" in {asked:.0f} s, as it asks,"
+            say(f"{url} {_does(error)} ({_said(error)}); trying again{next_time} for up to {patience:.0f} s")
             self.told = True
-        time.sleep(self.wait * random.uniform(0.75, 1.25))
+        # Not before the time that it asks for, and not all at the same.
+        time.sleep(wait * random.uniform(0.75 if asked is None else 1.0, 1.25))
         self.wait = min(10.0, 2 * self.wait)
 
 
@@ -408,7 +420,10 @@ class _Parts(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         length = max(0, min(len(buffer), self.size - self.place))
         if length:
-            buffer[:length] = self.path.folder._patiently(self.path.path, lambda of: self._part(of, length))
+            try:
+                buffer[:length] = self.path.folder._patiently(self.path.path, lambda of: self._part(of, length))
+            except FileNotFoundError:
+                raise InputError(f"{self.path} is missing on the server") from None
             self.place += length
         return length
 
@@ -421,11 +436,60 @@ class _Parts(io.RawIOBase):
         return part
 
 
-def _is_missing(error: Exception) -> bool:
-    """Whether a server says that there is no such file. fsspec (2026.9) says so of every failed HTTP request too."""
+def _answer(error: Exception) -> Exception:
+    """What a server said. fsspec (2026.9) makes a FileNotFoundError of every failed HTTP request."""
     cause = error.__cause__
-    found = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410)
-    return isinstance(error, FileNotFoundError) and found
+    return cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) else error
+
+
+def _status(error: Exception) -> int:
+    """The status of a server's answer over HTTP, 0 where there was none."""
+    return getattr(_answer(error), "status", 0)
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether a server says that there is no such file."""
+    answer = _answer(error)
+    return isinstance(error, FileNotFoundError) and (
+        isinstance(answer, FileNotFoundError) or _status(error) in (404, 410)
+    )
+
+
+def _pause(error: Exception) -> float | None:
+    """Seconds for which a server wants no requests (Retry-After, as a number or a date); None: it does not say."""
+    headers = getattr(_answer(error), "headers", None) or {}
+    text = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d+", text):
+        return float(text)
+    try:
+        until = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    try:
+        begin = parsedate_to_datetime(headers.get("Date", ""))  # by the server's clock, which may not be ours
+    except ValueError:
+        begin = datetime.now(UTC)
+    return max(0.0, until.timestamp() - begin.timestamp())
+
+
+def _does(error: Exception) -> str:
+    """What a server does that fails: one that is away, and one that refuses, need different cures."""
+    if not _status(error):
+        return "does not answer"
+    return "refuses for now" if _status(error) == 429 or _pause(error) is not None else "fails"
+
+
+async def _let_go(response: Any) -> None:
+    """What is done with each answer over HTTP: an error is read to its end, with which its connection is free.
+
+    fsspec (2026.9) keeps the connection of one that it meets as it opens a file, of which aiohttp complains later, on
+    stderr: "Unclosed connection".
+    """
+    if response.status >= 400:
+        try:
+            await response.read()
+        except Exception:  # aiohttp's: it breaks off; the status is there
+            response.release()
 
 
 class _NotFromHere(Exception):
@@ -445,7 +509,8 @@ def _stream(filesystem: Any, url: str, start: int) -> Iterator[bytes]:
 
 
 def _said(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # type: ignore[assignment]
+    error = _answer(error)
+    if _status(error) and (message := getattr(error, "message", "")):
+        return f"{_status(error)} {message}"[:200]  # aiohttp's own words hold the URL, which is told anyway
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]

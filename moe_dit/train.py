@@ -18,6 +18,7 @@ from moe_dit.cluster.outcome import gives_up
 from moe_dit.continuing import Asked, Named, kept_window
 from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.data.index import ensure_index
+from moe_dit.data.inputs import check_guidance, untrained_labels
 from moe_dit.data.order import window_for
 from moe_dit.events import events, own, record
 from moe_dit.manifest import Manifest, read_manifest
@@ -122,8 +123,9 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) ->
             ranks.on_rank_0(lambda: _write_start(run, recipe, engine, first_step, start.changes))
         metrics = ranks.on_rank_0(lambda: _open_record(engine, run, start, first_step, bytes_held))
         record_of.metrics = metrics
-        for note in (*start.notes, *start.changes):
-            say(note)
+        for note in (untrained_labels(manifest, recipe), *start.notes, *start.changes):
+            if note is not None:
+                say(note)
         headline = _headline(recipe, parallelism, manifest, start.checkpoint, engine)
         say(headline)
         told.started(first_step, headline)
@@ -158,6 +160,9 @@ def _check(recipe: Recipe, ds_file: str) -> tuple[Recipe, Parallelism, Manifest]
     parallelism = load_parallelism(ds_file, recipe, ranks.world().size)
     manifest = read_manifest(recipe.data.path, cache_gb=recipe.data.cache_gb)
     check_manifest(manifest, recipe)
+    if recipe.looks.every and (recipe.looks.samples or recipe.looks.score_samples):
+        cure = "--set sampling.cfg_scale=1, or leave looks.samples and looks.score_samples at 0"
+        check_guidance(recipe, recipe.sampling.cfg_scale, cure)
     return _resolve(recipe, manifest), parallelism, manifest
 
 

@@ -23,6 +23,7 @@ from moe_dit.parallel.deepspeed_config import load_parallelism
 from moe_dit.plan import GPUS, best_mode, make_plan, measure_activations
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import load_recipe
+from moe_dit.runtime import hub
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained
 from moe_dit.store import is_remote
@@ -105,7 +106,7 @@ def check_vae(vae: str, cure: str) -> None:
                 return
             why = "no folder, and the hub has none of this name"
         except Exception as error:  # offline, whatever the network made of it
-            why = f"no folder and not in the hub's cache here, and the hub cannot be asked ({type(error).__name__})"
+            why = f"no folder, and {hub.refusal(error, config) or f'the hub cannot be asked ({type(error).__name__})'}"
     raise InputError(f"there is no VAE {vae}: {why}; {cure}")
 
 

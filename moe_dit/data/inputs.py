@@ -60,6 +60,34 @@ def check_manifest(manifest: Manifest, recipe: Recipe) -> None:
         )
 
 
+def untrained_labels(manifest: Manifest, recipe: Recipe) -> str | None:
+    """What to say where the network has labels that no shard holds; None where it has none."""
+    classes, labels = len(manifest.classes), recipe.model.num_classes
+    if not 0 < classes < labels:
+        return None
+    which = f"label {classes} is" if labels == classes + 1 else f"labels {classes} to {labels - 1} are"
+    return (
+        f"{manifest.folder} has {classes} classes, and model.num_classes is {labels}: {which} never trained, and "
+        f"sampling draws from all {labels}; --set model.num_classes={classes} leaves the others out"
+    )
+
+
+def check_guidance(recipe: Recipe, cfg_scale: float, cure: str) -> None:
+    """Refuse guidance by a null class that was never trained (InputError).
+
+    Args:
+        recipe: the network's.
+        cfg_scale: of the guidance, 1: none.
+        cure: what to do instead.
+    """
+    # Weights to begin from may have been trained with one.
+    if cfg_scale != 1 and not recipe.flow.label_dropout and recipe.initial_weights is None:
+        raise InputError(
+            f"guidance of cfg_scale {cfg_scale:g} goes by the null class, which is never trained with "
+            f"flow.label_dropout 0; {cure}"
+        )
+
+
 @dataclass(frozen=True)
 class Latents:
     """What stored latents are, and how they become the network's input: (latent - shift) * scale."""

@@ -16,7 +16,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from moe_dit.runtime.errors import Stop
 from moe_dit.runtime.processes import end_with, forkserver, kill_children
@@ -164,24 +163,38 @@ class _Collated:
 class _Parcel:
     """A batch as a process sends it, its tensors in shared memory.
 
-    Queues would do that themselves, but in a thread, and what that meets (no room, no file left) nobody hears of.
+    Queues would do that themselves, but in a thread, and what that meets (no room, no file left) nobody hears of. What
+    comes out of a queue is the batch itself: a process that has read all of its own ends, and its memory goes with it,
+    while batches wait for the turn of another's.
     """
 
     def __init__(self, batch: Any):
         self.content = bytes(ForkingPickler.dumps(batch))
 
-    def open(self) -> Any:
-        return ForkingPickler.loads(self.content)
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+        return _unpacked, (self.content,)
 
-    def pin_memory(self) -> Any:
-        """torch's thread that pins calls it."""
-        return pin_memory(self.open())
+
+class _Unopened:
+    """Stands for a batch that could not be opened: what is raised in torch's thread that pins ends that unheard."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
+def _unpacked(content: bytes) -> Any:
+    try:
+        return ForkingPickler.loads(content)
+    except Exception as error:
+        return _Unopened(error)
 
 
 def _opened(batch: Any) -> Any:
+    if isinstance(batch, _Unopened):
+        raise batch.error
     if isinstance(batch, Stop):
         raise batch
-    return batch.open() if isinstance(batch, _Parcel) else batch
+    return batch
 
 
 def _begin(pid: int, _: int) -> None:

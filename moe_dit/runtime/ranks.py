@@ -83,7 +83,8 @@ def start(timeout: timedelta = timedelta(minutes=30), alone: bool = False) -> Wo
     if (this.size > 1 or alone) and not torch.distributed.is_initialized():
         set_rendezvous()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        met: dict[str, Any] = {}
+        # One rank meets nobody, and needs no port, which another program may have.
+        met: dict[str, Any] = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         if this.size > 1:
             seconds = _silence_seconds(this)
             _meeting = join(this.rank, this.local_rank, this.size)

@@ -23,6 +23,9 @@ class Server:
         self.lie = False
         self.parts = True  # answers requests for parts of files
         self.slow = 0.0  # seconds a piece
+        self.refusals = 0  # the next so many requests are refused ...
+        self.refusal = (429, {})  # ... with this status, and these headers
+        self.refused = ("HEAD", "GET")  # of these methods
         self.up()
 
     @property
@@ -54,6 +57,16 @@ class Server:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
 
+            def refuse(self, status, headers, body):
+                text = b"not now" * 1000
+                self.send_response_only(status)
+                usual = {"Date": self.date_time_string(), "Content-Length": str(len(text))}
+                for name, value in {**usual, **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if body:
+                    self.wfile.write(text)
+
             def do_HEAD(self):
                 self.answer(body=False)
 
@@ -66,6 +79,9 @@ class Server:
                 fails = server.every and server.number % server.every == 0
                 way = server.number // max(1, server.every) % 3 if fails else None
                 path = server.folder / unquote(self.path).lstrip("/")
+                if server.refusals > 0 and self.command in server.refused:
+                    server.refusals -= 1
+                    return self.refuse(*server.refusal, body)
                 if not path.exists():
                     return self.send_error(404)
                 if way == 0:

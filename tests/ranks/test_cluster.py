@@ -80,8 +80,8 @@ def test_a_vae_that_the_hub_does_not_give_is_not_submitted(good, site):
     done = submit(site, *good, "--set", "data.vae=some/vae")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: there is no VAE some/vae: no folder and not in the hub's cache here, and the hub cannot be asked "
-        "(OfflineModeIsEnabled); give --set data.vae=NAME_or_DIR\n"
+        "error: there is no VAE some/vae: no folder, and config.json is not in the hub's cache here, and "
+        "HF_HUB_OFFLINE is set; fetch it where there is a network; give --set data.vae=NAME_or_DIR\n"
     )
 
 

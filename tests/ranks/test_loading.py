@@ -106,6 +106,22 @@ def test_a_process_that_dies_when_all_is_read_changes_nothing():
     assert active_children() == before
 
 
+def test_batches_outlive_the_process_that_read_them(tmp_path):
+    """One of two has read all of its own, and has ended, before the other gives the batch whose turn is first."""
+
+    class Parts(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            if torch.utils.data.get_worker_info().id == 1:
+                (tmp_path / "pid").write_text(str(os.getpid()))
+            else:
+                wait_for((tmp_path / "pid").exists, "the other process", None)
+                wait_for(lambda: not psutil.pid_exists(int((tmp_path / "pid").read_text() or 0)), "its end", None)
+            yield from (torch.full((3,), torch.utils.data.get_worker_info().id) for _ in range(2))
+
+    found = list(loading.read(Parts(), 2, "--workers", torch.stack, forked=True, batch_size=2, prefetch_factor=4))
+    assert [batch.tolist() for batch in found] == [[[0] * 3] * 2, [[1] * 3] * 2]
+
+
 def test_a_message_cut_short_is_not_waited_for(monkeypatch):
     """A process is killed amid a message: what would be the rest of it never comes."""
 
@@ -143,7 +159,7 @@ def test_a_batch_that_its_queue_cannot_take_is_not_waited_for(monkeypatch):
             raise MemoryError
 
     here = os.getpid()
-    monkeypatch.setattr(loading._Parcel, "__getstate__", short)
+    monkeypatch.setattr(loading._Parcel, "__reduce__", short)
     with pytest.raises(Stop, match=NAMED + "ended by itself, with status 1" + REMEDY):
         read(Numbers())
 

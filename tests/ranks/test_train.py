@@ -51,6 +51,12 @@ def test_eight_ranks_are_the_same_run(small, latents, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(small.losses[:2], rel=1e-5)
 
 
+def test_labels_that_are_never_trained_are_told_of_once(latents, tmp_path):
+    log = run_small(2, "zero2_ep2", latents, tmp_path / "run", 1, "model.num_classes=12")
+    assert log.count("has 10 classes, and model.num_classes is 12: labels 10 to 11 are never trained") == 1
+    assert log.index("never trained") < log.index("digits on 2 ranks")
+
+
 def test_the_ema_is_the_average_of_the_weights_of_every_step(latents, tmp_path):
     """From the weights that two ranks saved after each step, averaged here in one plain process."""
     run, steps = tmp_path / "run", 5

@@ -4,8 +4,11 @@ import json
 import math
 import re
 import shutil
+import socket
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub
 import numpy as np
@@ -25,7 +28,7 @@ from data_prep.images import center_crop, list_images
 from eval import sample
 from eval.features import Extractor
 from eval.generate import generate, image_size, load_decoder, resolve
-from helpers import refused
+from helpers import free_port, refused
 from helpers.autoencoders import dc, flux_like, kl, tiny, vq, write_images
 from moe_dit import build_model, load_recipe
 from moe_dit.data import Latents, ShardReader, batches, check_manifest, training_inputs
@@ -266,6 +269,118 @@ def test_a_hub_name_may_have_a_subfolder(tmp_path, monkeypatch):
     assert latent_space(load_vae("org/pipeline/vae")).channels == 16
     with pytest.raises(InputError, match=r"VAE org/pipeline cannot be loaded: .*config.json"):
         load_vae("org/pipeline")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server in the hub's place, with a cache of its own; answers all with what is put there: status and headers."""
+    answer = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, headers = answer[0]
+            self.send_response(status)
+            for name, value in {"Content-Length": "0", **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    at(f"http://127.0.0.1:{server.server_port}", tmp_path, monkeypatch)
+    yield answer
+    server.shutdown()
+    server.server_close()
+
+
+def at(endpoint: str, tmp_path, monkeypatch) -> None:
+    """The hub is there, and nothing in its cache; its client's pauses before it asks once more take no time."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(InputError) as error:
+        load_vae(name)
+    assert len(str(error.value)) < 400
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "words"),
+    [
+        (401, {"X-Error-Code": "RepoNotFound"}, r"the hub \(.*\) has no such repository, or a private one"),
+        (401, {}, r"does not allow it, or has no such repository \(401 Unauthorized\); check the name and HF_TOKEN"),
+        (404, {"X-Error-Code": "RepoNotFound"}, r"the hub \(.*\) has no such repository, or a private one"),
+        (403, {"X-Error-Code": "GatedRepo"}, "gives it to those alone who were admitted"),
+        (403, {}, r"does not allow it, or has no such repository \(403 Forbidden\); check the name and HF_TOKEN"),
+        (404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": 40 * "a"}, "the repository has no file {file}$"),
+        (404, {}, r"does not give {file} \(404 Not Found\); check the name, HF_ENDPOINT, and the proxy"),
+        (429, {}, r"refuses for now \(429 Too Many Requests\).*try again later"),
+        (503, {}, r"refuses for now \(503 Service Unavailable\).*try again later"),
+        (200, {}, r"what answers at http://127\.0\.0\.1:\d+ is not the hub"),  # a proxy's page
+    ],
+    ids=["unknown", "no token", "gone", "gated", "forbidden", "no file", "a proxy", "too many", "down", "another"],
+)
+@pytest.mark.parametrize("name", ["org/name", "org/name/vae"])
+def test_why_the_hub_gives_no_file(hub, name, status, headers, words):
+    hub.append((status, headers))
+    found = refusal(name)
+    file = "vae/config.json" if name == "org/name/vae" else "config.json"
+    assert found.startswith(f"VAE {name} cannot be loaded: ") and re.search(words.format(file=file), found), found
+    assert "no file" not in found or headers.get("X-Error-Code") == "EntryNotFound"
+
+
+def test_a_hub_that_is_not_there_is_told_of(tmp_path, monkeypatch):
+    at(f"http://127.0.0.1:{free_port()}", tmp_path, monkeypatch)
+    found = refusal("org/name")
+    assert re.search(
+        r"the hub \(.*\) cannot be reached \(ConnectError: .*refused\), and config.json is not in its", found
+    )
+
+
+def test_a_hub_that_says_nothing_is_told_of(tmp_path, monkeypatch):
+    """It takes connections, and answers none."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    monkeypatch.setattr(huggingface_hub.constants, "DEFAULT_ETAG_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        at(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path, monkeypatch)
+        assert re.search(r"the hub \(.*\) cannot be reached \(ReadTimeout: .*\)", refusal("org/name"))
+
+
+def test_without_the_hub_what_is_not_in_its_cache_is_told_of(tmp_path, monkeypatch):
+    at("http://127.0.0.1:1", tmp_path, monkeypatch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = refusal("org/name")
+    assert "config.json is not in the hub's cache here, and HF_HUB_OFFLINE is set" in found
+
+
+def test_weights_that_the_hub_does_not_give_are_told_of(tmp_path, monkeypatch):
+    """The configuration is in the cache, and the network is gone."""
+    snapshot = tmp_path / "cache/models--org--name/snapshots" / (40 * "a")
+    kl(2).save_pretrained(snapshot)
+    (snapshot / WHOLE).unlink()
+    (tmp_path / "cache/models--org--name/refs").mkdir()
+    (tmp_path / "cache/models--org--name/refs/main").write_text(40 * "a")
+    at(f"http://127.0.0.1:{free_port()}", tmp_path, monkeypatch)
+    words = (
+        r"as a diffusers AutoencoderKL: the hub \(.*\) cannot be reached .* a file of its weights is not in its cache"
+    )
+    assert re.search(words, refusal("org/name"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "a file of its weights is not in the hub's cache here, and HF_HUB_OFFLINE is set" in refusal("org/name")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,15 +13,20 @@ import torch
 import webdataset
 
 from data_prep import verify
+from eval import sample
+from eval.generate import resolve
 from helpers.small_shards import DIGITS, flip, sequence, stream, write_latents
 from moe_dit.data import Latents, ShardReader, batches, check_manifest, make_order, training_inputs
 from moe_dit.data.index import ensure_index, index_name
+from moe_dit.data.inputs import check_guidance, untrained_labels
 from moe_dit.data.loader import TrainingSamples, workers_for
 from moe_dit.data.order import FullOrder, WindowOrder, window_for
 from moe_dit.manifest import read_manifest
 from moe_dit.recipe_file import load_recipe
+from moe_dit.recipe_file import names as recipe_names
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.ranks import World
+from moe_dit.train import _check as check_training
 
 
 @pytest.fixture
@@ -151,6 +156,63 @@ def test_damage_of_the_same_size_is_found_when_read(copy):
 def test_shards_that_do_not_fit_the_recipe(latents, overrides, line):
     with pytest.raises(InputError, match=line):
         check_manifest(read_manifest(latents), load_recipe("digits", overrides))
+
+
+@pytest.mark.parametrize(
+    ("labels", "line"),
+    [
+        (10, None),
+        (11, "has 10 classes, and model.num_classes is 11: label 10 is never trained, and sampling draws from all 11"),
+        (1000, "has 10 classes, and model.num_classes is 1000: labels 10 to 999 are never trained, and sampling draws"),
+    ],
+)
+def test_labels_that_no_shard_holds_are_told_of(latents, labels, line):
+    recipe, manifest = load_recipe("digits", [f"model.num_classes={labels}"]), read_manifest(latents)
+    check_manifest(manifest, recipe)
+    said = untrained_labels(manifest, recipe)
+    assert said is None if line is None else f"{latents} {line}" in said
+    assert line is None or said.endswith("--set model.num_classes=10 leaves the others out")
+
+
+UNTRAINED = "flow.label_dropout=0"
+
+
+@pytest.mark.parametrize("flags", [[], ["--cfg-scale", "0"], ["--cfg-scale", "1.5", "--cfg-interval", "0", "0.5"]])
+def test_samples_are_not_guided_by_a_null_class_that_was_never_trained(flags):
+    parser = sample.Parser("", "")
+    sample.add_sampling_arguments(parser)
+    given = parser.parse_args(["--model", "none", "--num", "4", *flags])
+    assert resolve(given, load_recipe("digits_pixels")).labels == "balanced"
+    with pytest.raises(InputError, match=r"^guidance of cfg_scale .* flow\.label_dropout 0; give --cfg-scale 1$"):
+        resolve(given, load_recipe("digits_pixels", [UNTRAINED]))
+    given.cfg_scale = 1.0
+    assert resolve(given, load_recipe("digits_pixels", [UNTRAINED])).cfg_scale == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused"),
+    [
+        ([], False),  # it only trains
+        (["looks.every=5", "looks.samples=0"], False),  # nor does a held-out loss sample
+        (["looks.every=5"], True),
+        (["looks.every=5", "looks.samples=0", "looks.score_samples=9", "looks.reference=x"], True),
+        (["looks.every=5", "sampling.cfg_scale=1"], False),
+        (["looks.every=5", "initial_weights=x"], False),  # which may have a trained one
+    ],
+)
+def test_looks_are_not_guided_by_a_null_class_that_is_never_trained(latents, overrides, refused):
+    recipe = load_recipe("digits", [f"data.path={latents}", *overrides, UNTRAINED])
+    if refused:
+        with pytest.raises(InputError, match=r"flow\.label_dropout 0; --set sampling\.cfg_scale=1, or leave looks"):
+            check_training(recipe, "ds_configs/zero1_ep1.json")
+    else:
+        check_training(recipe, "ds_configs/zero1_ep1.json")
+
+
+def test_every_recipe_s_samples_can_be_guided():
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        check_guidance(recipe, recipe.sampling.cfg_scale, "")
 
 
 def test_the_manifest_counts(latents):

@@ -1,11 +1,14 @@
-"""Shards behind a real HTTP server that fails, stops, lies and goes away."""
+"""Shards behind a real HTTP server that fails, refuses, stops, lies and goes away."""
 
+import gc
 import hashlib
 import json
 import os
+import re
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +18,7 @@ from helpers.server import Server, serving
 from moe_dit.data import ShardReader
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
-from moe_dit.store import RemoteFolder, cache_folder, is_remote
+from moe_dit.store import RemoteFolder, RemotePath, cache_folder, is_remote
 
 
 @pytest.fixture
@@ -82,6 +85,94 @@ def test_a_server_that_stays_away_is_one_line(files, tmp_path):
     assert "\n" not in str(error.value)
     assert kept.read_bytes() == (folder / "0.tar").read_bytes() and remote.fetch(*listed[0]) == kept
     assert [path.name for path in (tmp_path / "cache").glob("[!.]*")] == ["0.tar"]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The waits for servers, in seconds, which take no time here."""
+    waited = []
+    clock = SimpleNamespace(sleep=waited.append, monotonic=lambda: sum(waited), time=time.time)
+    monkeypatch.setattr("moe_dit.store.time", clock)
+    return waited
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What is said meanwhile."""
+    lines = []
+    monkeypatch.setattr("moe_dit.store.say", lines.append)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (429, {"Retry-After": "7"}),
+        (503, {"Retry-After": "7"}),
+        # By the server's clock, which is years behind.
+        (429, {"Date": "Tue, 15 Nov 2016 08:12:31 GMT", "Retry-After": "Tue, 15 Nov 2016 08:12:38 GMT"}),
+    ],
+    ids=["429", "503", "a date"],
+)
+def test_a_server_that_refuses_for_now_is_asked_again_when_it_says(files, tmp_path, waits, told, status, headers):
+    folder, listed = files
+    with serving(folder) as server:
+        server.refusal, server.refusals = (status, headers), 2  # fsspec asks twice for what a file is
+        remote = RemoteFolder(server.url, tmp_path / "cache", patience=30)
+        assert remote.fetch(*listed[0]).read_bytes() == (folder / "0.tar").read_bytes()
+    assert len(waits) == 1 and 7 <= waits[0] <= 9
+    phrase = {429: "429 Too Many Requests", 503: "503 Service Unavailable"}[status]
+    first = f"{server.url} refuses for now ({phrase}); trying again in 7 s, as it asks, for up to 30 s"
+    assert told == [first, f"{server.url} is back"]
+
+
+@pytest.mark.parametrize("asked", ["31", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_server_that_asks_for_more_than_the_patience_is_one_line_at_once(files, tmp_path, waits, asked):
+    folder, listed = files
+    with serving(folder) as server:
+        server.refusal, server.refusals = (429, {"Retry-After": asked}), 1000
+        with pytest.raises(InputError, match=r"/0\.tar cannot be read") as error:
+            RemoteFolder(server.url, tmp_path / "cache", patience=30).fetch(*listed[0])
+    told = r"refuses for now \(429 Too Many Requests\) and asks for .* s without requests, .*30 s.*MOE_DIT_PATIENCE"
+    assert re.search(told, str(error.value)) and waits == []
+
+
+@pytest.mark.parametrize("asked", [None, "0", "soon"])
+def test_a_refusal_that_lasts_is_told_as_one(files, tmp_path, waits, told, asked):
+    """Not as a server that does not answer; and asked again now and then, not all the time."""
+    folder, listed = files
+    with serving(folder) as server:
+        server.refusal, server.refusals = (429, {} if asked is None else {"Retry-After": asked}), 1000
+        with pytest.raises(InputError, match=r"0\.tar cannot be read, tried for \d+ s: 429 Too Many Requests"):
+            RemoteFolder(server.url, tmp_path / "cache", patience=30).fetch(*listed[0])
+    assert len(told) == 1 and "refuses for now (429 Too Many Requests)" in told[0]
+    assert 20 < sum(waits) < 38 and len(waits) < 12
+
+
+def test_a_server_that_fails_is_told_as_one(files, tmp_path, waits, told):
+    folder, listed = files
+    with serving(folder) as server:
+        server.refusal, server.refusals = (500, {}), 1000
+        with pytest.raises(InputError, match=r"tried for \d+ s: 500 Internal Server Error"):
+            RemoteFolder(server.url, tmp_path / "cache", patience=30).fetch(*listed[0])
+    assert len(told) == 1 and " fails (500 Internal Server Error); trying again for up to 30 s" in told[0]
+
+
+@pytest.mark.parametrize("methods", [("HEAD", "GET"), ("GET",)])
+@pytest.mark.parametrize(
+    ("status", "said"), [(403, "may not be read: 403 Forbidden"), (404, "is missing on the server")]
+)
+@pytest.mark.parametrize("parts", [False, True])
+def test_what_no_wait_would_cure_is_said_at_once(files, tmp_path, waits, capfd, methods, status, said, parts):
+    """Of whatever request; and no connection is left, of which aiohttp would complain on stderr."""
+    folder, listed = files
+    with serving(folder) as server:
+        server.refusal, server.refusals, server.refused = (status, {}), 1000, methods
+        remote = RemoteFolder(server.url, tmp_path / "cache", patience=30)
+        with pytest.raises(InputError, match=rf"/0\.tar {said}"):
+            RemotePath(remote, "0.tar").open().read(10) if parts else remote.fetch(*listed[0])
+        gc.collect()
+    assert waits == [] and capfd.readouterr().err == ""
 
 
 def test_a_server_that_lies_is_one_line(files, tmp_path):
