@@ -11,6 +11,7 @@ from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.reading import open_file
 
 EXTENSIONS = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -63,6 +64,15 @@ def load_image(file: str | Path | bytes, size: int) -> Image.Image:
         what = "an image" if isinstance(file, bytes) else f"the image {file}"
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(f"cannot read {what}: {reason}") from error
+
+
+def is_image(path: str | Path) -> bool:
+    """Whether a file is an image by its content, whatever its name."""
+    try:
+        with open_file(path) as opened, Image.open(opened, formats=FORMATS):
+            return True
+    except Exception:  # decoders raise whatever they meet
+        return False
 
 
 def list_images(folder: str | Path) -> tuple[list[str], list[int], list[str]]:

@@ -61,7 +61,7 @@ def test_a_look_asks_for_few_shapes(alone, digits, tmp_path, name, sizes):
     else:
         settings += [f"data.vae={digits / 'vae'}", f"data.latent_scale={read_manifest(data).scale}"]
     recipe = load_recipe(name, settings)
-    looks = Looks(recipe, tmp_path, torch.device("cpu"), 8)
+    looks = Looks(recipe, tmp_path, torch.device("cpu"), 8, read_manifest(data).classes)
     found, seen = [], []
     plain, model, flow = one_rank(recipe).eval(), one_rank(recipe).eval(), build_flow(recipe)
     compile_blocks(model, backend=counting(found))
