@@ -137,12 +137,12 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def check_alone(folder: Path, some: Sequence[Path], others: Sequence[Path], what: str) -> None:
-    """Raise InputError where a folder holds images of two kinds (``what`` names the first): both may be meant."""
+    """Raise InputError where a folder holds images of two kinds, of which ``what`` names the first: are all meant?"""
     if some and others:
         first, other = (os.path.relpath(paths[0], folder) for paths in (some, others))
         raise InputError(
-            f"{folder} holds {len(some)} images {what} ({first}) and {len(others)} others ({other}); it should hold "
-            "those alone that are meant"
+            f"{folder} holds {len(some)} image{'s' * (len(some) > 1)} {what} ({first}) and {len(others)} "
+            f"other{'s' * (len(others) > 1)} ({other}); move away those that are not meant"
         )
 
 
