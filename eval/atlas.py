@@ -6,6 +6,7 @@ seed) alone; only DiffMoE's experts choose among the samples of a batch, so that
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import nn
 from eval.atlas_file import Atlas, entropy_bits, is_atlas, save_atlas, shares
 from eval.sample_folder import model_fingerprint
 from moe_dit.build import to_compute
+from moe_dit.classes import are_numbers, labels_among, model_classes, translated
 from moe_dit.data import Latents, ShardReader, TrainingSamples, check_manifest, training_inputs
 from moe_dit.export import load_export
 from moe_dit.flow import build_flow
@@ -122,7 +124,15 @@ class Recorder:
 
 @torch.no_grad()
 def make_atlas(
-    model: nn.Module, recipe: Recipe, manifest: Manifest, *, samples: int, times: int, seed: int, batch: int
+    model: nn.Module,
+    recipe: Recipe,
+    manifest: Manifest,
+    classes: Sequence[str] | None = None,
+    *,
+    samples: int,
+    times: int,
+    seed: int,
+    batch: int,
 ) -> Atlas:
     """Run a model on real samples and count its choices.
 
@@ -130,6 +140,7 @@ def make_atlas(
         model: ready to compute with (moe_dit.build.to_compute).
         recipe: the model's.
         manifest: of shards that fit it.
+        classes: the names of the model's classes, by which those of the shards are taken; None: their labels are.
         samples: positions [0, samples) of a run with this seed.
         times: equal parts of [0, 1], of which the middles are taken.
         seed: of order, latent draws and noise.
@@ -142,6 +153,10 @@ def make_atlas(
         InputError: the shards do not fit the recipe or cannot be read, or the model is dense.
     """
     check_manifest(manifest, recipe)
+    names, places = manifest.classes, None
+    if classes is not None:
+        places = labels_among(names, classes, f"the shards {manifest.place}", "the model")
+        names = list(classes) if places is not None or are_numbers(names) else names
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Layer)}
     if not layers:
         raise InputError(f"the model of recipe {recipe.name} is dense; an atlas is of mixture-of-experts layers")
@@ -153,15 +168,14 @@ def make_atlas(
     latents = Latents.of(recipe, manifest)
     flow = build_flow(recipe)
     middles = (np.arange(times) + 0.5) / times
-    samples_by_class = torch.zeros(len(manifest.classes), dtype=torch.int64)
+    samples_by_class = torch.zeros(len(names), dtype=torch.int64)
     with (
-        Recorder(layers, side, times, len(manifest.classes), device) as recorder,
+        Recorder(layers, side, times, len(names), device) as recorder,
         task("routing atlas", samples * times) as progress,
     ):
         for start in range(0, samples, batch):
             read = reader.__getitems__(list(range(start, min(start + batch, samples))))
-            if isinstance(read, InputError):
-                raise read
+            read["y"] = translated(read["y"], places)
             samples_by_class += read["y"].bincount(minlength=len(samples_by_class))
             inputs = training_inputs(recipe, {key: value.to(device) for key, value in read.items()}, latents)
             x = inputs["x"]
@@ -182,7 +196,7 @@ def make_atlas(
         times=middles,
         samples_by_class=samples_by_class.numpy(),
         layers=np.array(list(layers)),
-        classes=np.array(manifest.classes),
+        classes=np.array(names),
         settings={"samples": samples, "seed": seed, "batch": batch, "choice": choice},
     )
 
@@ -209,9 +223,10 @@ def main() -> None:
     check_new_file(args.out, is_atlas)
     model, recipe = load_export(args.model)
     manifest = read_manifest(args.data)
+    classes = model_classes(args.model)
     settings = {"samples": args.samples, "times": args.times, "seed": args.seed, "batch": args.batch}
     try:
-        atlas = make_atlas(to_compute(model, recipe, ranks.device()), recipe, manifest, **settings)
+        atlas = make_atlas(to_compute(model, recipe, ranks.device()), recipe, manifest, classes, **settings)
     except torch.OutOfMemoryError:
         raise InputError(f"--batch {args.batch} does not fit into the GPU's memory; give a smaller one") from None
     settings = {"model": str(args.model), "model_sha256": model_fingerprint(args.model), "data": str(args.data)}

@@ -35,6 +35,8 @@ from moe_dit.store import SILENCE
 
 PUBLISHED_INCEPTION = "6726825d"  # start of the SHA-256 of the weights, the TensorFlow ones of 2015-12-05
 FIT_IMAGES = 20_000  # a bigger reference is thinned to about this many for the fit
+ENOUGH = 1000  # images of which no tenth may be unreadable
+LISTED = 100  # of unreadable ones that are named
 KEPT = 10_000  # real images whose features are kept, as ADM's reference has for precision and recall (arXiv:2105.05233)
 
 
@@ -289,17 +291,14 @@ class Survey:
         rows: arrays of KEPT evenly spaced images at most, by name.
         count: images; None: a file does not tell.
         of_file: whether they were read from a file.
+        unreadable: what :func:`told` says of images that were left out; None where there were none.
     """
 
     moments: dict[str, Moments]
     rows: dict[str, torch.Tensor]
     count: int | None
     of_file: bool = False
-
-
-def cut(images: Sequence[ImageFile]) -> list[Sequence[ImageFile]]:
-    """Images in batches of BATCH, the last one smaller, which the ranks share."""
-    return [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+    unreadable: dict[str, Any] | None = None
 
 
 def evenly(count: int) -> torch.Tensor:
@@ -307,61 +306,126 @@ def evenly(count: int) -> torch.Tensor:
     return torch.linspace(0, count - 1, min(KEPT, count), dtype=torch.float64).round().long()
 
 
-def extract(extractor: Extractor, images: Sequence[ImageFile], size: int, description: str) -> Features | None:
-    """The features of images, read at size x size by all ranks; on rank 0, None elsewhere."""
-    found = _over(extractor, images, size, description, lambda arrays, start: arrays)
-    if found is None:
+def extract(
+    extractor: Extractor,
+    images: Sequence[ImageFile],
+    size: int,
+    description: str,
+    unread: dict[int, str] | None = None,
+) -> Features | None:
+    """The features of images, read at size x size by all ranks; on rank 0, None elsewhere.
+
+    Args:
+        extractor: makes them.
+        images: to read.
+        size: their side.
+        description: what is shown of the work.
+        unread: gets the place and the reason of each image that cannot be read, on every rank; None: that is an error.
+    """
+    arrays = _over(extractor, images, size, description, lambda arrays, indices: (indices, arrays), unread)
+    if arrays is None:
         return None
-    return Features({name: torch.cat([part[name] for part in found]) for name in found[0]}, labels_of(images))
+    return Features(arrays, labels_of([image for i, image in enumerate(images) if i not in (unread or {})]))
 
 
-def survey(extractor: Extractor, images: Sequence[ImageFile], size: int, description: str) -> Survey | None:
-    """What is kept of real images, read at size x size by all ranks; on rank 0, None elsewhere."""
+def survey(
+    extractor: Extractor,
+    images: Sequence[ImageFile],
+    size: int,
+    description: str,
+    unread: dict[int, str] | None = None,
+) -> Survey | None:
+    """What is kept of real images, read at size x size by all ranks; on rank 0, None elsewhere.
+
+    Those that cannot be read are left out, and ``unread`` gets them, as in :func:`extract`.
+    """
+    unread = {} if unread is None else unread
     chosen = torch.zeros(len(images), dtype=torch.bool)
     chosen[evenly(len(images))] = True
     sums: dict[str, Sums] = {}
 
-    def count(arrays: dict[str, torch.Tensor], start: int) -> dict[str, torch.Tensor]:
-        rows = chosen[start : start + BATCH]
+    def count(arrays: dict[str, torch.Tensor], indices: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        kept = chosen[indices]
         there = SPACES.keys() & arrays.keys()
         for name in there:
             if name not in sums:
                 sums[name] = Sums(arrays[name].shape[1], extractor.device)
             sums[name].add(arrays[name])
-        return {name: arrays[name][rows] for name in there if SPACES[name].rows}
+        return indices[kept], {name: arrays[name][kept] for name in there if SPACES[name].rows}
 
-    found = _over(extractor, images, size, description, count)
+    rows = _over(extractor, images, size, description, count, unread)
+    if unread and len(images) > KEPT:  # those that are evenly spaced are others
+        left = [image for i, image in enumerate(images) if i not in unread]
+        again = extract(extractor, [left[i] for i in evenly(len(left)).tolist()], size, f"{description}, again", {})
+        rows = None if rows is None or again is None else {name: again.arrays[name] for name in rows}
     mine = {name: (part.n, part.first.cpu(), part.second.cpu()) for name, part in sums.items()}
     everyone = ranks.gathered(mine)
-    if found is None or everyone is None:
+    if rows is None or everyone is None:
         return None
     totals: dict[str, Moments] = {}
-    for name in found[0] | mine:
+    for name in SPACES:
         parts = [theirs[name] for theirs in everyone if name in theirs]
+        if not parts:
+            continue
         whole = Sums(0)
         whole.n, whole.first, whole.second = (sum(part[i] for part in parts) for i in range(3))
         totals[name] = whole.moments()
-    return Survey(totals, {name: torch.cat([part[name] for part in found]) for name in found[0]}, len(images))
+    return Survey(totals, rows, len(images) - len(unread), unreadable=told(images, unread))
 
 
-def _over(extractor: Extractor, images: Sequence[ImageFile], size: int, description: str, keep: Any) -> Any:
-    """``keep(arrays, index of the first)`` of each batch, in order, on rank 0; None elsewhere. Ranks share batches."""
+def _over(
+    extractor: Extractor,
+    images: Sequence[ImageFile],
+    size: int,
+    description: str,
+    keep: Any,
+    unread: dict[int, str] | None,
+) -> dict[str, torch.Tensor] | None:
+    """What ``keep(arrays, indices int64 [N])`` keeps of each batch, indices and arrays, in the order of the images.
+
+    On rank 0; None elsewhere. Ranks share batches. Without an image that cannot be read, those of one rank would be the
+    same: what is left moves up.
+    """
     world = ranks.world()
-    batches = cut(images)
-    mine = world.share(len(batches))
-    found = {}
+    mine = [i for k in world.share(-(-len(images) // BATCH)) for i in range(len(images))[k * BATCH : (k + 1) * BATCH]]
+    broken: dict[int, str] | None = None if unread is None else {}
+    found: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
     with task(description, len(images), unit="images") as progress:
-        for k, batch in zip(mine, read_batches([batches[k] for k in mine], size), strict=True):
-            # Batches of one size: kernels chosen by it decide the last bits of a feature.
-            missing = len(batches[0]) - len(batch)
+        for places, batch in read_batches([images[i] for i in mine], size, broken):
+            # Batches of one size: kernels chosen by it decide the last bits of a feature. Of one batch it is its own.
+            whole = not found and len(mine) == len(images)
+            missing = 0 if whole else BATCH - len(batch)
             filled = torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)]) if missing else batch
-            found[k] = keep({name: array[: len(batch)] for name, array in extractor(filled).items()}, k * BATCH)
-            progress.advance(sum(map(len, batches[k : k + world.size])))  # the other ranks do as much meanwhile
-    everyone = ranks.gathered(found)
+            arrays = {name: array[: len(batch)] for name, array in extractor(filled).items()}
+            found.append(keep(arrays, torch.tensor([mine[place] for place in places])))
+            # The other ranks do as much meanwhile.
+            progress.advance(min(world.size * len(batch), len(images) - progress.done))
+    everyone = ranks.gathered((found, {mine[place]: reason for place, reason in (broken or {}).items()}))
+    if unread is not None:
+        all_broken = {i: reason for _, theirs in everyone or () for i, reason in theirs.items()}
+        unread |= ranks.from_rank_0(lambda: _leave_out(images, all_broken, description))
     if everyone is None:
         return None
-    whole = {k: part for theirs in everyone for k, part in theirs.items()}
-    return [whole[k] for k in range(len(batches))]
+    parts = [part for theirs, _ in everyone for part in theirs]
+    order = torch.cat([indices for indices, _ in parts]).argsort()
+    return {name: torch.cat([arrays[name] for _, arrays in parts])[order] for name in parts[0][1]}
+
+
+def _leave_out(images: Sequence[ImageFile], unread: dict[int, str], description: str) -> dict[int, str]:
+    """Tell of images that cannot be read, by their place; InputError where they are too many."""
+    if unread:
+        line = f"{description}: {len(unread)} of {len(images)} images cannot be read"
+        first = unread[min(unread)]
+        if len(images) - len(unread) < 2 or (len(images) >= ENOUGH and 10 * len(unread) > len(images)):
+            raise InputError(f"{line}, too many to go on without them; the first: {first}")
+        say(f"{line} and are left out; the first: {first}")
+    return unread
+
+
+def told(images: Sequence[ImageFile], unread: dict[int, str]) -> dict[str, Any] | None:
+    """Images that could not be read as a result tells them: how many, and the first ones by name; None for none."""
+    some = [{"image": images[i].name, "reason": unread[i]} for i in sorted(unread)[:LISTED]]
+    return {"count": len(unread), "first": some} if unread else None
 
 
 # --- the fitted classifier --------------------------------------------------------------------------------------------
@@ -382,7 +446,11 @@ def fit(images: Sequence[ImageFile], size: int) -> FittedCNN:
             f"the reference images in {images[0].file.parent} have no labels, so no classifier can be fitted to them; "
             "put them in class folders, or give --inception FILE.pth"
         )
-    x = torch.cat(list(read_batches(cut(images), size)))
+    unread: dict[int, str] = {}
+    batches = [batch for _, batch in read_batches(images, size, unread)]
+    _leave_out(images, unread, "images to fit a classifier to")
+    x = torch.cat(batches)
+    y = y[torch.tensor([i not in unread for i in range(len(y))])]
     position_in_class = torch.zeros_like(y)
     for label in y.unique():
         position_in_class[y == label] = torch.arange(int((y == label).sum()))

@@ -9,7 +9,8 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from data_prep.images import (
     check_pixels,
     decoding,
     exif_orientation,
+    is_image,
     list_images,
     open_image,
     read_picture,
@@ -58,15 +60,32 @@ class ImageFile:
     length: int = -1
     raw: tuple[int, int] | None = None
 
+    @property
+    def name(self) -> str:
+        """What it is called, for people."""
+        return str(self.file) if self.length < 0 else f"{self.file}, at byte {self.offset}"
+
+
+class Images(list[ImageFile]):
+    """Images in one fixed order.
+
+    Attributes:
+        classes: the names of their classes in the order of the labels; None where nobody tells them.
+    """
+
+    def __init__(self, images: Iterable[ImageFile] = (), classes: Sequence[str] | None = None):
+        super().__init__(images)
+        self.classes = classes
+
 
 # --- lists ------------------------------------------------------------------------------------------------------------
 
 
-def any_images(path: Path) -> list[ImageFile]:
+def any_images(path: Path) -> Images:
     """List the images at a path, in one fixed order; none where there are none.
 
     Raises:
-        InputError: it cannot be listed, or holds something else.
+        InputError: it cannot be listed, holds something else, or images of which it is not clear that all are meant.
     """
     if path.suffix == ".npz":
         return _array_images(path)
@@ -75,7 +94,7 @@ def any_images(path: Path) -> list[ImageFile]:
     return _folder_images(path)
 
 
-def reference_images(path: Path) -> list[ImageFile]:
+def reference_images(path: Path) -> Images:
     """List real images: :func:`any_images`, at least one.
 
     Raises:
@@ -90,30 +109,65 @@ def reference_images(path: Path) -> list[ImageFile]:
 
 
 def sample_images(folder: Path) -> list[ImageFile]:
-    """List a sample folder's images by index: files named 000123_7.png (index, label)."""
-    found = []
-    for file in folder.iterdir() if os.path.isdir(folder) else ():
+    """List a sample folder's images by index: files named 000123_7.png (index, label).
+
+    Raises:
+        InputError: there are two of an index.
+    """
+    found: dict[int, ImageFile] = {}
+    for file in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
         if match := re.fullmatch(r"(\d+)_(\d+)\.png", file.name):
-            found.append((int(match[1]), ImageFile(file, int(match[2]))))
-    return [image for _, image in sorted(found, key=lambda pair: pair[0])]
+            image = found.setdefault(int(match[1]), ImageFile(file, int(match[2])))
+            if image.file != file:
+                raise InputError(
+                    f"{folder} holds two samples of index {int(match[1])}, {image.file.name} and {file.name}; remove "
+                    "the one that is not meant"
+                )
+    return [found[index] for index in sorted(found)]
 
 
-def _folder_images(folder: Path) -> list[ImageFile]:
+def listed(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images, told by their content where their names do not, and the folders in a folder; no hidden ones.
+
+    Raises:
+        InputError: it cannot be listed.
+    """
     try:
-        entries = sorted(folder.iterdir())
+        entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
     except OSError as error:
         raise InputError(f"cannot list {folder}: {error.strerror}") from None
-    if any(os.path.isdir(entry) and not entry.name.startswith(".") for entry in entries):
-        paths, labels, _ = list_images(folder)
-        return [ImageFile(Path(path), label) for path, label in zip(paths, labels, strict=True)]
-    return [
-        ImageFile(file, None)
-        for file in entries
-        if file.name.lower().endswith(EXTENSIONS) and not file.name.startswith(".")
-    ]
+    folders = [entry for entry in entries if os.path.isdir(entry)]
+    files = sorted(set(entries) - set(folders))
+    return [file for file in files if file.name.lower().endswith(EXTENSIONS) or is_image(file)], folders
 
 
-def _shard_images(folder: Path) -> list[ImageFile]:
+def images_below(folder: Path) -> list[Path]:
+    """The images of a folder and of those in it; links to other folders are not followed."""
+    images, folders = listed(folder)
+    return images + [image for inside in folders if not inside.is_symlink() for image in images_below(inside)]
+
+
+def check_alone(folder: Path, some: Sequence[Path], others: Sequence[Path], what: str) -> None:
+    """Raise InputError where a folder holds images of two kinds, of which ``what`` names the first: are all meant?"""
+    if some and others:
+        first, other = (os.path.relpath(paths[0], folder) for paths in (some, others))
+        raise InputError(
+            f"{folder} holds {len(some)} image{'s' * (len(some) > 1)} {what} ({first}) and {len(others)} "
+            f"other{'s' * (len(others) > 1)} ({other}); move away those that are not meant"
+        )
+
+
+def _folder_images(folder: Path) -> Images:
+    own, folders = listed(folder)
+    if not own and folders:
+        paths, labels, classes = list_images(folder)
+        found = (ImageFile(Path(path), label) for path, label in zip(paths, labels, strict=True))
+        return Images(found, classes)
+    check_alone(folder, own, [image for inside in folders for image in images_below(inside)], "of its own")
+    return Images(ImageFile(file, None) for file in own)
+
+
+def _shard_images(folder: Path) -> Images:
     manifest = read_manifest(folder)
     if manifest.kind != "pixels":
         raise InputError(
@@ -126,16 +180,16 @@ def _shard_images(folder: Path) -> list[ImageFile]:
         members = reader.members(index)
         offset, length = members.place("image")
         images.append(ImageFile(members.path, members.label(), offset, length))
-    return images
+    return Images(images, manifest.classes)
 
 
-def _array_images(file: Path) -> list[ImageFile]:
+def _array_images(file: Path) -> Images:
     """Of arr_0, uint8 [N, H, W, 3], and labels arr_1 where there are some, as ADM's sampler writes them."""
     try:
         with open_file(file) as opened, zipfile.ZipFile(opened) as members:
             names = set(members.namelist())
             if "arr_0.npy" not in names:
-                return []
+                return Images()
             info = members.getinfo("arr_0.npy")
             with members.open(info) as array:
                 old = np.lib.format.read_magic(array) == (1, 0)
@@ -157,10 +211,10 @@ def _array_images(file: Path) -> list[ImageFile]:
         opened.seek(info.header_offset + 26)
         name, extra = np.frombuffer(opened.read(4), "<u2").tolist()
     start, size = info.header_offset + 30 + name + extra + header, shape[1] * shape[2] * 3
-    return [
+    return Images(
         ImageFile(file, None if labels is None else int(labels[i]), start + i * size, size, shape[1:3])
         for i in range(shape[0])
-    ]
+    )
 
 
 def fingerprint(images: Sequence[ImageFile]) -> str:
@@ -225,25 +279,41 @@ def image_size(image: ImageFile) -> tuple[int, int]:
         raise _unreadable(image.file) from None
 
 
-def check_sizes(folder: Path, images: Sequence[ImageFile]) -> int:
+def check_sizes(folder: Path, images: Sequence[ImageFile], strict: bool = True) -> int:
     """The side that all images have.
 
+    Args:
+        folder: for messages.
+        images: at least one.
+        strict: refuse those that are no whole images, so far as the ends of a file tell; else they are passed over.
+
     Raises:
-        InputError: they are not all of one size, not square, or one is no whole image, so far as the ends of a file
-            tell.
+        InputError: they are not all of one size, not square, or none can be read.
     """
+
+    def look(image: ImageFile) -> tuple[int, int] | InputError:
+        try:
+            return image_size(image)
+        except InputError as error:
+            return error
+
     with ThreadPoolExecutor(WORKERS) as pool:
-        sizes = list(pool.map(image_size, images))
-    for image, size in zip(images, sizes, strict=True):
-        if size != sizes[0]:
-            first, other = (f"{width}x{height}" for width, height in (sizes[0], size))
+        found = list(zip(images, pool.map(look, images), strict=True))
+    sizes = [(image, size) for image, size in found if not isinstance(size, InputError)]
+    for _, error in found if strict or not sizes else ():
+        if isinstance(error, InputError):
+            raise error
+    first, whole = sizes[0]
+    for image, size in sizes:
+        if size != whole:
+            one, other = (f"{width}x{height}" for width, height in (whole, size))
             raise InputError(
-                f"{folder} mixes images of {first} ({images[0].file.name}) and of {other} ({image.file.name}); "
+                f"{folder} mixes images of {one} ({first.file.name}) and of {other} ({image.file.name}); "
                 "the samples of a folder should be of one size"
             )
-    width, height = sizes[0]
+    width, height = whole
     if width != height:
-        raise InputError(f"{folder} holds images of {width}x{height}; samples should be square")
+        raise InputError(f"{folder} holds images of {width}x{height}; they should be square")
     return width
 
 
@@ -257,15 +327,34 @@ def _unreadable(file: Path) -> InputError:
     return InputError(f"{file} holds an image that cannot be read; remove or replace it")
 
 
-def read_batches(batches: Sequence[Sequence[ImageFile]], size: int) -> Iterator[torch.Tensor]:
-    """Read batches of images as uint8 [N, 3, size, size], in order; the next one is read while one is used."""
+def read_batches(
+    images: Sequence[ImageFile], size: int, unread: dict[int, str] | None = None
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Read images in batches of BATCH that can be read, in order; the next one is read while one is used.
+
+    Args:
+        images: to read.
+        size: their side, to which they are scaled and cropped.
+        unread: gets the place and the reason of each that cannot be read, and is left out; None: that is an error.
+
+    Yields:
+        places in ``images``, and uint8 [N, 3, size, size]; the last batch is smaller.
+    """
+    ahead = 2 * BATCH
     with ThreadPoolExecutor(WORKERS) as pool:
-
-        def submit(k: int):
-            return [pool.submit(read_image, image, size) for image in batches[k]] if k < len(batches) else []
-
-        coming = submit(0)
-        for k in range(len(batches)):
-            batch = coming
-            coming = submit(k + 1)
-            yield torch.stack([future.result() for future in batch])
+        coming = deque(pool.submit(read_image, image, size) for image in images[:ahead])
+        places: list[int] = []
+        batch: list[torch.Tensor] = []
+        for place in range(len(images)):
+            if place + ahead < len(images):
+                coming.append(pool.submit(read_image, images[place + ahead], size))
+            try:
+                batch.append(coming.popleft().result())
+                places.append(place)
+            except InputError as error:
+                if unread is None:
+                    raise
+                unread[place] = str(error)
+            if len(batch) == BATCH or (batch and place + 1 == len(images)):
+                yield places, torch.stack(batch)
+                places, batch = [], []

@@ -1,5 +1,6 @@
 """Samples beside real images: some of their class, and those of it that are nearest to them in a network's features."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from eval.features import extract
 from eval.images import ImageFile, check_sizes, read_image, reference_images, sample_images
 from eval.protocols import PROTOCOLS
 from eval.reference import make_extractor
+from moe_dit.classes import are_numbers, unnamed
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError
 
@@ -23,24 +25,29 @@ class Comparison:
 
     Attributes:
         label: the class.
+        name: of the class, or its label.
         sample: what was made.
         real: evenly spaced ones.
         nearest: by the distance of features, the nearest first.
     """
 
     label: int
+    name: str
     sample: np.ndarray
     real: list[np.ndarray]
     nearest: list[np.ndarray]
 
 
-def comparisons(samples: Path, real: Path, inception: str | None) -> list[Comparison]:
+def comparisons(
+    samples: Path, real: Path, inception: str | None, classes: Sequence[str] | None = None
+) -> list[Comparison]:
     """Compare the first samples of SHOWN classes.
 
     Args:
         samples: a folder of eval.sample.
         real: labelled images, those that were trained on.
         inception: weights of the network whose features are compared; None: a classifier is fitted to ``real``.
+        classes: the names of the samples' classes, by which those of the real images are taken; None: their labels are.
 
     Raises:
         InputError: there are no samples, or no labelled real images of their classes.
@@ -49,9 +56,10 @@ def comparisons(samples: Path, real: Path, inception: str | None) -> list[Compar
     if not made:
         raise InputError(f"{samples} holds no images to compare; eval.sample makes them")
     images = reference_images(real)
+    places, names = _by_name(images.classes, classes)
     by_class: dict[int | None, list[ImageFile]] = {}
     for image in images:
-        by_class.setdefault(image.label, []).append(image)
+        by_class.setdefault(places.get(image.label, image.label), []).append(image)
     chosen: dict[int | None, ImageFile] = {}
     for image in made:
         if image.label in by_class:
@@ -63,11 +71,13 @@ def comparisons(samples: Path, real: Path, inception: str | None) -> list[Compar
         )
     size = check_sizes(samples, list(chosen.values()))
     extractor = make_extractor(PROTOCOLS["fidelity"], inception, None, images, size, ranks.device())
-    candidates = [image for label in chosen for image in by_class[label]]
+    labelled = [(label, image) for label in chosen for image in by_class[label]]
+    unread: dict[int, str] = {}
     ours = extract(extractor, list(chosen.values()), size, "features of some samples")
-    theirs = extract(extractor, candidates, size, "features of real images")
+    theirs = extract(extractor, [image for _, image in labelled], size, "features of real images", unread)
     assert ours is not None and theirs is not None
-    labels = torch.tensor([image.label for image in candidates])
+    labelled = [one for i, one in enumerate(labelled) if i not in unread]
+    labels = torch.tensor([label for label, _ in labelled])
     found = []
     for k, (label, image) in enumerate(chosen.items()):
         assert label is not None
@@ -75,9 +85,21 @@ def comparisons(samples: Path, real: Path, inception: str | None) -> list[Compar
         away = (theirs.arrays["features"][inside] - ours.arrays["features"][k]).norm(dim=1)
         near = inside[away.argsort()[:BESIDE]].tolist()
         spaced = inside[torch.linspace(0, len(inside) - 1, min(BESIDE, len(inside))).round().long()].tolist()
-        pick = [[_pixels(candidates[i], size) for i in some] for some in (spaced, near)]
-        found.append(Comparison(label, _pixels(image, size), *pick))
+        pick = [[_pixels(labelled[i][1], size) for i in some] for some in (spaced, near)]
+        name = names[label] if label < len(names) else str(label)
+        found.append(Comparison(label, name, _pixels(image, size), *pick))
     return found
+
+
+def _by_name(theirs: Sequence[str] | None, ours: Sequence[str] | None) -> tuple[dict[int | None, int], Sequence[str]]:
+    """What each of their labels is among ours, -1 where it is none; and the names of ours.
+
+    Where not both have names, labels are what they are (an empty dict).
+    """
+    if ours is None or theirs is None or unnamed(theirs, ours):
+        return {}, next((names for names in (ours, theirs) if names is not None and not are_numbers(names)), [])
+    places = {name: label for label, name in enumerate(ours)}
+    return {label: places.get(name, -1) for label, name in enumerate(theirs)}, ours
 
 
 def _pixels(image: ImageFile, size: int) -> np.ndarray:

@@ -19,10 +19,11 @@ import torch
 
 from eval import features
 from eval.arrays import read_arrays
-from eval.features import SPACES, Extractor, Survey, extract, survey
-from eval.images import KINDS, ImageFile, any_images, check_sizes, image_size, reference_images
+from eval.features import SPACES, Extractor, Survey, extract, survey, told
+from eval.images import KINDS, ImageFile, Images, any_images, check_sizes, reference_images
 from eval.metrics import Moments
 from eval.protocols import PROTOCOLS, Protocol
+from moe_dit.classes import are_names, are_numbers, labels_among, lacking
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
@@ -85,6 +86,8 @@ def write_reference(
     if fitted is not None:
         arrays |= {f"{FITTED}{name}": value.cpu().numpy() for name, value in fitted.state_dict().items()}
         described = described | {"classes": fitted.num_classes, "accuracy": fitted.held_out_accuracy}
+    if found.unreadable is not None:
+        described = described | {"unreadable": found.unreadable}
     described = {"format": FORMAT} | described | {"count": found.count, "networks": networks, "protocol": protocol.name}
     with explained(str(file)), new_file(file) as opened:
         np.savez(opened, **arrays, about=np.array(json.dumps(described)))
@@ -128,7 +131,7 @@ def load_statistics(file: Path) -> tuple[Survey, dict[str, Any]]:
             kept = found.get(f"features{ending}")
             if kept is not None and kept.ndim == 2 and kept.shape[1] == len(mu):
                 rows[name] = torch.from_numpy(kept.astype(np.float32))
-    return Survey(totals, rows, described.get("count"), of_file=True), described
+    return Survey(totals, rows, described.get("count"), True, described.get("unreadable")), described
 
 
 def _check_moments(file: Path, mu: np.ndarray, sigma: np.ndarray, ending: str, width: int | None) -> None:
@@ -163,11 +166,12 @@ def fitted_of(file: Path) -> features.FittedCNN | None:
 
 def check_reference(
     reference: Path, inception: str | None, protocol: Protocol
-) -> tuple[Survey | None, dict[str, Any], list[ImageFile]]:
+) -> tuple[Survey | None, dict[str, Any], Images]:
     """Look at a reference, and raise InputError where it cannot serve, as far as that can be known before the work.
 
     Returns:
-        statistics and what they were computed from, where it is a file of them; else None, nothing, and its images.
+        statistics and what they were computed from, where it is a file of them, else None and nothing; and its images,
+        with the names of its classes.
     """
     protocol.check(inception)
     if not is_statistics(reference):
@@ -183,7 +187,34 @@ def check_reference(
         )
     if protocol.spatial and "spatial" not in found.moments:
         raise InputError(f"{reference} lacks mu_s and sigma_s; eval.reference --protocol {protocol.name} makes them")
-    return found, described, []
+    names = described.get("class_names")
+    return found, described, Images(classes=names if are_names(names) else None)
+
+
+def labels_in(
+    reference: Path, classes: Sequence[str] | None, theirs: Sequence[str] | None, fitted: bool
+) -> np.ndarray | None:
+    """What a model's labels are among a reference's (:func:`moe_dit.classes.labels_among`).
+
+    Args:
+        reference: for messages.
+        classes: the names of the model's classes.
+        theirs: of the reference's; None, of either: there is nothing to compare.
+        fitted: whether what compares was fitted to the reference's labels. If not, labels are of no concern, and other
+            classes are told of alone.
+
+    Raises:
+        InputError: labels count, and the reference lacks classes of the model.
+    """
+    if classes is None or theirs is None:
+        return None
+    whose, of = "the model", f"the reference {reference}"
+    places = labels_among(classes, theirs, whose, of) if fitted else None
+    if not are_numbers(classes) and not are_numbers(theirs):
+        for line in (lacking(classes, theirs, whose, of), lacking(theirs, classes, of, whose)):
+            if line is not None:
+                say(line)
+    return places
 
 
 class Reference:
@@ -195,13 +226,13 @@ class Reference:
         protocol: of the scores.
 
     Attributes:
-        images: the real images; none where it is statistics.
+        images: the real images, none where it is statistics; with the names of the reference's classes.
 
     Raises:
         InputError: it cannot serve.
     """
 
-    images: list[ImageFile]
+    images: Images
 
     def __init__(self, path: Path, inception: str | None, protocol: Protocol):
         self.path, self.inception, self.protocol = path, inception, protocol
@@ -209,7 +240,7 @@ class Reference:
 
         def look() -> Any:
             self._statistics, described, images = check_reference(path, inception, protocol)
-            rows = []
+            rows = Images()
             if self._statistics is not None and protocol.neighbours and "features" not in self._statistics.rows:
                 rows = any_images(path)
             fitted = None if inception else fitted_of(path)
@@ -250,10 +281,12 @@ class Reference:
             return survey(extractor, self.images, size, "features of the reference")
         if not self._rows:
             return self._statistics
-        rows = extract(extractor, self._rows, size, "features of the reference's images")
+        unread: dict[int, str] = {}
+        rows = extract(extractor, self._rows, size, "features of the reference's images", unread)
         if rows is None or self._statistics is None:
             return None
-        return replace(self._statistics, rows={"features": rows.arrays["features"]})
+        unreadable = told(self._rows, unread) or self._statistics.unreadable
+        return replace(self._statistics, rows={"features": rows.arrays["features"]}, unreadable=unreadable)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -265,11 +298,8 @@ def image_side(path: Path, images: Sequence[ImageFile], size: int | None) -> int
         return size
     if os.path.exists(path / "manifest.json"):
         return read_manifest(path).sample_shape[-1]
-    first = image_size(images[0])
-    if first[0] != first[1]:
-        raise InputError(f"{path} holds images of {first[0]}x{first[1]}; give the side of their crops with --size")
     try:
-        return check_sizes(path, images)
+        return check_sizes(path, images, strict=False)
     except InputError as error:
         raise InputError(f"{error}; --size crops real images") from None
 
@@ -306,7 +336,7 @@ def main() -> None:
         raise InputError(f"--out {args.out}: it should end in .npz")
     protocol.check(args.inception)
 
-    def prepare() -> tuple[list[ImageFile], int]:
+    def prepare() -> tuple[Images, int]:
         check_new_file(args.out, lambda file: bool(about(file)))
         images = reference_images(args.images)
         if len(images) < 2:
@@ -315,12 +345,15 @@ def main() -> None:
 
     images, size = ranks.from_rank_0(prepare)
     extractor = make_extractor(protocol, args.inception, args.dinov2, images, size, device)
-    found = survey(extractor, images, size, "features of the images")
-    digest = content_hash(images)
+    unread: dict[int, str] = {}
+    found = survey(extractor, images, size, "features of the images", unread)
+    whole = [image for i, image in enumerate(images) if i not in unread]
+    digest = content_hash(whole)
     if found is not None:
         described = {"images": str(args.images), "size": size, "sha256": digest}
+        described |= {"class_names": images.classes} if images.classes else {}
         write_reference(args.out, found, extractor, described, protocol)
-    say(f"{args.out}: {extractor.title} of {len(images)} images at {size}x{size}")
+    say(f"{args.out}: {extractor.title} of {len(whole)} images at {size}x{size}")
 
 
 def make_extractor(

@@ -9,16 +9,20 @@ import io
 import os
 import re
 from bisect import bisect_right
+from contextlib import suppress
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from eval.atlas_file import load_atlas
+from eval.atlas_file import Atlas, load_atlas
 from eval.atlas_page import atlas_parts
 from eval.plots import HALF, WIDTH, bars, heat_map, line_chart
 from eval.published import SAMPLES, published
+from moe_dit.classes import are_numbers, labels_among
 from moe_dit.events import events
 from moe_dit.records import Records, is_number
 from moe_dit.runtime.command import Parser, run
@@ -191,6 +195,7 @@ def report(
     if not steps:
         raise InputError(f"{run_folder}/metrics.jsonl holds no finite loss; the run has diverged from its first step")
     settings, text = _config(run_folder)
+    classes = None if real is None and atlas is None else _classes(run_folder, samples)
     parts = []
     if scores is not None:
         parts.append(section("Scores", "", _scores(scores, str(settings.get("name", "")))))
@@ -208,11 +213,12 @@ def report(
             raise InputError(f"no {grid}; --samples should be a folder that eval.sample finished")
         parts.append(section("Samples", "", f'<img alt="samples" src="{data_uri(grid)}">'))
         if real is not None:
-            parts.append(_beside(samples, real, inception))
+            parts.append(_beside(samples, real, inception, classes))
     parts += _looks(run_folder, records)
     if atlas is not None:
         parts.append(section("Routing atlas", "Which experts the model sends real samples' tokens to.", ""))
-        parts += [section(name, note, _wide(body), heading="h3") for name, note, body in atlas_parts(load_atlas(atlas))]
+        drawn_parts = atlas_parts(_atlas(atlas, classes))
+        parts += [section(name, note, _wide(body), heading="h3") for name, note, body in drawn_parts]
     if text is not None:
         shown = f"<details><summary>config.yaml</summary><pre>{html.escape(text)}</pre></details>"
         parts.append(section("Recipe", "", shown))
@@ -242,6 +248,31 @@ def _config(run_folder: Path) -> tuple[dict[str, Any], str | None]:
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {}, text
+
+
+def _classes(run_folder: Path, samples: Path | None) -> list[str] | None:
+    """The names of the classes of the samples' model, or else of the run's newest checkpoint; None where none says."""
+    from eval.sample_folder import read_settings  # these bring in torch, which a page without them need not wait for
+    from moe_dit.export import checkpoint_classes
+    from moe_dit.lineage import find_checkpoint
+
+    with suppress(InputError):  # a page shows what is left of a run
+        made = read_settings(samples) if samples is not None else None
+        if made is not None and "classes" in made:
+            return made["classes"]
+        checkpoint = find_checkpoint(run_folder)
+        return None if checkpoint is None else checkpoint_classes(checkpoint)
+    return None
+
+
+def _atlas(file: Path, classes: list[str] | None) -> Atlas:
+    """An atlas, which is of these classes where they have names (InputError)."""
+    atlas = load_atlas(file)
+    names = atlas.classes.tolist()
+    if classes is None:
+        return atlas
+    labels_among(names, classes, f"the atlas {file}", "the model of this page")
+    return replace(atlas, classes=np.array(classes[: len(names)])) if are_numbers(names) else atlas
 
 
 def _starts(run_folder: Path) -> list[dict[str, Any]]:
@@ -314,14 +345,17 @@ def _course(records: list[dict[str, Any]]) -> str:
     )
 
 
-def _beside(samples: Path, real: Path, inception: str | None) -> str:
+def _beside(samples: Path, real: Path, inception: str | None, classes: list[str] | None) -> str:
     """Samples beside real images of their class."""
     from eval.neighbours import comparisons  # brings in networks, which a page without it need not wait for
 
     rows = ""
-    for found in comparisons(samples, real, inception):
+    for found in comparisons(samples, real, inception, classes):
         side = max(SMALLEST_SHOWN, min(256, found.sample.shape[0]))
-        kinds = ((f"sample of class {found.label}", [found.sample]), ("real, of its class", found.real))
+        kinds = (
+            (html.escape(f"sample of class {printable(found.name)}"), [found.sample]),
+            ("real, of its class", found.real),
+        )
         figures = ""
         for name, images in (*kinds, ("nearest real ones", found.nearest)):
             shown = "".join(
@@ -399,7 +433,7 @@ def _scores(file: Path, recipe: str) -> str:
     words = f"FID <b>{result['fid']:.4g}</b>{between} of {count}, by {html.escape(str(result['features']))}"
     words += f", protocol {html.escape(str(result.get('protocol', 'fidelity')))}."
     body = f'<p class="score">{words}</p>' + _published(result, sampling, recipe)
-    hidden = ("model_sha256", "vae_sha256", "num", "features", "save")
+    hidden = ("model_sha256", "vae_sha256", "num", "features", "save", "classes")
     how = [(key, str(value)) for key, value in sampling.items() if key not in hidden]
     body += f'<div class="scroll">{_table(rows(result))}</div>'
     if how:

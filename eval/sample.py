@@ -22,7 +22,7 @@ from eval.features import Extractor, FittedCNN, fit, load_fitted, save_fitted
 from eval.generate import Sampling, generate, image_size, labels_for, load_decoder, resolve
 from eval.images import fingerprint, reference_images
 from eval.protocols import PROTOCOLS, Protocol
-from eval.reference import check_reference, fitted_of, is_statistics, make_extractor
+from eval.reference import check_reference, fitted_of, is_statistics, labels_in, make_extractor
 from eval.sample_folder import (
     GRID,
     export_npz,
@@ -37,6 +37,7 @@ from eval.sample_folder import (
     write_image,
 )
 from moe_dit.build import to_compute
+from moe_dit.classes import model_classes
 from moe_dit.export import load_export
 from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
@@ -125,7 +126,7 @@ def sample(args, out: Path, save: str) -> None:
     extractor = None
     protocol = PROTOCOLS[args.protocol]
     if save == "features":
-        from_rank_0(lambda: _check_source(args, protocol))
+        from_rank_0(lambda: _check_source(args, protocol, model_classes(args.model)))
         if args.inception is not None:
             extractor = make_extractor(protocol, args.inception, args.dinov2, [], size, device)
     batch_size = args.batch or usual_batch(args.num, device, model.couples_samples)
@@ -135,6 +136,7 @@ def sample(args, out: Path, save: str) -> None:
         settings |= vars(sampling) | {"cfg_interval": list(sampling.cfg_interval), "save": save}
         settings |= {"vae_sha256": hash_weights(vae) if vae is not None else None, "image_size": size}
         settings |= {"batch": batch_size} if model.couples_samples else {}
+        settings |= {"classes": names} if (names := model_classes(args.model)) else {}
         settings |= {"protocol": protocol.name} if protocol.name != "fidelity" else {}
         open_folder(out, settings | {"features": _source(args, extractor) if save == "features" else None})
 
@@ -242,14 +244,15 @@ def _start_copy(pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
     return copy, arrived
 
 
-def _check_source(args, protocol: Protocol) -> None:
-    """Raise InputError where no features can be made by the flags."""
+def _check_source(args, protocol: Protocol, classes: list[str] | None) -> None:
+    """Raise InputError where no features can be made by the flags, or not of a model of these classes."""
     if args.inception is None and args.reference is None:
         raise InputError("--save features needs --inception FILE.pth, or --reference DIR to fit a classifier to")
     if args.inception is None and is_statistics(args.reference) and fitted_of(args.reference) is None:
         raise InputError(f"no classifier can be fitted to the statistics {args.reference}; give --inception FILE.pth")
     if args.reference is not None:
-        check_reference(args.reference, args.inception, protocol)
+        images = check_reference(args.reference, args.inception, protocol)[2]
+        labels_in(args.reference, classes, images.classes, args.inception is None)
     else:
         protocol.check(args.inception)
 

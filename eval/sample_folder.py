@@ -16,6 +16,7 @@ from torchvision.utils import make_grid
 from eval.arrays import read_arrays
 from eval.features import Features
 from eval.images import BATCH, WORKERS, any_images, ends_as_png, read_image, sample_images
+from moe_dit.classes import are_names, differing
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import explained, new_file, remove_unfinished, write_json
 from moe_dit.runtime.progress import say, task
@@ -56,6 +57,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     kinds = {"num": int, "save": str, "image_size": int, "model_sha256": str}
     found = settings if isinstance(settings, dict) else {}
     wrong = [key for key, kind in kinds.items() if type(found.get(key)) is not kind]
+    wrong += ["classes"] if not are_names(found.get("classes", [""])) else []
     if wrong or found["num"] < 1 or found["image_size"] < 1 or found["save"] not in ("images", "features"):
         what = f": {wrong[0]} is missing or of the wrong kind" if wrong else ""
         raise InputError(f"{file} is not what eval.sample writes{what}; move it away, or sample into another --out")
@@ -72,12 +74,17 @@ def open_folder(out: Path, settings: dict[str, Any]) -> None:
     if before is None:
         _check_free(out)
     else:
-        # Paths may change, as fingerprints tell the model and the VAE; and more samples continue the same ones.
-        differing = [key for key in settings if key not in ("model", "vae", "num") and before.get(key) != settings[key]]
-        if differing:
-            changes = ", ".join(f"{key} was {before.get(key)} and is now {settings[key]}" for key in differing)
-            raise InputError(f"{out} holds samples made otherwise: {changes}; give the same settings or another --out")
-        settings = settings | {"num": max(settings["num"], before["num"])}
+        # Paths may change, as fingerprints tell the model and the VAE; and more samples continue the same ones. Classes
+        # have no names in folders and models of earlier versions.
+        kept = {key: before[key] for key in ("classes",) if key in before}
+        free = {"model", "vae", "num"} if kept else {"model", "vae", "num", "classes"}
+        changes = [key for key in settings if key not in free and before.get(key) != settings[key]]
+        if changes:
+            pairs: dict[str, Any] = {key: (settings[key], before.get(key)) for key in changes}
+            pairs |= {key: differing(*pairs[key]) for key in kept if key in pairs}
+            told = ", ".join(f"{key} was {old} and is now {new}" for key, (new, old) in pairs.items())
+            raise InputError(f"{out} holds samples made otherwise: {told}; give the same settings or another --out")
+        settings = settings | {"num": max(settings["num"], before["num"])} | kept
     with explained(f"samples to {out}"):
         out.mkdir(parents=True, exist_ok=True)
         # The settings first: by them what follows is known to be ours.

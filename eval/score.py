@@ -11,16 +11,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from eval import features, metrics
 from eval.features import SPACES, Extractor, Features, Survey
-from eval.images import BATCH, ImageFile, any_images, check_sizes, sample_images
+from eval.images import BATCH, ImageFile, any_images, check_alone, check_sizes, images_below, sample_images
 from eval.protocols import PROTOCOLS, Protocol
-from eval.reference import Reference
+from eval.reference import Reference, labels_in
 from eval.sample_folder import load_features, read_settings
+from moe_dit.classes import translated
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError
@@ -74,8 +76,7 @@ def _look_at(path: Path, inception: str | None, protocol: Protocol) -> _Given:
         if inception is None:
             given.fitted = features.fitted_state(features.load_fitted(path / "features" / "extractor.pt"))
         return given
-    folder = path / "images" if os.path.isdir(path / "images") else path
-    given.images = sample_images(folder) or _unlabelled(any_images(folder))
+    given.images = _images(path, bool(given.settings))
     if not given.images:
         raise InputError(f"{path} holds no samples; it should hold images of any names, or what eval.sample makes")
     if len(given.images) < given.settings.get("num", 0):
@@ -85,6 +86,25 @@ def _look_at(path: Path, inception: str | None, protocol: Protocol) -> _Given:
     _need_enough(path, len(given.images))
     given.size = check_sizes(path, given.images)
     return given
+
+
+def _images(path: Path, ours: bool) -> list[ImageFile]:
+    """The samples at a path, of eval.sample or of any names; InputError where others are beside them.
+
+    Args:
+        path: a folder or file.
+        ours: whether it is eval.sample's, which may keep more than images/.
+    """
+    folder = path / "images" if os.path.isdir(path / "images") else path
+    if folder != path and not ours:
+        below = images_below(path)
+        inside = [file for file in below if folder in file.parents]
+        check_alone(path, inside, [file for file in below if folder not in file.parents], "in its folder images")
+    if not (made := sample_images(folder)):
+        return _unlabelled(any_images(folder))
+    named = [image.file for image in made]
+    check_alone(folder, named, sorted(set(images_below(folder)) - set(named)), "that are named as eval.sample does")
+    return made
 
 
 def _unlabelled(images: list[ImageFile]) -> list[ImageFile]:
@@ -123,13 +143,14 @@ def score(
     """
     truth = Reference(reference, inception, protocol)
 
-    def look() -> _Given:
+    def look() -> tuple[_Given, np.ndarray | None]:
         count = len(truth.images)
         if 0 < count < FEWEST:
             raise InputError(f"the reference {reference} holds {count} images; at least {FEWEST} are needed")
-        return _look_at(path, inception, protocol)
+        given = _look_at(path, inception, protocol)
+        return given, labels_in(reference, given.settings.get("classes"), truth.images.classes, inception is None)
 
-    given = ranks.from_rank_0(look)
+    given, places = ranks.from_rank_0(look)
     fitted = None if given.fitted is None else features.fitted_from_state(given.fitted)
     extractor = truth.extractor(dinov2, given.size, ranks.device(), fitted)
     made: Features | None
@@ -141,7 +162,7 @@ def score(
     if made is None or known is None:
         return None
     say("computing the scores")
-    result = compute(made, known, extractor, protocol)
+    result = compute(made, known, extractor, protocol, places)
     if not protocol.rounded and given.images:
         result["note"] = "these images are rounded to 8 bits, which the protocol is not; eval.run scores them as floats"
     return result | {"reference": str(reference), "sampling": given.settings}
@@ -156,9 +177,21 @@ def _kept_features(path: Path, settings: dict[str, Any], extractor: Extractor) -
 
 
 def compute(
-    made: Features, truth: Survey, extractor: Extractor, protocol: Protocol = PROTOCOLS["fidelity"]
+    made: Features,
+    truth: Survey,
+    extractor: Extractor,
+    protocol: Protocol = PROTOCOLS["fidelity"],
+    places: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """The scores of the samples' features against what is known of the reference's."""
+    """The scores of the samples' features against what is known of the reference's.
+
+    Args:
+        made: of the samples.
+        truth: of the reference.
+        extractor: made both.
+        protocol: what is computed.
+        places: what the samples' labels are among the reference's (:func:`eval.reference.labels_in`).
+    """
     device = extractor.device
     for whose, arrays in (("samples", made.arrays), ("reference", truth.rows)):
         if not all(value.isfinite().all() for value in arrays.values()):
@@ -166,6 +199,8 @@ def compute(
     samples = len(made.arrays["features"])
     result: dict[str, Any] = {"protocol": protocol.name, "features": extractor.title}
     result |= {"num_samples": samples, "num_reference": truth.count}
+    if truth.unreadable is not None:
+        result["unreadable"] = truth.unreadable
     for name in SPACES:
         if name in made.arrays and name in truth.moments:
             result |= _distance(made.arrays[name].to(device), made.labels, truth, name, protocol)
@@ -187,7 +222,8 @@ def compute(
     if extractor.fitted is not None:
         result["held_out_accuracy"] = extractor.fitted.held_out_accuracy
         if made.labels is not None:
-            result["label_agreement"] = (made.arrays["logits"].argmax(1) == made.labels).double().mean().item()
+            agreed = made.arrays["logits"].argmax(1) == translated(made.labels, places)
+            result["label_agreement"] = agreed.double().mean().item()
     bad = [key for key, value in result.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
         raise InputError(f"{', '.join(bad)} of these samples is not finite; are they images?")
@@ -249,6 +285,7 @@ NAMES = {
     "features": "features",
     "num_samples": "samples",
     "num_reference": "real images",
+    "unreadable": "real images left out, which cannot be read",
     "fid": "FID",
     "fid_interval": "FID, 95% interval",
     "fid_infinity": "FID of infinitely many samples",
@@ -280,6 +317,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             value = text if spread is None else f"{text} ± {spread:.2g}"
         elif key.endswith("_interval") and value is not None:
             value = " to ".join(f"{end:.4g}" for end in value)
+        elif key == "unreadable" and value is not None:
+            value = value.get("count")
         elif key == "against" and value is not None:
             how = "differs" if value["differs"] else "does not differ"
             apart, error = value["fid_difference"], metrics.CONFIDENT * value["fid_difference_std_error"]

@@ -26,12 +26,13 @@ from eval import metrics, score
 from eval.features import Extractor, Features
 from eval.generate import Sampling, generate, image_size, labels_for, load_decoder, resolve
 from eval.protocols import PROTOCOLS, Protocol
-from eval.reference import Reference
+from eval.reference import Reference, labels_in
 from eval.sample import batches_of, usual_batch
 from eval.sample_folder import model_fingerprint
 from moe_dit.build import build_model, to_compute
 from moe_dit.checkpoint_files import Pruned
-from moe_dit.export import checkpoint_model, checkpoint_recipe, export_recipe, load_export
+from moe_dit.classes import model_classes
+from moe_dit.export import checkpoint_classes, checkpoint_model, checkpoint_recipe, export_recipe, load_export
 from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
@@ -63,6 +64,10 @@ class Variant:
 
     def recipe(self) -> Recipe:
         return export_recipe(self.path) if self.weights is None else checkpoint_recipe(self.path, self.weights)[1]
+
+    def classes(self) -> list[str] | None:
+        """The names of its classes, where they are known."""
+        return model_classes(self.path) if self.weights is None else checkpoint_classes(self.path)
 
     def load(self) -> tuple[Any, Recipe]:
         if self.weights is None:
@@ -165,6 +170,10 @@ def sweep(args: Namespace) -> None:
 
     found, plan, recipe = ranks.from_rank_0(look)
     reference = Reference(args.reference, args.inception, protocol)
+    theirs, fitted = reference.images.classes, args.inception is None
+    places = ranks.from_rank_0(
+        lambda: [labels_in(args.reference, variant.classes(), theirs, fitted) for variant in found]
+    )
     held = ranks.on_rank_0(lambda: lock_folder(args.out, "another sweep"))
     sampling = plan[0][0].sampling
     vae = ranks.first_on_rank_0(lambda: load_decoder(sampling, recipe))
@@ -179,7 +188,7 @@ def sweep(args: Namespace) -> None:
     folder = args.out / "cells"
     every = [cell for part in plan for cell in part]
     pruned: list[Cell] = []
-    for variant, mine in zip(found, plan, strict=True):
+    for variant, mine, among in zip(found, plan, places, strict=True):
         there = ranks.from_rank_0(lambda: {path.name for path in folder.iterdir()})
         missing = [cell for cell in mine if cell.file not in there]
         if not missing:
@@ -197,8 +206,8 @@ def sweep(args: Namespace) -> None:
             say(f"{every.index(cell) + 1} of {len(every)}: {cell.group}, seed {cell.sampling.seed}")
             made = sample_features(model, recipe, cell.sampling, vae, extractor, protocol, args)
 
-            def finish(cell: Cell = cell, made: Any = made) -> None:
-                result = score.compute(made, truth, extractor, protocol)
+            def finish(cell: Cell = cell, made: Any = made, among: Any = among) -> None:
+                result = score.compute(made, truth, extractor, protocol, among)
                 whole = {"cell": cell.group, "variant": cell.variant} | result | {"sampling": vars(cell.sampling)}
                 with explained(str(folder)):
                     write_json(folder / cell.file, whole | {"reference": str(args.reference)}, indent=2)

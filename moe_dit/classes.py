@@ -1,17 +1,48 @@
 """Classes by their names, wherever two sets of labels meet: shards, models, samples, references.
 
 Who numbers classes keeps their names beside the numbers, in the order of the labels. Names that are the labels
-themselves ("0", "1", ...) are those of nobody who told any.
+themselves ("0", "1", ...) are those of nobody who told any, unless those that they meet are numbers too.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.progress import say
+from moe_dit.runtime.reading import read_json
 
+if TYPE_CHECKING:
+    import torch
+
+CLASSES_FILE = "classes.json"  # of a model folder: a list of the names in the order of the labels, if they are known
 SHOWN = 3  # names in a line
+
+
+def are_names(value: Any) -> bool:
+    """Whether a file's value is the names of some classes."""
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+def model_classes(folder: str | Path) -> list[str] | None:
+    """The names of a model folder's classes in the order of the labels; None where nobody told them.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = Path(folder) / CLASSES_FILE
+    try:
+        found = read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}); export the model again, or remove the file") from None
+    if not are_names(found):
+        raise InputError(f"{file} should be a JSON list of the classes' names; export again, or remove the file")
+    return found
 
 
 def are_numbers(classes: Sequence[str]) -> bool:
@@ -23,6 +54,30 @@ def listed(names: Sequence[str]) -> str:
     """Some names in words."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(map(repr, names[:SHOWN])) + more
+
+
+def differing(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
+    """In words, what of classes that are not the same is ours, and what theirs instead: the first label says enough."""
+    if len(ours) != len(theirs):
+        return f"{len(ours)} names", f"{len(theirs)}"
+    place = next(i for i in range(len(ours)) if ours[i] != theirs[i])
+    return f"{ours[place]!r} as class {place}", f"{theirs[place]!r}"
+
+
+def lacking(theirs: Sequence[str], ours: Sequence[str], whose: str, of: str) -> str | None:
+    """In words, which of their classes are not among ours; None where all are."""
+    there = set(ours)
+    missing = [name for name in theirs if name not in there]
+    if not missing:
+        return None
+    return f"{whose} has {len(missing)} of {len(theirs)} classes that {of} has not ({listed(missing)})"
+
+
+def unnamed(theirs: Sequence[str], ours: Sequence[str]) -> bool:
+    """Whether just one of two sets has names, so that nothing tells what the labels of one are in the other."""
+    if are_numbers(theirs) == are_numbers(ours) or not set(theirs).isdisjoint(ours):
+        return False
+    return not all(name.isdigit() for name in (*theirs, *ours))
 
 
 def labels_among(theirs: Sequence[str], ours: Sequence[str], whose: str, of: str) -> np.ndarray | None:
@@ -42,18 +97,22 @@ def labels_among(theirs: Sequence[str], ours: Sequence[str], whose: str, of: str
     """
     if list(theirs) == list(ours[: len(theirs)]):
         return None
-    if (are_numbers(theirs) or are_numbers(ours)) and len(theirs) <= len(ours):
-        bare, named = (whose, of) if are_numbers(theirs) else (of, whose)
-        say(f"{bare} names no classes; its labels are taken as those of {named}")
+    if unnamed(theirs, ours) and len(theirs) <= len(ours):
+        bare, named, first = (whose, of, ours[0]) if are_numbers(theirs) else (of, whose, theirs[0])
+        say(f"{bare} names no classes; its labels are taken for those of {named}, whose class 0 is {first!r}")
         return None
-    places = {name: label for label, name in enumerate(ours)}
-    missing = [name for name in theirs if name not in places]
-    if missing:
-        raise InputError(
-            f"{whose} has {len(missing)} classes that {of} has not: {listed(missing)}; that has {listed(ours)}"
-        )
-    twice = [name for name in theirs if list(ours).count(name) > 1 or list(theirs).count(name) > 1]
-    if twice:
+    if missing := lacking(theirs, ours, whose, of):
+        raise InputError(f"{missing}; {of} has {listed(ours)}, and labels mean nothing among others")
+    often = Counter(theirs) | Counter(ours)
+    if twice := [name for name in theirs if often[name] > 1]:
         raise InputError(f"{whose} and {of} number classes otherwise, and {twice[0]!r} is the name of several")
-    say(f"the classes of {whose} are numbered as those of {of}, by name")
+    say(f"the classes of {whose} are numbered otherwise than those of {of}, and are taken by name")
+    places = {name: label for label, name in enumerate(ours)}
     return np.array([places[name] for name in theirs], np.int64)
+
+
+def translated(labels: "torch.Tensor", places: np.ndarray | None) -> "torch.Tensor":
+    """Labels int64 [N] as :func:`labels_among` says; -1 for those beyond its names, which nobody has named."""
+    if places is None:
+        return labels
+    return labels.new_tensor([*places.tolist(), -1])[labels.clamp_max(len(places))]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_dit.classes import differing
 from moe_dit.initial_weights import TRAINING_KEYS
 from moe_dit.manifest import Content
 from moe_dit.models import FAMILIES
@@ -187,12 +188,8 @@ def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[Cha
     for key, new, old in differences(ours, theirs):
         if (None in (new, old) and is_under(key, PERHAPS_UNKNOWN)) or (key == "data.path" and known):
             continue
-        if key == "data.classes" and len(new) == len(old):
-            # The first says enough.
-            place = next(i for i in range(len(new)) if new[i] != old[i])
-            new, old = f"{new[place]!r} as class {place}", f"{old[place]!r}"
-        elif key == "data.classes":
-            new, old = f"{len(new)} names", f"{len(old)}"
+        if key == "data.classes":
+            new, old = differing(new, old)
         elif key == "data.content" and ours["data"]["samples"] != theirs["data"]["samples"]:
             continue  # of course
         elif key in ("data.content", "data.vae_sha256"):

@@ -1,7 +1,7 @@
 """Exports: one folder with config.json, safetensors and recipe.yaml, loadable without DeepSpeed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,29 +11,36 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from moe_dit.build import build_model, load_model, load_settings
+from moe_dit.classes import CLASSES_FILE, model_classes
 from moe_dit.initial_weights import check_same_network
 from moe_dit.recipe import Recipe
 from moe_dit.recipe_file import load_recipe, parse_recipe
 from moe_dit.runtime.errors import InputError
-from moe_dit.runtime.files import explained, new_folder, write_yaml
+from moe_dit.runtime.files import explained, new_folder, write_json, write_yaml
 from moe_dit.runtime.progress import say
 
 RECIPE_FILE = "recipe.yaml"
-# Exactly what save_pretrained writes: a person's own files beside it are never replaced with it.
+# Exactly what is written: a person's own files beside it are never replaced with it.
 MODEL_FILES = (
     "config.json",
     SAFETENSORS_WEIGHTS_NAME,
     SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", "-?????-of-?????.safetensors"),
     SAFE_WEIGHTS_INDEX_NAME,
     RECIPE_FILE,
+    CLASSES_FILE,
 )
 
 
 @contextmanager
-def new_model_folder(folder: Path, recipe: Recipe) -> Iterator[Path]:
+def new_model_folder(folder: Path, recipe: Recipe, classes: Sequence[str] | None) -> Iterator[Path]:
     """A folder to write a model into; with its recipe it appears under its name only when complete.
 
     A model folder that is there is replaced.
+
+    Args:
+        folder: its name.
+        recipe: the model's.
+        classes: the names of its classes in the order of the labels; None: they are not known.
 
     Raises:
         InputError: the folder exists and holds other things than such a model, or cannot be written; said before the
@@ -43,6 +50,8 @@ def new_model_folder(folder: Path, recipe: Recipe) -> Iterator[Path]:
         _check_replaced(folder)
         yield temporary
         write_yaml(temporary / RECIPE_FILE, recipe.to_dict())
+        if classes is not None:
+            write_json(temporary / CLASSES_FILE, list(classes))
 
 
 def _check_replaced(folder: Path) -> None:
@@ -51,6 +60,7 @@ def _check_replaced(folder: Path) -> None:
         return
     try:
         load_settings(folder)
+        model_classes(folder)
         ours = os.path.isfile(folder / RECIPE_FILE)
     except InputError:
         ours = False
@@ -58,9 +68,9 @@ def _check_replaced(folder: Path) -> None:
         raise InputError(f"{folder} holds files that are no exported model, and would be replaced; give another --out")
 
 
-def save_export(model: Any, recipe: Recipe, folder: Path) -> None:
+def save_export(model: Any, recipe: Recipe, folder: Path, classes: Sequence[str] | None = None) -> None:
     """Write a model folder (see :func:`new_model_folder`)."""
-    with new_model_folder(folder, recipe) as temporary:
+    with new_model_folder(folder, recipe, classes) as temporary:
         model.save_pretrained(temporary)
 
 
@@ -96,7 +106,7 @@ def export_checkpoint(run_or_checkpoint: Path, weights: str, folder: Path) -> No
     while True:
         found = checkpoint_recipe(run_or_checkpoint, weights)
         try:
-            with new_model_folder(folder, found[1]) as new:
+            with new_model_folder(folder, found[1], checkpoint_classes(found[0])) as new:
                 checkpoint_model(*found, weights).save_pretrained(new)
             return
         except Pruned as error:
@@ -121,6 +131,14 @@ def checkpoint_recipe(run_or_checkpoint: Path, weights: str) -> tuple[Path, Reci
     if weights == "ema2" and recipe.ema.second_decay is None:
         raise InputError(f"{checkpoint} keeps one average only: its recipe has no ema.second_decay; give --weights ema")
     return checkpoint, recipe
+
+
+def checkpoint_classes(checkpoint: Path) -> list[str] | None:
+    """The names of the classes that a checkpoint was trained with; None where it does not say (InputError: damaged)."""
+    from moe_dit.checkpoint_files import read_description
+
+    data = read_description(checkpoint).get("data")
+    return data["classes"] if data else None
 
 
 def checkpoint_model(checkpoint: Path, recipe: Recipe, weights: str) -> Any:

@@ -5,6 +5,7 @@ They are set where a checkpoint's would be, in the float32 master weights and av
 weights that it has rounded to the precision they compute in: no matter for drawn weights, but a loss for these.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_dit.build import build_model, load_settings
+from moe_dit.classes import differing, model_classes
 from moe_dit.models import NetworkConfig
 from moe_dit.recipe import Recipe
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.progress import say
 from moe_dit.schema import differences, is_under
 from moe_dit.weight_files import check_weights, open_weights, read_flat
 
@@ -25,8 +28,13 @@ if TYPE_CHECKING:
 TRAINING_KEYS = {"attn_dropout", "proj_dropout", "moe.dropout", "moe.auxiliary_losses", "capacity_loss_weight"}
 
 
-def check_initial_weights(recipe: Recipe) -> None:
+def check_initial_weights(recipe: Recipe, classes: Sequence[str] | None = None) -> None:
     """Hold the model folder ``recipe.initial_weights`` against the recipe's network, reading no weights.
+
+    Args:
+        recipe: names the folder.
+        classes: the names of those that are trained; where the folder's are others, a line says so, for to begin with
+            what another model has learned may be just what is meant.
 
     Raises:
         InputError: it is no model folder, or of another network.
@@ -36,6 +44,10 @@ def check_initial_weights(recipe: Recipe) -> None:
     model: Any = build_model(recipe, device="meta")
     with open_weights(folder) as weights:
         check_weights(weights, model.state_dict(), folder, f"recipe {recipe.name}")
+    theirs = model_classes(folder)
+    if classes is not None and theirs is not None and classes != theirs:
+        new, old = differing(classes, theirs)
+        say(f"begins from {folder}, with {new} instead of {old}: its labels are of other classes")
 
 
 def check_same_network(settings: NetworkConfig, recipe: Recipe, folder: Path, ignored: frozenset = frozenset()) -> None:

@@ -5,7 +5,7 @@ the recipe's seed and fixed indices, so that looks of one run, and of two, can b
 nothing had been.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from eval import features as image_features
 from eval import score as scoring
 from eval.generate import Sampling, generate, image_size, labels_for, load_decoder
 from eval.protocols import PROTOCOLS
-from eval.reference import Reference
+from eval.reference import Reference, labels_in
+from moe_dit.classes import labels_among, translated
 from moe_dit.data import Latents, ShardReader, TrainingSamples, check_manifest, training_inputs
 from moe_dit.engine import Engine
 from moe_dit.manifest import read_manifest
 from moe_dit.recipe import Recipe
 from moe_dit.runtime import ranks
-from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.files import new_file
 from moe_dit.runtime.notes import noted
 from moe_dit.runtime.progress import say
@@ -69,15 +69,17 @@ class Looks:
         run: pictures go to RUN/looks.
         device: where this rank computes.
         micro_batch_size: samples computed at once, at most.
+        classes: the names of those that are trained, in the order of the labels.
 
     Raises:
         InputError: the VAE, the held-out shards or the reference cannot be used.
     """
 
-    def __init__(self, recipe: Recipe, run: Path, device: torch.device, micro_batch_size: int):
+    def __init__(self, recipe: Recipe, run: Path, device: torch.device, micro_batch_size: int, classes: Sequence[str]):
         self.recipe = recipe
         self.folder = run / "looks"
         self.device = device
+        self.classes = classes
         settings = recipe.looks
         held_out = settings.held_out_samples if settings.held_out else 0
         largest = max(held_out, settings.samples, settings.score_samples, 1)
@@ -87,7 +89,7 @@ class Looks:
         if settings.samples or settings.score_samples:
             self.vae = ranks.first_on_rank_0(lambda: load_decoder(self.sampling, recipe))
         self.alive: Callable[[], None] = lambda: None  # called now and then: a look takes as long as it takes
-        self._held_out = list(self._read_held_out(settings.held_out)) if settings.held_out else []
+        self._held_out = ranks.agreed(lambda: list(self._read_held_out(settings.held_out)))
         self._truth: Any = None
         if settings.score_samples:
             self._extractor = self._make_extractor(image_size(recipe, self.vae))
@@ -125,10 +127,13 @@ class Looks:
 
     # --- held-out loss ------------------------------------------------------------------------------------------------
 
-    def _read_held_out(self, folder: str) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
+    def _read_held_out(self, folder: str | None) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
         """This rank's batches of held-out samples as training inputs on the CPU, and how many of each are its own."""
+        if folder is None:
+            return
         manifest = read_manifest(folder)
         check_manifest(manifest, self.recipe)
+        places = labels_among(manifest.classes, self.classes, f"looks.held_out {folder}", "the training data")
         # Labels are never dropped; everything random is drawn by a sample's place in the held-out set.
         recipe = replace(self.recipe, flow=replace(self.recipe.flow, label_dropout=0.0))
         samples = TrainingSamples(ShardReader(manifest), recipe.seed, 0.0)
@@ -137,8 +142,7 @@ class Looks:
         for start in range(0, len(positions), self.batch):
             part = positions[start : start + self.batch]
             batch = samples.__getitems__(part)
-            if isinstance(batch, InputError):
-                raise batch
+            batch["y"] = translated(batch["y"], places)
             yield training_inputs(recipe, batch, latents), min(len(part), max(0, own - start))
 
     def _held_out_loss(self, engine: Engine, network: Any) -> dict[str, Any]:
@@ -201,6 +205,8 @@ class Looks:
         settings = self.recipe.looks
         assert settings.reference is not None
         reference = Reference(Path(settings.reference), settings.inception, PROTOCOLS["fidelity"])
+        fitted = settings.inception is None
+        self._places = ranks.agreed(lambda: labels_in(reference.path, self.classes, reference.images.classes, fitted))
         extractor = reference.extractor(None, size, self.device)
         self._truth = reference.survey(extractor, size)
         return extractor
@@ -221,7 +227,7 @@ class Looks:
             return {}
         labels = labels_for(torch.arange(count), self.sampling, self.recipe.model.num_classes)
         made = image_features.Features(arrays, labels)
-        result = scoring.compute(made, self._truth, self._extractor)
+        result = scoring.compute(made, self._truth, self._extractor, places=self._places)
         say(f"look: FID {result['fid']:.4g} of {count} samples")
         wanted = ("fid", "inception_score", "kid", "precision", "recall", "label_agreement")
         return {f"look_{name}": result[name] for name in wanted if result.get(name) is not None}

@@ -92,7 +92,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) ->
     if recipe.looks.every:
         from moe_dit.looks import Looks  # brings in evaluation, which a run without looks need not wait for
 
-        looks = Looks(recipe, run, device, parallelism.micro_batch_size)
+        looks = Looks(recipe, run, device, parallelism.micro_batch_size, manifest.classes)
     with ExitStack() as held:
         # Rank 0 alone decides what is continued: ranks that each looked might see different moments.
         start = ranks.from_rank_0(lambda: _open_run(asked, run, resume, held))
@@ -173,7 +173,7 @@ def _check_beginning(asked: Asked, run: Path, resume: str) -> None:
 
     check_sinks(asked.recipe)
     if asked.recipe.initial_weights is not None and _resumed(asked, run, resume).checkpoint is None:
-        check_initial_weights(asked.recipe)  # a run that continues needs them no more
+        check_initial_weights(asked.recipe, asked.data["classes"])  # a run that continues needs them no more
 
 
 def _open_run(asked: Asked, run: Path, resume: str, held: ExitStack) -> "Start":

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from moe_dit.build import build_model, load_model, load_settings
+from moe_dit.classes import model_classes
 from moe_dit.export import new_model_folder
 from moe_dit.initial_weights import check_same_network
 from moe_dit.models import Network
@@ -41,7 +42,7 @@ def upcycle_model(dense: Path, recipe: Recipe, folder: Path) -> None:
     check_upcycling(dense, recipe)
     if os.path.exists(folder) and os.path.samefile(dense, folder):
         raise InputError(f"{folder} is the dense model, and would be replaced; give another --out")
-    with new_model_folder(folder, recipe) as new:
+    with new_model_folder(folder, recipe, model_classes(dense)) as new:
         say(f"drawing the mixture's new weights and filling in those of {dense}")  # minutes for billions of them
         mixture: Any = upcycle(load_model(dense), recipe)
         mixture.save_pretrained(new)

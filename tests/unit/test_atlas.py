@@ -20,6 +20,7 @@ from moe_dit.export import save_export
 from moe_dit.manifest import read_manifest
 from moe_dit.randomness import Stream, normal, permutation
 from moe_dit.recipe_file import load_recipe
+from moe_dit.runtime.errors import InputError
 
 SAMPLES, CLASSES, SCALE = 40, 10, 0.5  # of the shards; sample i has class i mod 10 but for the last ten: all 3
 LABELS = [i % CLASSES if i < 30 else 3 for i in range(SAMPLES)]
@@ -140,6 +141,19 @@ def test_choice_by_class_and_a_single_expert(shards):
     assert atlas.classes.tolist() == [f"class {i}" for i in range(CLASSES)]
     one = atlas_of(recipe, model, shards["latents"], samples=1)
     assert np.array_equal(one.entropy, np.zeros((1, 3)))
+    # A model that lacks one of the classes, and one that numbers them the other way round.
+    names = ["class 10", *(f"class {9 - i}" for i in range(CLASSES - 1))]
+    with pytest.raises(InputError, match=r"1 of 10 classes that the model has not \('class 0'\)"):
+        atlas_of(recipe, model, shards["latents"], samples=20, classes=names)
+    names = [f"class {9 - i}" for i in range(CLASSES)]
+    other = atlas_of(recipe, model, shards["latents"], samples=20, classes=names)
+    want = np.zeros((1, CLASSES, 4), int)
+    for label in seen:
+        want[0, 9 - label, (9 - label) % 4] += 3 * 4
+    assert np.array_equal(other.by_class, want) and other.classes.tolist() == names
+    assert np.array_equal(other.samples_by_class, np.bincount([9 - label for label in seen], minlength=CLASSES))
+    bare = atlas_of(recipe, model, shards["latents"], samples=20, classes=[str(i) for i in range(CLASSES)])
+    assert_equal(atlas, bare)
 
 
 def test_expert_choice(shards):
