@@ -209,7 +209,7 @@ def test_an_image_takes_memory_for_itself_and_half(tmp_path):
     assert [np.unique(pixels.reshape(-1, 3), axis=0).tolist() for pixels in members(out)] == [[[200, 100, 50]]] * 2
     image = ImageFile(folder / "large.png", None)
     with memory(450):  # which two threads share
-        (read,) = read_batches([[image, image]], 64)
+        ((_, read),) = read_batches([image, image], 64)
     assert (read == torch.tensor([200, 100, 50]).view(3, 1, 1)).all()
 
 
