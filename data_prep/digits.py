@@ -12,8 +12,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data_prep.images import list_images, load_image
+from data_prep.images import list_images
 from data_prep.shards import positive
+from moe_dit.data.pixels import load_image
 from moe_dit.randomness import Stream, normal, permutation
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from data_prep.autoencoder import encode, hash_weights, latent_space, load_vae
-from data_prep.images import load_image
 from data_prep.shards import Broken, add_arguments, begun_with, check_arguments, join, positive, write_shards
+from moe_dit.data.pixels import load_image
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.errors import InputError

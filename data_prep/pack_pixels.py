@@ -5,9 +5,9 @@ from functools import partial
 
 import numpy as np
 
-from data_prep.images import load_image
 from data_prep.shards import add_arguments, begun_with, check_arguments, join, write_shards
 from moe_dit.data import stored_png
+from moe_dit.data.pixels import load_image
 from moe_dit.runtime.command import Parser, run
 from moe_dit.runtime.ranks import from_rank_0
 

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 import webdataset
-from PIL import UnidentifiedImageError
 
 from data_prep.classes import read_names
 from data_prep.source import BrokenImage, Source
 from data_prep.sources import open_source
+from moe_dit.data import pixels
 from moe_dit.data.index import MEMBERS as INDEXED
 from moe_dit.data.index import scan_shard, write_index
 from moe_dit.manifest import FORMAT, MANIFEST, Manifest
@@ -273,20 +273,12 @@ class _Images(torch.utils.data.Dataset):
         try:
             return self.read(file)
         except InputError as error:
-            return self._broken(index, _reason(error))
+            return self._broken(index, pixels.reason(error.__cause__ or error))
 
     def _broken(self, index: int, reason: str) -> Broken:
         if self.strict:
             raise InputError(f"cannot read the image {self.source.name(index)}: {reason}")
         return Broken(reason)
-
-
-def _reason(error: InputError) -> str:
-    """Why an image cannot be read, in words that do not change from run to run."""
-    cause = error.__cause__ or error
-    if isinstance(cause, UnidentifiedImageError):
-        return "not an image of a known format"
-    return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
 def _add_reasons(reasons: list[str | None], kept: list[Any]) -> None:

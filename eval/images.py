@@ -20,19 +20,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_prep.images import (
-    EXTENSIONS,
+from data_prep.images import is_image, list_images, named_as_image
+from moe_dit.data import ShardReader
+from moe_dit.data.pixels import (
     UnfitImage,
     center_crop,
     check_pixels,
     decoding,
     exif_orientation,
-    is_image,
-    list_images,
     open_image,
     read_picture,
 )
-from moe_dit.data import ShardReader
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.reading import open_file
@@ -138,7 +136,7 @@ def listed(folder: Path) -> tuple[list[Path], list[Path]]:
         raise InputError(f"cannot list {folder}: {error.strerror}") from None
     folders = [entry for entry in entries if os.path.isdir(entry)]
     files = sorted(set(entries) - set(folders))
-    return [file for file in files if file.name.lower().endswith(EXTENSIONS) or is_image(file)], folders
+    return [file for file in files if named_as_image(file.name) or is_image(file)], folders
 
 
 def images_below(folder: Path) -> list[Path]:

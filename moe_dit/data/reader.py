@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from numpy.lib import format as npy_format
-from PIL import Image
 from torch.utils.data import get_worker_info
 
 from moe_dit.data import stored_png
 from moe_dit.data.index import IMAGE, ensure_index
+from moe_dit.data.pixels import UnfitImage, read_picture
 from moe_dit.manifest import Manifest
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.reading import open_file
@@ -282,13 +282,15 @@ class Members:
         data = self.read(member)
         try:
             return decode(io.BytesIO(data))
+        except UnfitImage as error:
+            raise InputError(f"shard {self.path}: an image is not read: {error}") from None
         except Exception as error:  # decoders raise whatever they meet
             raise InputError(f"shard {self.path}: .{member} is damaged: {error}") from None
 
 
 def _pixels(file: BinaryIO) -> np.ndarray:
     stored = stored_png.decode(file.read())
-    return np.asarray(Image.open(file).convert("RGB")) if stored is None else stored
+    return np.asarray(read_picture(file)) if stored is None else stored
 
 
 class ReadAhead:

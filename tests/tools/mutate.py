@@ -366,9 +366,9 @@ MUTATIONS = [
     ),
     Mutation(
         "crop-off-centre",
-        "data_prep/images.py",
-        "left = (image.width - size) // 2",
-        "left = image.width - size",
+        "moe_dit/data/pixels.py",
+        "left = (width - size) // 2",
+        "left = width - size",
         "tests/unit/test_data_prep.py::test_center_crop_is_adms",
     ),
     Mutation(
@@ -667,23 +667,23 @@ MUTATIONS = [
     ),
     Mutation(
         "transparency-on-black",
-        "data_prep/images.py",
+        "moe_dit/data/pixels.py",
         'image.size, "white")',
         'image.size, "black")',
         "tests/unit/test_sources.py::test_images_come_out_as_people_see_them",
     ),
     Mutation(
         "exif-ignored",
-        "data_prep/images.py",
-        "image = ImageOps.exif_transpose(image)",
-        "image = image.copy()",
+        "moe_dit/data/pixels.py",
+        "return orientation if orientation in _TURNS else 1",
+        "return 1",
         "tests/unit/test_sources.py::test_images_are_turned_as_their_exif_data_says",
     ),
     Mutation(
         "sixteen-bits-cut-off",
-        "data_prep/images.py",
-        "grey / 257 if grey.max() > 255 else grey",
-        "grey",
+        "moe_dit/data/pixels.py",
+        "grey = ((values * 255 + highest // 2) // highest).astype(np.uint8)",
+        "grey = values.clip(0, 255).astype(np.uint8)",
         "tests/unit/test_sources.py::test_images_come_out_as_people_see_them",
     ),
     Mutation(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.images import load_image
 from data_prep.shards import _prepare
 from data_prep.sources import open_source
 from eval.atlas_file import load_atlas
@@ -27,6 +26,7 @@ from moe_dit import load_recipe
 from moe_dit.build import load_settings
 from moe_dit.checkpoint_files import read_description
 from moe_dit.data.index import scan_shard
+from moe_dit.data.pixels import load_image
 from moe_dit.events import events
 from moe_dit.lineage import choose, newest
 from moe_dit.manifest import read_manifest

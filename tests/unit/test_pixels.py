@@ -16,9 +16,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from data_prep import images as module
 from data_prep.encode_latents import read_pixels
-from data_prep.images import as_seen, center_crop, load_image, read_picture
 from eval.images import ImageFile, any_images, image_size, read_batches, read_image
 from helpers.odd_images import (
     RGB,
@@ -35,6 +33,8 @@ from helpers.odd_images import (
     write_odd_images,
 )
 from helpers.sources import pack
+from moe_dit.data import pixels as module
+from moe_dit.data.pixels import as_seen, center_crop, load_image, read_picture
 from moe_dit.runtime.errors import InputError
 
 # The module's own filter of warnings is gone when pytest has imported it.

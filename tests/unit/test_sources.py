@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep import encode_latents, index, shards, verify
 from data_prep.digits import build_vae
-from data_prep.images import as_seen, list_images, load_image
+from data_prep.images import list_images
 from data_prep.sources import open_source
 from helpers.server import serving
 from helpers.sources import (
@@ -35,6 +35,7 @@ from helpers.sources import (
     write_images,
 )
 from moe_dit.data import ShardReader, stored_png
+from moe_dit.data.pixels import as_seen, load_image
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
 
