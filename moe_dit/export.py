@@ -32,7 +32,7 @@ MODEL_FILES = (
 
 
 @contextmanager
-def new_model_folder(folder: Path, recipe: Recipe, classes: Sequence[str] | None) -> Iterator[Path]:
+def new_model_folder(folder: Path, recipe: Recipe, classes: Sequence[str] | None = None) -> Iterator[Path]:
     """A folder to write a model into; with its recipe it appears under its name only when complete.
 
     A model folder that is there is replaced.

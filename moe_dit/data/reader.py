@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 
 from moe_dit.data import stored_png
 from moe_dit.data.index import IMAGE, ensure_index
-from moe_dit.data.pixels import UnfitImage, read_picture
+from moe_dit.data.pixels import UnfitImage, read_picture, reason
 from moe_dit.manifest import Manifest
 from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.reading import open_file
@@ -285,7 +285,7 @@ class Members:
         except UnfitImage as error:
             raise InputError(f"shard {self.path}: an image is not read: {error}") from None
         except Exception as error:  # decoders raise whatever they meet
-            raise InputError(f"shard {self.path}: .{member} is damaged: {error}") from None
+            raise InputError(f"shard {self.path}: .{member} is damaged: {reason(error)}") from None
 
 
 def _pixels(file: BinaryIO) -> np.ndarray:

@@ -27,7 +27,9 @@ def decode(data: bytes) -> np.ndarray | None:
     if len(data) < _BEFORE + _AFTER or data[:8] != _SIGNATURE:
         return None
     width, height = struct.unpack(">II", data[16:24])
-    if not data.startswith(_head(height, width)) or data[_BEFORE - 4 : _BEFORE] != b"IDAT":
+    # Nothing but one chunk of rows: what stands behind it may say that they are to be turned.
+    begin = _head(height, width) + struct.pack(">I", len(data) - _BEFORE - _AFTER) + b"IDAT"
+    if not data.startswith(begin):
         return None
     size = height * (1 + 3 * width)
     if not size <= len(data) < size + size // 100 + 1000:

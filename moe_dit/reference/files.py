@@ -48,7 +48,7 @@ def import_checkpoint(file: Path, recipe: Recipe, weights: str, folder: Path, sh
     split = split_torch_state_dict_into_shards(
         model.state_dict(), filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size=shard
     )
-    with new_model_folder(folder, recipe, None) as new, task("importing", len(plan)) as progress:
+    with new_model_folder(folder, recipe) as new, task("importing", len(plan)) as progress:
         model.save_config(new)
         for name, keys in split.filename_to_tensors.items():
             save_file({key: plan[key].convert(state) for key in keys}, new / name, metadata={"format": "pt"})

@@ -17,6 +17,7 @@ import webdataset
 from PIL import Image
 
 from data_prep.encode_latents import read_pixels
+from data_prep.index import adopt
 from eval.images import ImageFile, any_images, image_size, read_batches, read_image
 from helpers.odd_images import (
     RGB,
@@ -33,8 +34,10 @@ from helpers.odd_images import (
     write_odd_images,
 )
 from helpers.sources import pack
+from moe_dit.data import ShardReader
 from moe_dit.data import pixels as module
 from moe_dit.data.pixels import as_seen, center_crop, load_image, read_picture
+from moe_dit.manifest import read_manifest
 from moe_dit.runtime.errors import InputError
 
 # The module's own filter of warnings is gone when pytest has imported it.
@@ -107,6 +110,27 @@ def as_scores_do(path: Path) -> np.ndarray:
         raise
 
 
+def trained_on(odd: Path, shards: Path) -> dict[str, np.ndarray | str]:
+    """What training reads of them in shards of another program, which keep files as they are."""
+    folder = shards.with_name("foreign")
+    names = sorted(path.name for path in (odd / "odd").iterdir())
+    folder.mkdir()
+    with webdataset.TarWriter(str(folder / "0.tar"), encoder=False) as tar:
+        tar.write({"__key__": "0", "png": png(8, 2, rows(RGB)), "cls": b"0"})
+        for i, name in enumerate(names):
+            tar.write({"__key__": f"{i + 1}", "png": (odd / "odd" / name).read_bytes() or b" ", "cls": b"0"})
+    adopt(folder, None, None, None, 0.0, False)
+    reader = ShardReader(read_manifest(folder))
+    found: dict[str, np.ndarray | str] = {}
+    for i, name in enumerate(names):
+        try:
+            x, _ = reader.read(np.array([i + 1]), np.zeros(1, bool))
+            found[name] = x[0].permute(1, 2, 0).numpy()
+        except InputError as error:
+            found[name] = str(error)
+    return found
+
+
 # What is written of these is (folder of images, folder of shards) -> {file name: pixels or reason}.
 WAYS = {
     "files": one_by_one(lambda path: load_image(path, SIDE)),
@@ -115,6 +139,7 @@ WAYS = {
     "for scores": one_by_one(as_scores_do),
     "shards": of_shards(members),
     "shards for scores": of_shards(as_scored),
+    "shards of other programs": trained_on,
 }
 
 
