@@ -23,7 +23,7 @@ from eval.features import SPACES, Extractor, Survey, extract, survey, told
 from eval.images import KINDS, ImageFile, Images, any_images, check_sizes, reference_images
 from eval.metrics import Moments
 from eval.protocols import PROTOCOLS, Protocol
-from moe_dit.classes import are_names, are_numbers, labels_among, lacking
+from moe_dit.classes import are_names, labels_among, lacking, unnamed
 from moe_dit.manifest import read_manifest
 from moe_dit.runtime import ranks
 from moe_dit.runtime.command import Parser, run
@@ -210,10 +210,9 @@ def labels_in(
         return None
     whose, of = "the model", f"the reference {reference}"
     places = labels_among(classes, theirs, whose, of) if fitted else None
-    if not are_numbers(classes) and not are_numbers(theirs):
-        for line in (lacking(classes, theirs, whose, of), lacking(theirs, classes, of, whose)):
-            if line is not None:
-                say(line)
+    other = lacking(classes, theirs, whose, of) or lacking(theirs, classes, of, whose)
+    if other is not None and not unnamed(classes, theirs):
+        say(other)
     return places
 
 

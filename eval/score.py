@@ -18,7 +18,7 @@ from rich.table import Table
 
 from eval import features, metrics
 from eval.features import SPACES, Extractor, Features, Survey
-from eval.images import BATCH, ImageFile, any_images, check_alone, check_sizes, images_below, sample_images
+from eval.images import BATCH, ImageFile, any_images, check_alone, check_sizes, images_below, listed, sample_images
 from eval.protocols import PROTOCOLS, Protocol
 from eval.reference import Reference, labels_in
 from eval.sample_folder import load_features, read_settings
@@ -97,9 +97,9 @@ def _images(path: Path, ours: bool) -> list[ImageFile]:
     """
     folder = path / "images" if os.path.isdir(path / "images") else path
     if folder != path and not ours:
-        below = images_below(path)
-        inside = [file for file in below if folder in file.parents]
-        check_alone(path, inside, [file for file in below if folder not in file.parents], "in its folder images")
+        beside, others = listed(path)
+        beside += [file for other in others if other != folder for file in images_below(other)]
+        check_alone(path, images_below(folder), beside, "in its folder images")
     if not (made := sample_images(folder)):
         return _unlabelled(any_images(folder))
     named = [image.file for image in made]

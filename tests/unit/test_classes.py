@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.images import reference_images
 from eval.neighbours import comparisons
-from eval.reference import about
+from eval.reference import about, labels_in
 from eval.sample_folder import open_folder
 from helpers import call, refused
 from helpers.older_run import OLD, taken_back
@@ -62,6 +63,7 @@ def test_labels_without_names_are_taken_as_they_are_and_told(theirs, ours, line,
         (["cat", "emu"], ["cat", "dog"], "A has 1 of 2 classes that B has not ('emu'); B has 'cat', 'dog'"),
         (["5", "7"], ["0", "1", "2"], "A has 2 of 2 classes that B has not ('5', '7'); B has '0', '1', '2'"),
         (["0", "1"], ["1", "2", "3", "4"], "A has 1 of 2 classes that B has not ('0'); B has '1', '2', '3' and 1 more"),
+        (["0", "1"], ["0", "cat"], "A has 1 of 2 classes that B has not ('1'); B has '0', 'cat'"),
         (["0", "1", "2"], ["cat", "dog"], "A has 3 of 3 classes that B has not ('0', '1', '2')"),
         (["dog", "cat"], ["cat", "cat", "dog"], "A and B number classes otherwise, and 'cat' is the name of several"),
     ],
@@ -148,6 +150,13 @@ def test_a_run_that_begins_from_other_classes_says_so(tmp_path, names, line, cap
     assert (line in told and told.count("\n") == 1) if line else not told
 
 
+def test_shards_name_their_classes(tmp_path):
+    write_pictures(tmp_path / "images", {"b b": 2, "a": 2}, np.random.default_rng(0))
+    flags = ["--images", tmp_path / "images", "--out", tmp_path / "shards", "--size", SIDE]
+    assert call("data_prep.pack_pixels", *flags) == 0
+    assert reference_images(tmp_path / "shards").classes == ["a", "b b"]
+
+
 # --- samples and references -------------------------------------------------------------------------------------------
 
 NAMES = list(KINDS)  # "a", "b b", "c": the order of class folders
@@ -207,6 +216,12 @@ def test_a_reference_of_other_classes_is_refused_or_told(real, tmp_path, capfd):
     for command in (["eval.run"], ["eval.sweep", "--out", tmp_path / "sweep"]):  # before anything is sampled
         given = flags if command == ["eval.run"] else flags[:-2]
         assert "('zebra')" in refused(capfd, *command, *given, harmless=tmp_path)
+    assert labels_in(real, ["a", "zebra"], NAMES, fitted=False) is None  # by Inception labels are of no concern
+    assert "the model has 1 of 2 classes that" in capfd.readouterr().err
+    labels_in(real, ["0"], ["0", "1"], fitted=True)
+    assert "has 1 of 2 classes that the model has not ('1')" in capfd.readouterr().err
+    labels_in(real, ["0", "1"], NAMES, fitted=False)
+    assert not capfd.readouterr().err
     fewer = write_samples(tmp_path / "fewer", ["a", "b b", "a"])
     settings = json.loads((fewer / "settings.json").read_text()) | {"classes": ["a", "b b"]}
     (fewer / "settings.json").write_text(json.dumps(settings))

@@ -1,11 +1,14 @@
 """Upcycled models compute what the dense one did."""
 
+import shutil
+
 import pytest
 import torch
 
 from helpers import call, refused
 from helpers.small_jit import MIXTURE, TINY, UNITS, fill, recipe, save_mixture
 from moe_dit import build_model, load_model
+from moe_dit.classes import model_classes
 from moe_dit.export import load_export, save_export
 from moe_dit.upcycle import upcycle, upcycle_model
 
@@ -62,6 +65,14 @@ def test_the_command(dense, tmp_path, capfd):
     assert call("jobs/upcycle.py", dense, "--recipe", "digits_pixels", "--out", tmp_path / "out", *flags) in (None, 0)
     assert "upcycled " in capfd.readouterr().err.splitlines()[-1]
     assert_same_function(load_model(tmp_path / "out"), load_model(dense))
+
+
+def test_an_upcycled_mixture_has_the_dense_model_s_names(dense, tmp_path):
+    named = shutil.copytree(dense, tmp_path / "named")
+    (named / "classes.json").write_text('["a", "b"]')
+    for source, names in ((dense, None), (named, ["a", "b"])):
+        upcycle_model(source, recipe(*MIXTURE), tmp_path / "out")
+        assert model_classes(tmp_path / "out") == names
 
 
 def test_alike_experts_part_in_training(dense):
