@@ -58,7 +58,7 @@ class Server:
                 self.connection.shutdown(socket.SHUT_RDWR)
 
             def refuse(self, status, headers, body):
-                text = b"not now" * 1000
+                text = b"not now" * 100_000  # more than arrives at once
                 self.send_response_only(status)
                 usual = {"Date": self.date_time_string(), "Content-Length": str(len(text))}
                 for name, value in {**usual, **headers}.items():
