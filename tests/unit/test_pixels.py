@@ -280,7 +280,7 @@ def test_threads_decode_no_more_than_one_image_may_have(monkeypatch):
                 inside[0] -= pixels
 
     sizes = [module.MOST_PIXELS // part for part in (3, 1, 2, 5, 8, 1, 3, 4, 2, 9)]
-    threads = [threading.Thread(target=decode, args=(pixels,)) for pixels in sizes]
+    threads = [threading.Thread(target=decode, args=(pixels,), daemon=True) for pixels in sizes]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -300,9 +300,11 @@ def test_who_waits_for_memory_is_not_overtaken():
         order.append(pixels)
         memory_of_images.give(pixels)
 
-    large, small = (threading.Thread(target=take, args=(module.MOST_PIXELS // part,)) for part in (1, 4))
+    large, small = (threading.Thread(target=take, args=(module.MOST_PIXELS // part,), daemon=True) for part in (1, 4))
     large.start()
-    while not memory_of_images._turn.locked():
+    for _ in range(10_000):
+        if memory_of_images._turn.locked():
+            break
         threading.Event().wait(0.001)
     small.start()
     small.join(0.1)
