@@ -305,7 +305,7 @@ def test_threads_decode_no_more_than_one_image_may_have(monkeypatch):
                 inside[0] -= pixels
 
     sizes = [module.MOST_PIXELS // part for part in (3, 1, 2, 5, 8, 1, 3, 4, 2, 9)]
-    threads = [threading.Thread(target=decode, args=(pixels,)) for pixels in sizes]
+    threads = [threading.Thread(target=decode, args=(pixels,), daemon=True) for pixels in sizes]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -315,7 +315,31 @@ def test_threads_decode_no_more_than_one_image_may_have(monkeypatch):
     assert module._side_by_side._left == module.MOST_PIXELS
 
 
-def test_a_photograph_is_decoded_whole(monkeypatch):
+def test_who_waits_for_memory_is_not_overtaken():
+    memory_of_images = module._SideBySide()
+    memory_of_images.take(module.MOST_PIXELS // 2)
+    order = []
+
+    def take(pixels):
+        memory_of_images.take(pixels)
+        order.append(pixels)
+        memory_of_images.give(pixels)
+
+    large, small = (threading.Thread(target=take, args=(module.MOST_PIXELS // part,), daemon=True) for part in (1, 4))
+    large.start()
+    for _ in range(10_000):
+        if memory_of_images._turn.locked():
+            break
+        threading.Event().wait(0.001)
+    small.start()
+    small.join(0.1)
+    assert small.is_alive() and order == []
+    memory_of_images.give(module.MOST_PIXELS // 2)
+    large.join(60), small.join(60)
+    assert order == [module.MOST_PIXELS, module.MOST_PIXELS // 4]
+
+
+def test_a_photograph_is_decoded_whole():
     """Pillow's draft mode, a small picture of a JPEG file's, has other pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (96, 160, 3), np.uint8)
     content = saved(noise, "JPEG", quality=90)
