@@ -1751,6 +1751,63 @@ MUTATIONS = [
         '{"model", "vae", "num", "classes"} if kept else',
         "tests/unit/test_classes.py::test_samples_keep_the_names_and_continue_without",
     ),
+    # Odd images.
+    Mutation(
+        "grey-depth",
+        "moe_dit/data/pixels.py",
+        "tags.get(ExifTags.Base.BitsPerSample, (16,))[0]",
+        "16",
+        "tests/unit/test_pixels.py::test_odd_images_have_the_pixels_that_their_formats_define",
+    ),
+    Mutation(
+        "grey-transparent",
+        "moe_dit/data/pixels.py",
+        "grey[values == key] = 255",
+        "pass",
+        "tests/unit/test_pixels.py::test_odd_images_have_the_pixels_that_their_formats_define",
+    ),
+    Mutation(
+        "floats-have-no-range",
+        "moe_dit/data/pixels.py",
+        'if mode == "F":',
+        "if False:",
+        "tests/unit/test_pixels.py::test_odd_images_have_the_pixels_that_their_formats_define",
+    ),
+    Mutation(
+        "damaged-exif",
+        "moe_dit/data/pixels.py",
+        "    except Exception:  # Pillow raises what the damage leads it to",
+        "    except ZeroDivisionError:",
+        "tests/unit/test_pixels.py::test_odd_images_have_the_pixels_that_their_formats_define",
+    ),
+    Mutation(
+        "strips-turned",
+        "moe_dit/data/pixels.py",
+        "if orientation in (3, 4, 7, 8) else",
+        "if orientation in (3, 4, 7) else",
+        "tests/unit/test_pixels.py::test_strips_give_the_same_pixels",
+    ),
+    Mutation(
+        "thin-images-enlarged",
+        "moe_dit/data/pixels.py",
+        "if width * height > max(FAR_LARGER, 4 * size * size):",
+        "if False:",
+        "tests/unit/test_pixels.py::test_thin_images_are_cut_and_then_enlarged",
+    ),
+    Mutation(
+        "images-side-by-side",
+        "moe_dit/data/pixels.py",
+        "self._changed.wait_for(lambda: pixels <= self._left)",
+        "pass",
+        "tests/unit/test_pixels.py::test_threads_decode_no_more_than_one_image_may_have",
+    ),
+    Mutation(
+        "turned-size",
+        "eval/images.py",
+        "exif_orientation(picture) > 4",
+        "exif_orientation(picture) > 5",
+        "tests/unit/test_pixels.py::test_sizes_are_those_of_what_is_read",
+    ),
 ]
 
 
