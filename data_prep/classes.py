@@ -72,7 +72,10 @@ def _by_number(kinds: Sequence[int], where: str, names: Sequence[str] | None, or
     found = set(kinds)
     most = max(found)
     if names is not None and most >= len(names):
-        raise InputError(f"{where}: a label is {most}, but --classes names {len(names)} classes")
+        raise InputError(
+            f"{where}: a label is {most}, but --classes names {len(names)} classes, 0 to {len(names) - 1}; give a line "
+            "for each label, or the very names that the classes have"
+        )
     if most >= MOST:
         raise InputError(f"{where}: a label is {most}; it should be below {MOST:,}")
     count = len(names) if names is not None else most + 1
@@ -164,14 +167,29 @@ _SPLITS = {
 
 def split_of(name: str) -> str | None:
     """The split that a file or folder is of by its name, as the hub's datasets tell it: train, validation or test."""
-    words = "".join(letter if letter.isalnum() else " " for letter in name.lower()).split()
-    words = [word.rstrip("0123456789") for word in words]
-    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
+    return next((_SPLITS[word] for word in _words(name) if word in _SPLITS), None)
 
 
 def is_split(name: str) -> bool:
-    """Whether a folder's name is that of a split and nothing else."""
-    return name.lower().rstrip("0123456789") in _SPLITS
+    """Whether a folder's name is that of a split and nothing else, but for numbers (``val_256``)."""
+    words = _words(name)
+    return any(word in _SPLITS for word in words) and all(word in _SPLITS or not word for word in words)
+
+
+def check_splits(folder: str, classes: Collection[str]) -> None:
+    """Raise InputError where what stands for classes in a folder are splits: all of it, or several."""
+    splits = sorted(name for name in classes if is_split(name))
+    if splits and (len(splits) == len(classes) or len(splits_in(splits)) > 1):
+        raise InputError(
+            f"{folder} holds the splits {' and '.join(splits)}, not classes; give one instead, e.g. "
+            f"{folder}/{next((name for name in splits if split_of(name) == 'train'), splits[0])}"
+        )
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name, without digits at their ends."""
+    words = "".join(letter if letter.isalnum() else " " for letter in name.lower()).split()
+    return [word.rstrip("0123456789") for word in words]
 
 
 def splits_in(names: Collection[str]) -> list[str]:

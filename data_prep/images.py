@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_prep.classes import label
+from data_prep.classes import check_splits, label
 from moe_dit.data.index import IMAGE_EXTENSIONS
 from moe_dit.data.pixels import center_crop
 from moe_dit.runtime.errors import InputError
@@ -17,8 +17,10 @@ __all__ = ["center_crop", "images_by_class", "is_image", "list_images", "named_a
 
 EXTENSIONS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")  # Pillow's names, of files of other names
+PACKED = (".parquet", ".arrow", ".tar")
 LOOSE = "images beside the class folders"
-OTHERS = "files that are no images"
+OTHERS = "files that are no images of a known format"
+LOST = "links that lead nowhere"
 
 
 def is_image(file: str | Path | bytes) -> bool:
@@ -56,6 +58,7 @@ def list_images(folder: str | Path) -> tuple[list[str], list[int], list[str]]:
         InputError: the folder is missing, has no class folders, or one of them has no images.
     """
     paths, kinds, _ = images_by_class(folder)
+    check_splits(os.fspath(folder), set(kinds))
     found = label(kinds, os.fspath(folder), strict=False)
     order = sorted(range(len(paths)), key=lambda i: (found.labels[i], paths[i]))
     return [paths[i] for i in order], [found.labels[i] for i in order], found.classes
@@ -84,7 +87,9 @@ def images_by_class(folder: str | Path) -> tuple[list[str], list[str], Counter[s
         for name in classes:
             found = _images_below(os.path.join(folder, name), left_out)
             if not found:
-                raise InputError(f"{folder}: the class folder {name} holds no images ({' '.join(EXTENSIONS)})")
+                packed = [file for file in sorted(os.listdir(os.path.join(folder, name))) if file.endswith(PACKED)]
+                instead = f"but {packed[0]}; give {folder}/{name} instead" if packed else f"({' '.join(EXTENSIONS)})"
+                raise InputError(f"{folder}: the class folder {name} holds no images {instead}")
             paths += found
             kinds += [name] * len(found)
     except OSError as error:
@@ -94,7 +99,9 @@ def images_by_class(folder: str | Path) -> tuple[list[str], list[str], Counter[s
             f"{folder} has no class folders; expected one folder of images a class, e.g. {folder}/cat/*.png"
         )
     for name, is_folder in there:
-        if not is_folder and (named_as_image(name) or is_image(os.path.join(folder, name))):
+        if not is_folder and not os.path.exists(os.path.join(folder, name)):
+            left_out[LOST] += 1
+        elif not is_folder and (named_as_image(name) or is_image(os.path.join(folder, name))):
             left_out[LOOSE] += 1
     return paths, kinds, left_out
 

@@ -40,8 +40,10 @@ def kind_of(path: Path) -> str:
             return "latents"
         if extension in IMAGE_EXTENSIONS:
             return "pixels"
+    dotted = any(extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in found if "." in extension)
+    hint = " (a sample's name ends at its first dot)" if dotted else ""
     raise InputError(
-        f"shard {path}: the first sample has {', '.join(found) or 'no files'}; expected .cls and "
+        f"shard {path}: the first sample has {', '.join([*found][:5]) or 'no files'}{hint}; expected .cls and "
         f"either .latent.npy or an image ({', '.join(IMAGE_EXTENSIONS)})"
     )
 
@@ -56,7 +58,8 @@ def members_of_first(path: Path) -> dict[str, bytes]:
                 first = member.key if first is None else first
                 if member.key == first:  # plain tar may put them anywhere
                     file.seek(member.offset)
-                    found[member.extension] = file.read(member.size)
+                    wanted = member.extension == "latent.npy" or member.extension in IMAGE_EXTENSIONS
+                    found[member.extension] = file.read(member.size) if wanted else b""
     except (OSError, ValueError, OverflowError, MemoryError) as error:  # sizes of a damaged header are any numbers
         raise InputError(f"shard {path} cannot be read: {error}") from None
     return found

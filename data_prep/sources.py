@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.classes import is_split, split_of, splits_in
+from data_prep.classes import check_splits, split_of, splits_in
 from data_prep.images import EXTENSIONS, LOOSE, OTHERS, images_by_class, is_image, named_as_image
 from data_prep.source import BrokenImage, Source
 from data_prep.tables import Tables
@@ -95,11 +95,7 @@ def _check_level(folder: str, classes: list[str], below: set[str]) -> None:
         classes: the names of its class folders.
         below: the folders in it that hold images, by their names from there.
     """
-    if all(map(is_split, classes)):
-        raise InputError(
-            f"{folder} holds the splits {' and '.join(classes)}, not classes; give one as --images, e.g. "
-            f"{folder}/{classes[0] if 'train' not in classes else 'train'}"
-        )
+    check_splits(folder, classes)
     if len(below) > 2 * len(classes) and not below & set(classes):
         say(
             f"{folder} has {len(classes)} class folders ({', '.join(classes[:3])}), whose images lie in "
@@ -110,8 +106,10 @@ def _check_level(folder: str, classes: list[str], below: set[str]) -> None:
 def _chosen(files: Sequence[Path | RemotePath], where: str, split: str | None) -> Sequence[Path | RemotePath]:
     """The files of one split, where their names tell of several."""
     splits = splits_in([file.name for file in files])
+    # A class may be called as a split is; a tar file of no split beside says that they are classes.
+    mixed = len(splits) > 1 and (files[0].suffix not in _TARS or all(split_of(file.name) for file in files))
     if split is None:
-        if len(splits) > 1:
+        if mixed:
             raise InputError(
                 f"{where} holds the splits {', '.join(splits)} (e.g. {files[0].name} and {files[-1].name}), which are "
                 f"not to be mixed; choose with --split {'train' if 'train' in splits else splits[0]}"

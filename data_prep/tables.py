@@ -29,6 +29,7 @@ class Tables(Source):
         self.left_out = Counter()
         self._groups: list[tuple[int, int]] = []  # file, row group
         kinds: list[Any] = []
+        texts: list[Any] = []  # the same by the names that files give
         sizes: list[int] = []
         classes: dict[tuple[str, ...], str] = {}  # what files name, and one that does
         for number, path in enumerate(paths):
@@ -57,9 +58,14 @@ class Tables(Source):
             kinds += found
             if found:
                 classes.setdefault(tuple(told), str(path))
+                texts += [told[one] if told and not _is_none(one) and one < len(told) else one for one in found]
+        if len(classes) > 1 and names is not None and () not in classes:
+            kinds, classes = texts, {(): ""}  # by name
         if len(classes) > 1:
             (_, first), (_, second) = list(classes.items())[:2]
-            raise InputError(f"{first} and {second} name other classes; a label is to mean one; give them one by one")
+            raise InputError(
+                f"{first} and {second} name other classes; a label is to mean one; give --classes FILE with all names"
+            )
         if not kinds:
             raise InputError(f"{paths[0]}: it has no rows; there should be some, with {_COLUMNS}")
         self._unlabelled = {i for i, kind in enumerate(kinds) if _is_none(kind)}

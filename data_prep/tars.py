@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_prep.classes import is_split
+from data_prep.classes import check_splits, is_split
 from data_prep.images import OTHERS, is_image, named_as_image
 from data_prep.source import Source
 from moe_dit.data import tar
@@ -53,6 +53,7 @@ class Tars(Source):
             (one, first), (other, second) = list(kinds.items())[:2]
             raise InputError(f"{first} holds {one}, {second} {other}; give them one by one")
         kind = next(iter(kinds))
+        self._given = names is not None
         give: Callable[[list[_Listing]], _Found] = {_LABELLED: _by_cls, _INNER: _by_inner, _PLAIN: self._by_place}[kind]
         found, what = give(filled)
         if not found:
@@ -78,6 +79,8 @@ class Tars(Source):
         if all(len(folders) == common for *_, folders in parts) or (
             len(stems) > 1 and all(listing.path.stem in folders for listing, _, folders in parts)
         ):
+            if not self._given:
+                _check_classes(listings[0].path, sorted(stems))
             return [(listing.path.stem, listing.path, member) for listing, member, _ in parts], "a tar file"
         loose = [(listing, member) for listing, member, folders in parts if len(folders) == common]
         tops: dict[str, set[str]] = {}
@@ -85,18 +88,14 @@ class Tars(Source):
             if len(folders) > common:
                 tops.setdefault(listing.path.stem, set()).add(folders[common])
         # Parts of one set differ in their numbers alone.
-        if len({stem.rstrip("0123456789").rstrip("-_.") for stem in stems}) > 1:
+        if len({_without_number(stem) for stem in stems}) > 1:
             one = min(tops)
             raise InputError(
                 f"the images of {one}.tar lie in folders ({', '.join(sorted(tops[one])[:3])}), and those of "
                 f"{max(stems)}.tar are of another tar file: a class may be either; unpack them, a folder a class"
             )
-        names = sorted(set().union(*tops.values()))
-        if all(map(is_split, names)):
-            raise InputError(
-                f"{listings[0].path} holds the splits {' and '.join(names)}, not classes; unpack it, and give the "
-                "folder of one"
-            )
+        if not self._given:
+            check_splits(str(listings[0].path), set().union(*tops.values()))
         self.left_out["images beside the class folders of a tar file"] += len(loose)
         return [
             (folders[common], listing.path, member) for listing, member, folders in parts if len(folders) > common
@@ -113,6 +112,28 @@ class Tars(Source):
                 return file.read(size)
         except OSError as error:
             raise InputError(f"{self.paths[number]} cannot be read: {error.strerror or error}") from None
+
+
+def _without_number(stem: str) -> str:
+    return stem.rstrip("0123456789").rstrip("-_.")
+
+
+def _is_part(stem: str) -> bool:
+    """Whether a tar file is called as parts of a data set are: shard-000000, or img2dataset's 00000."""
+    name = stem.rstrip("0123456789")
+    if name in (stem, ""):
+        return name == "" and len(stem) > 4 and stem[0] == "0"  # one of thousands of classes has four digits
+    return name[-1] in "-_."
+
+
+def _check_classes(path: Path | RemotePath, stems: list[str]) -> None:
+    """Refuse tar files of images alone that are called as parts or splits of a data set are, not as classes."""
+    as_parts = all(map(_is_part, stems)) and len({_without_number(stem) for stem in stems}) == 1
+    if as_parts or (len(stems) == 1 and is_split(stems[0])):
+        raise InputError(
+            f"{path} holds images alone, and is called as a part of a data set is, so nothing says their classes; "
+            f"{_HELP}; where each tar file is a class, give --classes FILE with their names"
+        )
 
 
 def _common(paths: Sequence[tuple[str, ...]]) -> int:

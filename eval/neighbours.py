@@ -11,9 +11,10 @@ from eval.features import extract
 from eval.images import ImageFile, check_sizes, read_image, reference_images, sample_images
 from eval.protocols import PROTOCOLS
 from eval.reference import make_extractor
-from moe_dit.classes import are_numbers, unnamed
+from moe_dit.classes import are_numbers, lacking, unnamed
 from moe_dit.runtime import ranks
 from moe_dit.runtime.errors import InputError
+from moe_dit.runtime.progress import say
 
 SHOWN = 6  # samples, of as many classes where there are as many
 BESIDE = 3  # real images of each kind beside one
@@ -57,6 +58,8 @@ def comparisons(
         raise InputError(f"{samples} holds no images to compare; eval.sample makes them")
     images = reference_images(real)
     places, names = _by_name(images.classes, classes)
+    if places and images.classes and (missing := lacking(names, images.classes, str(samples), str(real))):
+        say(f"{missing}; samples of those stand beside nothing")
     by_class: dict[int | None, list[ImageFile]] = {}
     for image in images:
         by_class.setdefault(places.get(image.label, image.label), []).append(image)

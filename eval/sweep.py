@@ -111,6 +111,8 @@ def variants(model: Path, checkpoints: list[str] | None, weights: list[str]) -> 
     if checkpoints:
         there = {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdigit()}
         wanted = sorted(there) if checkpoints == ["all"] else checkpoints
+        if not wanted:
+            raise InputError(f"{model} has no checkpoints; give a run that saved some, or an exported model")
         for step in wanted:
             if not str(step).isdigit() or int(step) not in there:
                 known = ", ".join(map(str, sorted(there))) or "none"

@@ -18,7 +18,7 @@ from moe_dit.cluster.outcome import gives_up
 from moe_dit.continuing import Asked, Named, kept_window
 from moe_dit.data import Latents, batches, check_manifest, training_inputs
 from moe_dit.data.index import ensure_index
-from moe_dit.data.inputs import check_guidance, untrained_labels
+from moe_dit.data.inputs import check_guidance, untrained_guidance, untrained_labels
 from moe_dit.data.order import window_for
 from moe_dit.events import events, own, record
 from moe_dit.manifest import Manifest, read_manifest
@@ -123,7 +123,7 @@ def train(recipe: Recipe, ds_file: str, run: Path, resume: str, named: Named) ->
             ranks.on_rank_0(lambda: _write_start(run, recipe, engine, first_step, start.changes))
         metrics = ranks.on_rank_0(lambda: _open_record(engine, run, start, first_step, bytes_held))
         record_of.metrics = metrics
-        for note in (untrained_labels(manifest, recipe), *start.notes, *start.changes):
+        for note in (untrained_labels(manifest, recipe), untrained_guidance(recipe), *start.notes, *start.changes):
             if note is not None:
                 say(note)
         headline = _headline(recipe, parallelism, manifest, start.checkpoint, engine)

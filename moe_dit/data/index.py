@@ -94,7 +94,8 @@ def incomplete(records: np.ndarray, keys: list[str], kind: str) -> str | None:
     for member in MEMBERS[kind]:
         lacking = records[member]["size"] == 0
         if lacking.any() and not (member == "latent_flip.npy" and lacking.all()):
-            return f"a sample has no .{member}: {keys[int(lacking.argmax())]}"
+            what = "image" if member == IMAGE else f".{member}"
+            return f"a sample has no {what}: {keys[int(lacking.argmax())]}"
     return None
 
 

@@ -88,6 +88,15 @@ def check_guidance(recipe: Recipe, cfg_scale: float, cure: str) -> None:
         )
 
 
+def untrained_guidance(recipe: Recipe) -> str | None:
+    """What to say where a recipe samples with guidance by a null class that it does not train; None where it does."""
+    try:
+        check_guidance(recipe, recipe.sampling.cfg_scale, "sample with --cfg-scale 1")
+    except InputError as error:
+        return f"sampling.cfg_scale: {error}"
+    return None
+
+
 @dataclass(frozen=True)
 class Latents:
     """What stored latents are, and how they become the network's input: (latent - shift) * scale."""

@@ -21,6 +21,7 @@ from moe_dit.runtime.errors import InputError
 from moe_dit.runtime.reading import open_file
 
 MOST_PIXELS = 2**26  # of an image, 67 million, which Pillow holds in 4 bytes each; ImageNet's largest has 61 million
+MOST_OF = {"WEBP": 24_000_000, "AVIF": 24_000_000}  # pixels of formats whose decoders take 16 bytes for each
 MOST_BYTES = 2**30  # of an image's file: twice what MOST_PIXELS of four 16-bit numbers take
 STRIP = 2**20  # pixels of a large image that are converted at a time
 LARGE = 2**24  # pixels of an image after which freed memory is given back, which takes milliseconds
@@ -218,14 +219,14 @@ def open_image(file: BinaryIO) -> ImageFile.ImageFile:
         image = Image.open(file)
     except Image.DecompressionBombError:  # which does not tell width and height
         image = _open_unchecked(file)
-    check_pixels(*image.size)
+    check_pixels(*image.size, MOST_OF.get(image.format or "", MOST_PIXELS))
     return image
 
 
-def check_pixels(width: int, height: int) -> None:
-    """Raise UnfitImage where an image has more than MOST_PIXELS."""
-    if width * height > MOST_PIXELS:
-        raise UnfitImage(f"it has {width} x {height} pixels, more than the {MOST_PIXELS} that are read")
+def check_pixels(width: int, height: int, most: int = MOST_PIXELS) -> None:
+    """Raise UnfitImage where an image has more than ``most`` pixels."""
+    if width * height > most:
+        raise UnfitImage(f"it has {width} x {height} pixels, more than the {most} that are read")
 
 
 _unchecked = threading.Lock()

@@ -229,7 +229,7 @@ def test_a_reference_of_other_classes_is_refused_or_told(real, tmp_path, capfd):
     assert f"the reference {real}/images has 1 of 3 classes that the model has not ('c')" in said
 
 
-def test_samples_stand_beside_real_images_of_their_name(real, tmp_path):
+def test_samples_stand_beside_real_images_of_their_name(real, tmp_path, capsys):
     """Also where the real images lack a class; without names, of their label."""
     samples = write_samples(tmp_path / "samples", MODEL)
     few = tmp_path / "few"
@@ -242,6 +242,7 @@ def test_samples_stand_beside_real_images_of_their_name(real, tmp_path):
         return min(NAMES, key=lambda name: abs(mean - colour[name]).sum())
 
     found = comparisons(samples, few, None, MODEL)
+    assert "1 of 3 classes that" in capsys.readouterr().err  # whose samples stand beside nothing
     assert [(one.label, one.name) for one in found] == [(0, "c"), (2, "b b")]
     for one in found:
         assert {nearest_kind(image) for image in (one.sample, *one.real, *one.nearest)} == {one.name}

@@ -18,7 +18,7 @@ from eval.generate import resolve
 from helpers.small_shards import DIGITS, flip, sequence, stream, write_latents
 from moe_dit.data import Latents, ShardReader, batches, check_manifest, make_order, training_inputs
 from moe_dit.data.index import ensure_index, index_name
-from moe_dit.data.inputs import check_guidance, untrained_labels
+from moe_dit.data.inputs import check_guidance, untrained_guidance, untrained_labels
 from moe_dit.data.loader import TrainingSamples, workers_for
 from moe_dit.data.order import FullOrder, WindowOrder, window_for
 from moe_dit.manifest import read_manifest
@@ -207,6 +207,15 @@ def test_looks_are_not_guided_by_a_null_class_that_is_never_trained(latents, ove
             check_training(recipe, "ds_configs/zero1_ep1.json")
     else:
         check_training(recipe, "ds_configs/zero1_ep1.json")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [([UNTRAINED], True), ([], False), ([UNTRAINED, "sampling.cfg_scale=1"], False)],
+)
+def test_guidance_that_samples_will_be_refused_is_told_before_training(overrides, told):
+    line = untrained_guidance(load_recipe("digits", overrides))
+    assert (line is not None and "flow.label_dropout 0; sample with --cfg-scale 1" in line) == told
 
 
 def test_every_recipe_s_samples_can_be_guided():

@@ -6,6 +6,7 @@ import os
 import sys
 import tarfile
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from data_prep import index, verify
 from data_prep.classes import label, read_names, split_of
 from data_prep.images import list_images
 from data_prep.sources import open_source
+from eval.images import reference_images
 from helpers.server import serving
 from helpers.sources import as_tables, jpeg, pack, png
 from moe_dit.data import ShardReader
@@ -295,6 +297,30 @@ def test_splits_are_not_mixed(tmp_path):
         open_source(str(tmp_path / "x.tar"))
 
 
+@pytest.mark.parametrize(
+    "folders", [("train", "val", "unlabeled"), ("train_256", "val_256", "test_256"), ("Train",), ("train2017", "dev")]
+)
+def test_folders_of_splits_are_no_classes(tmp_path, folders):
+    for name in folders:
+        (tmp_path / name / "a").mkdir(parents=True)
+        (tmp_path / name / "a" / "0.png").write_bytes(content(0, 0))
+    for listing in (open_source, list_images, lambda folder: reference_images(Path(folder))):
+        with pytest.raises(InputError, match=r"the splits .*, not classes; give one instead, e\.g\. .*/[Tt]rain"):
+            listing(str(tmp_path))
+    (tmp_path / "names.txt").write_text("\n".join(folders))
+    assert open_source(str(tmp_path), read_names(tmp_path / "names.txt")).classes == list(folders)
+
+
+def test_a_class_may_be_called_as_a_split_is(tmp_path):
+    for name in ("airplane", "bus", "train", "test tube"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            add(tar, "0.png", content(0, 0))
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        (tmp_path / "folders" / name / "0.png").write_bytes(content(0, 0))
+    for place in (tmp_path, tmp_path / "folders"):
+        assert open_source(str(place)).classes == ["airplane", "bus", "test tube", "train"]
+
+
 # --- what is lost -----------------------------------------------------------------------------------------------------
 
 
@@ -309,9 +335,12 @@ def test_images_beside_class_folders_are_counted(tmp_path, capsys):
     out = pack(folder, tmp_path / "out")
     check(out, NAMES["words"])
     said = capsys.readouterr().err
-    assert "1 images beside the class folders are left out" in said and "1 files that are no images" in said
+    assert (
+        "1 images beside the class folders are left out" in said
+        and "1 files that are no images of a known format" in said
+    )
     kept = open_source(str(folder)).left_out
-    assert kept == {"images beside the class folders": 1, "files that are no images": 1}
+    assert kept == {"images beside the class folders": 1, "files that are no images of a known format": 1}
     assert json.loads((out / "manifest.json").read_text())["left_out"] == kept
 
 
@@ -332,6 +361,28 @@ def test_shards_whose_labels_nobody_tells_are_one_line(tmp_path, files, line):
     with pytest.raises(InputError, match=line) as caught:
         open_source(str(tmp_path / "x.tar"))
     assert str(tmp_path / "x.tar") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [("shard-000000", "shard-000001"), ("00000", "00001"), ("part_7",), ("train",)])
+def test_parts_of_a_data_set_are_no_classes(tmp_path, names):
+    for name in names:
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            add(tar, "cat.0.png", content(0, 0))
+    with pytest.raises(InputError, match=r"is called as a part of a data set is, so nothing says their classes"):
+        open_source(str(tmp_path))
+    assert open_source(str(tmp_path), [*names]).classes == list(names)
+
+
+def test_a_link_that_leads_nowhere_is_counted(tmp_path):
+    folder = as_folders(NAMES["words"], tmp_path / "images")
+    (folder / "broken").symlink_to(tmp_path / "none")
+    assert open_source(str(folder)).left_out == {"links that lead nowhere": 1}
+
+
+def test_a_folder_of_tables_in_a_folder_is_told_of(tmp_path):
+    as_parquet(NAMES["words"], tmp_path / "data")
+    with pytest.raises(InputError, match=r"data holds no images but train-0\.parquet; give .*/data instead"):
+        open_source(str(tmp_path))
 
 
 def test_a_class_is_a_tar_or_a_folder_in_it_not_either(tmp_path):
@@ -360,7 +411,7 @@ def test_what_lies_beside_tars_is_counted_or_refused(tmp_path):
         link.type, link.linkname = tarfile.LNKTYPE, "0.png"
         tar.addfile(link)
     kept = open_source(str(folder)).left_out
-    assert kept["files that are no images"] == 1 and kept["links and devices in tar files"] == 1
+    assert kept["files that are no images of a known format"] == 1 and kept["links and devices in tar files"] == 1
     with tarfile.open(folder / "hen.tar.gz", "w:gz") as tar:
         add(tar, "0.png", content(0, 0))
     with pytest.raises(InputError, match=r"hen\.tar\.gz', which cannot be read in parts"):
@@ -396,6 +447,7 @@ def test_tables_that_disagree_are_one_line(tmp_path):
         pa.parquet.write_table(as_tables([content(0, 0)] * 2, [0, 1], classes), tmp_path / f"{name}.parquet")
     with pytest.raises(InputError, match=r"a\.parquet and .*b\.parquet name other classes"):
         open_source(str(tmp_path))
+    assert open_source(str(tmp_path), ["dog", "cat", "eel"]).labels == [1, 0, 0, 1]
     pa.parquet.write_table(as_tables([content(0, 0)], [2], ["cat", "dog"]), tmp_path / "c.parquet")
     with pytest.raises(InputError, match=r"c\.parquet: a label is 2, but it names 2 classes"):
         open_source(str(tmp_path / "c.parquet"))
@@ -444,6 +496,11 @@ def test_foreign_shards_without_samples_or_with_twice_the_same_are_one_line(tmp_
         add(tar, "0.png", content(0, 0))
         add(tar, "0.jpg", jpeg(3, (8, 8)))
     with pytest.raises(InputError, match=r"the sample 0 has two files \.image"):
+        adopt(tmp_path / "a")
+    with tarfile.open(tmp_path / "a" / "0.tar", "w") as tar:
+        for i in range(9):
+            add(tar, f"img.{i}.png", content(0, 0))
+    with pytest.raises(InputError, match=r"has 0\.png, 1\.png, 2\.png, 3\.png, 4\.png \(a sample's name ends at"):
         adopt(tmp_path / "a")
     assert not (tmp_path / "a" / "manifest.json").exists()
 

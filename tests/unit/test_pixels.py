@@ -181,6 +181,17 @@ def test_arrays_of_samples_are_held_to_the_same_limit(tmp_path):
             read(ImageFile(path, None, 0, 8192 * 8193 * 3, (8192, 8193)))
 
 
+def test_formats_whose_decoders_take_more_have_a_limit_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(module.MOST_OF, "WEBP", 100)
+    for kind, good in (("WEBP", False), ("PNG", True)):
+        content = saved(np.concatenate([RGB, RGB], 1), kind)
+        if good:
+            assert load_image(content, SIDE).size == (SIDE, SIDE)
+        else:
+            with pytest.raises(InputError, match="it has 16 x 8 pixels, more than the 100 that are read"):
+                load_image(content, SIDE)
+
+
 def test_a_file_of_gigabytes_is_not_read(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png(8, 2, rows(RGB)))

@@ -8,6 +8,7 @@ import pytest
 from eval import sweep
 from eval.generate import Sampling
 from moe_dit.recipe_file import load_recipe
+from moe_dit.runtime.errors import InputError
 
 
 def made_up(folder, fids):
@@ -38,3 +39,8 @@ def test_several_seeds_are_a_mean_with_its_spread(tmp_path):
     one, two = sweep.rows(tmp_path, cells)
     assert (one.fid, one.seeds) == (6.0, 3) and one.error == pytest.approx(1 / 3**0.5)  # stdev 1 over sqrt(3)
     assert one.scores["precision"] == pytest.approx(0.6) and (two.fid, two.error) == (8.0, 0.3)
+
+
+def test_a_folder_without_checkpoints_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="has no checkpoints; give a run"):
+        sweep.variants(tmp_path, ["all"], ["ema"])
