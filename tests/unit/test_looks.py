@@ -34,7 +34,8 @@ def digits(tmp_path_factory):
     assert call("data_prep.pack_pixels", *size, "--out", folder / "pixels") in (None, 0)
     for name in ("1", "2"):
         shutil.copytree(images / name, folder / "some" / name)
-    flags = ["--images", folder / "some", "--size", 32, "--out", folder / "held"]
+    (folder / "names.txt").write_text("1\n2\n")
+    flags = ["--images", folder / "some", "--classes", folder / "names.txt", "--size", 32, "--out", folder / "held"]
     assert call("data_prep.pack_pixels", *flags) in (None, 0)
     assert call("data_prep.encode_latents", *size, "--vae", folder / "vae", "--out", folder / "latents") in (None, 0)
     return folder

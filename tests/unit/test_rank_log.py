@@ -48,4 +48,5 @@ def test_stacks_do_not_hold_other_threads_up(tmp_path, monkeypatch):
         log.stacks("it stands")
     assert [name.split(":")[0] for name in written] == ["/memfd"]
     text = (tmp_path / "logs/rank_00000.log").read_text()
-    assert re.search(r"Z it stands\n(Current t|T)hread 0x\w+ .*\n  File ", text) and "test_rank_log.py" in text
+    # Other tests' threads stand there too, one of them perhaps before it has begun.
+    assert re.search(r"Z it stands\n(Current t|T)hread 0x\w+ .*\n  (File |<)", text) and "test_rank_log.py" in text
