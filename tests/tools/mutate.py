@@ -1557,8 +1557,8 @@ MUTATIONS = [
     Mutation(
         "splits-are-mixed",
         "data_prep/sources.py",
-        "        if len(splits) > 1:",
-        "        if len(splits) > 2:",
+        "        if mixed:",
+        "        if False:",
         "tests/unit/test_labels.py::test_splits_are_not_mixed",
     ),
     Mutation(
@@ -1807,6 +1807,48 @@ MUTATIONS = [
         "exif_orientation(picture) > 4",
         "exif_orientation(picture) > 5",
         "tests/unit/test_pixels.py::test_sizes_are_those_of_what_is_read",
+    ),
+    Mutation(
+        "a-class-called-train-is-a-split",
+        "data_prep/sources.py",
+        "(files[0].suffix not in _TARS or all(split_of(file.name) for file in files))",
+        "True",
+        "tests/unit/test_labels.py::test_a_class_may_be_called_as_a_split_is",
+    ),
+    Mutation(
+        "folders-of-splits-are-classes",
+        "data_prep/classes.py",
+        "if splits and (len(splits) == len(classes) or len(splits_in(splits)) > 1):",
+        "if splits and len(splits) == len(classes):",
+        "tests/unit/test_labels.py::test_folders_of_splits_are_no_classes",
+    ),
+    Mutation(
+        "parts-are-classes",
+        "data_prep/tars.py",
+        "as_parts = all(map(_is_part, stems))",
+        "as_parts = not stems",
+        "tests/unit/test_labels.py::test_parts_of_a_data_set_are_no_classes",
+    ),
+    Mutation(
+        "links-that-lead-nowhere-vanish",
+        "data_prep/images.py",
+        "left_out[LOST] += 1",
+        "left_out[LOST] += 0",
+        "tests/unit/test_labels.py::test_a_link_that_leads_nowhere_is_counted",
+    ),
+    Mutation(
+        "one-limit-for-every-decoder",
+        "moe_dit/data/pixels.py",
+        'MOST_OF.get(image.format or "", MOST_PIXELS)',
+        "MOST_PIXELS",
+        "tests/unit/test_pixels.py::test_formats_whose_decoders_take_more_have_a_limit_of_their_own",
+    ),
+    Mutation(
+        "what-stands-behind-rows-is-passed-over",
+        "moe_dit/data/stored_png.py",
+        'struct.pack(">I", len(data) - _BEFORE - _AFTER)',
+        "data[33:37]",
+        "tests/unit/test_pixels.py::test_odd_images_have_the_pixels_that_their_formats_define",
     ),
 ]
 
