@@ -68,7 +68,7 @@ class Tables(Source):
             )
         if not kinds:
             raise InputError(f"{paths[0]}: it has no rows; there should be some, with {_COLUMNS}")
-        self._unlabelled = {i for i, kind in enumerate(kinds) if _is_none(kind)}
+        self._unlabelled = {i: kind for i, kind in enumerate(kinds) if _is_none(kind)}
         good = [kind for i, kind in enumerate(kinds) if i not in self._unlabelled]
         wrong = next((kind for kind in good if type(kind) is not type(good[0]) or type(kind) not in (int, str)), None)
         if wrong is not None:
@@ -78,7 +78,6 @@ class Tables(Source):
         self.labels = [0 if i in self._unlabelled else next(found_labels) for i in range(len(kinds))]
         self.classes = labelled.classes
         self.told = f"a class is a value of the column label; {labelled.order}"
-        self._kinds = {i: kinds[i] for i in self._unlabelled}
         self._sizes = sizes
         self._starts = np.cumsum([0, *sizes])
         self._kept: OrderedDict[int, Any] = OrderedDict()
@@ -89,8 +88,8 @@ class Tables(Source):
         return f"{self.paths[number].name}/{part}/{row}"
 
     def read(self, i: int) -> bytes:
-        if i in self._kinds:
-            raise BrokenImage(f"its row has no label ({self._kinds[i]})")
+        if i in self._unlabelled:
+            raise BrokenImage(f"its row has no label ({self._unlabelled[i]})")
         group, row = self._row(i)
         if group not in self._kept:
             number, part = self._groups[group]

@@ -15,6 +15,7 @@ from eval.features import Extractor, extract, survey
 from eval.images import any_images, read_image, reference_images, sample_images
 from eval.score import _images
 from helpers import call, refused
+from helpers.feature_spaces import Tiny
 from helpers.pictures import KINDS, SIDE, write_pictures
 from moe_dit.runtime.errors import InputError
 
@@ -121,20 +122,6 @@ def test_a_reference_of_which_not_all_may_be_meant_is_refused(tmp_path, capfd):
 
 
 # --- images that cannot be read ---------------------------------------------------------------------------------------
-
-
-class Tiny(features.Network):
-    """A small network whose numbers depend on every pixel."""
-
-    title, identity = "tiny", "tiny 0"
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 5, 4), torch.nn.SiLU(), torch.nn.AdaptiveAvgPool2d(2))
-
-    def forward(self, images):
-        return {"features": self.layers(images.float() / 255).flatten(1)}
 
 
 @pytest.fixture(scope="module")

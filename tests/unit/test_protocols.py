@@ -19,6 +19,7 @@ from eval.images import any_images, read_image
 from eval.protocols import PROTOCOLS
 from eval.sample_folder import export_npz
 from helpers import call, refused
+from helpers.feature_spaces import Tiny
 from helpers.pictures import KINDS, SIDE, arrays, picture, write_pictures
 from moe_dit.runtime.errors import InputError
 
@@ -225,20 +226,6 @@ def test_jit_gives_fid_and_inception_score_alone(few, inception, tmp_path):
 
 
 # --- references -------------------------------------------------------------------------------------------------------
-
-
-class Tiny(features.Network):
-    """Another feature space, as a person would add one."""
-
-    title, identity = "tiny", "tiny 0"
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 5, 4), torch.nn.SiLU(), torch.nn.AdaptiveAvgPool2d(2))
-
-    def forward(self, images):
-        return {"features": self.layers(images.float() / 255).flatten(1)}
 
 
 def test_a_reference_of_shards_is_that_of_the_folder(folders, tmp_path):
